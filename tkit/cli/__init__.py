@@ -1,0 +1,1 @@
+"""Parse, call one stage, print its record. The only package that prints and exits."""

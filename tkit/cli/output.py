@@ -1,0 +1,86 @@
+"""What every command shares: `--json`, `--quiet`, progress on stderr, records on stdout."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from tkit.files import to_json
+from tkit.specs.progress import Progress
+
+
+class Output(Progress):
+    """Data to stdout, everything else to stderr. A bar on a terminal, one line per step without one."""
+
+    def __init__(self, *, as_json: bool, quiet: bool):
+        self.as_json = as_json
+        self.quiet = quiet
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._announced: set[str] = set()
+
+    def record(self, record: Any, text: str, last_line: str | None = None) -> None:
+        """`--json` prints the record as it is stored; otherwise the text, and `last_line` for scripts on stdout."""
+        if self.as_json:
+            click.echo(to_json(record), nl=False)
+            return
+        if text and not self.quiet:
+            click.echo(text, err=last_line is not None)
+        if last_line is not None:
+            click.echo(last_line)
+
+    def step(self, what: str, done: int, total: int) -> None:
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            self._draw(what, done, total)
+        elif what not in self._announced:
+            self._announced.add(what)
+            click.echo(f"{what} ...", err=True)
+
+    def note(self, text: str) -> None:
+        if self.quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            click.echo(text, err=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+            self._tasks.clear()
+
+    def _draw(self, what: str, done: int, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        if self._bar is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Bars(*columns, console=Console(stderr=True))
+            self._bar.start()
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total)
+        self._bar.update(self._tasks[what], completed=done, total=total)
+
+
+def output_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Adds `--json` and `--quiet`; the command receives them as one `output` argument, closed when it returns."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the stored record as JSON on stdout.")
+    @click.option("--quiet", is_flag=True, help="No progress, no summary; errors only.")
+    @functools.wraps(function)
+    def wrapper(*, as_json: bool, quiet: bool, **arguments: Any) -> None:
+        output = Output(as_json=as_json, quiet=quiet)
+        try:
+            function(output=output, **arguments)
+        finally:
+            output.close()
+
+    return wrapper

@@ -1,0 +1,172 @@
+"""Files that are whole or absent, and YAML/JSON that says what is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from tkit.errors import InputError, did_you_mean
+
+T = TypeVar("T")
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Writes `path` so that a reader sees the old file or the new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes the renames inside `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any) -> str:
+    """JSON with stable key order of insertion, dataclasses included; ends with a newline."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=_plain, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} does not belong in a JSON record")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, to_json(value))
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file. A duplicate key is an error: the parsers of the world disagree on which one counts."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in keys:
+            raise ValueError(f'key "{key}" stands twice')
+        keys[key] = value
+    return keys
+
+
+class _StrictLoader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        pairs = [(self.construct_object(key, deep=True), value.start_mark) for key, value in node.value]
+        for index, (key, mark) in enumerate(pairs):
+            if key in [earlier for earlier, _ in pairs[:index]]:
+                raise yaml.constructor.ConstructorError(None, None, f'key "{key}" stands twice', mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file, a list or a duplicate key is an error."""
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # a SafeLoader
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a mapping of keys, found {type(value).__name__}")
+    return value
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Builds the dataclass `cls` from plain values; lists every unknown key, wrong type and missing field at once.
+
+    `where` opens each line of the message: `model_configs/l8b.yaml` or `--quant`.
+    """
+    problems: list[str] = []
+    value = _build(cls, values, where, problems)
+    if problems:
+        raise InputError(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems=problems)
+    return value
+
+
+def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
+    if not isinstance(values, Mapping):
+        problems.append(f"{where}: expected keys of {cls.__name__}, found {values!r}")
+        return None
+    before = len(problems)
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in values.items():
+        if key not in fields:
+            problems.append(f'{where}: unknown key "{key}"{did_you_mean(str(key), fields)}')
+            continue
+        arguments[key] = _convert(hints[key], value, f"{where}: {key}", problems)
+    for name, field in fields.items():
+        is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if is_required and name not in values:
+            problems.append(f'{where}: key "{name}" is missing')
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**arguments)
+    except InputError as error:
+        problems.extend(f"{where}: {line}" for line in (error.problems or (error.message,)))
+        return None
+
+
+def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    origin, parameters = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where, problems)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in parameters:
+            return None
+        hint = next(parameter for parameter in parameters if parameter is not type(None))
+        return _convert(hint, value, where, problems)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            problems.append(f"{where}: expected a list, found {value!r}")
+            return None
+        return tuple(_convert(parameters[0], item, f"{where}[{i}]", problems) for i, item in enumerate(value))
+    if origin in (dict, Mapping) or hint in (dict, Mapping) or typing.get_origin(hint) is Mapping:
+        if not isinstance(value, Mapping):
+            problems.append(f"{where}: expected keys, found {value!r}")
+        return value
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
+        problems.append(f"{where}: expected {hint.__name__}, found {value!r}")
+        return None
+    return value
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,42 @@
+"""The card of an engine: everything a later stage, or a reader next year, needs to know about the directory it lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+CARD_FILE = "engine.json"
+CARD_SCHEMA = "tkit.engine/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCard:
+    """`engine.json`. Written last, so its presence means the directory is complete.
+
+    `files` maps each path inside the directory to {"bytes", "sha256"}; the card itself is not in it.
+    `build` holds seconds, peak_memory_bytes and source_bytes; `quality` is filled by `tkit validate` in its own file.
+    """
+
+    schema: str = CARD_SCHEMA
+    name: str
+    key: str  # sha256 over recipe, source digests and tkit version: equal key, equal engine
+    created: str  # UTC, ISO 8601
+    backend: str
+    architecture: str
+    dtype: str
+    quant: str
+    quant_algo: str | None
+    tp_size: int
+    pp_size: int
+    num_params: int
+    weight_bytes: int  # bytes of all rank files' tensors
+    max_position_embeddings: int
+    vocab_size: int
+    recipe: Mapping[str, Any]
+    source: Mapping[str, Any]  # {"model", "path", "revision", "files": {name: {"bytes", "sha256"}}}
+    files: Mapping[str, Mapping[str, Any]]
+    versions: Mapping[str, str]
+    command: str
+    build: Mapping[str, Any]
+    notes: tuple[str, ...] = field(default_factory=tuple)

@@ -1,0 +1,48 @@
+"""The shape of a decoder-only language model, whoever wrote its config file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tkit.errors import InputError
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Global (unsharded) sizes. `architecture` is the Hugging Face class name, the key of the architecture table."""
+
+    architecture: str
+    dtype: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    hidden_act: str
+    norm_epsilon: float
+    rope_theta: float
+    rope_scaling: Mapping[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    extras: Mapping[str, Any] = field(default_factory=dict)  # fields only one family has, under their HF names
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_size",
+                     "vocab_size", "max_position_embeddings"):  # fmt: skip
+            if getattr(self, name) < 1:
+                problems.append(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.dtype not in DTYPES:
+            problems.append(f'dtype is "{self.dtype}", expected one of {", ".join(DTYPES)}')
+        if self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads:
+            problems.append(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if problems:
+            raise InputError(f"{self.architecture}: sizes contradict each other", problems=problems)

@@ -1,0 +1,91 @@
+"""Quantized formats: what each stores for one linear layer, by TensorRT-LLM's names. One row per `--quant` value.
+
+Source: TensorRT-LLM 1.0-1.2 `modeling_utils.preprocess_weights`, `quantization/layers.py`; the layout-neutral forms only,
+so that a checkpoint written on a laptop loads on every GPU generation. Knows shapes and names; computes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tkit.errors import InputError, did_you_mean
+
+KV_CACHE_ALGOS = {"auto": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor of a linear layer with weight (out, in), and where those two axes lie in it.
+
+    An axis is (position, features per index): int4 packs two output rows per byte row, so `out_axis=(0, 2)`;
+    a scale per 128 inputs has `in_axis=(1, 128)`. An absent axis means that every rank stores the same values.
+    `dtype` is a safetensors name, or "model" for the model's own.
+    """
+
+    name: str
+    dtype: str
+    out_axis: tuple[int, int] | None = None
+    in_axis: tuple[int, int] | None = None
+
+    def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        sizes = {
+            axis[0]: features // axis[1]
+            for axis, features in ((self.out_axis, out_features), (self.in_axis, in_features))
+            if axis is not None
+        }
+        return tuple(sizes[position] for position in sorted(sizes)) or (1,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantFormat:
+    """`tensors` replace the plain weight of every quantized linear layer."""
+
+    name: str
+    algo: str | None  # quantization.quant_algo in config.json
+    weight_bits: int
+    tensors: tuple[StoredTensor, ...]
+    needs_calibration: bool = False
+    group_size: int | None = None
+    has_prequant_scale: bool = False
+    size_multiple: int = 1  # every sharded in and out size, times tp, must be a multiple: the kernels refuse padding
+
+    @property
+    def is_stored_plain(self) -> bool:
+        """The checkpoint holds the model's own weights (W8A16 is quantized by trtllm-build on the target GPU)."""
+        return [tensor.dtype for tensor in self.tensors] == ["model"]
+
+
+_PLAIN = (StoredTensor(name="weight", dtype="model", out_axis=(0, 1), in_axis=(1, 1)),)
+_FP8 = (
+    StoredTensor(name="weight", dtype="F8_E4M3", out_axis=(0, 1), in_axis=(1, 1)),
+    StoredTensor(name="weights_scaling_factor", dtype="F32"),
+    StoredTensor(name="activation_scaling_factor", dtype="F32"),
+)
+
+
+def _int4(group_size: int) -> tuple[StoredTensor, ...]:
+    return (
+        StoredTensor(name="weight", dtype="I8", out_axis=(0, 2), in_axis=(1, 1)),
+        StoredTensor(name="weights_scaling_factor", dtype="F32", out_axis=(0, 1), in_axis=(1, group_size)),
+        StoredTensor(name="prequant_scaling_factor", dtype="model", in_axis=(0, 1)),
+    )
+
+
+# fmt: off
+QUANT_FORMATS: dict[str, QuantFormat] = {format.name: format for format in (
+    QuantFormat(name="none",     algo=None,         weight_bits=16, tensors=_PLAIN),
+    QuantFormat(name="int8",     algo="W8A16",      weight_bits=8,  tensors=_PLAIN, size_multiple=64),
+    QuantFormat(name="fp8",      algo="FP8",        weight_bits=8,  tensors=_FP8, needs_calibration=True),
+    QuantFormat(name="int4_awq", algo="W4A16_AWQ",  weight_bits=4,  tensors=_int4(128), needs_calibration=True,
+                group_size=128, has_prequant_scale=True, size_multiple=128),
+)}
+# fmt: on
+
+
+def quant_format(name: str, where: str = "--quant") -> QuantFormat:
+    if name not in QUANT_FORMATS:
+        raise InputError(
+            f'{where}: unknown quantization "{name}"{did_you_mean(name, QUANT_FORMATS)}',
+            hint=f"known: {', '.join(QUANT_FORMATS)}",
+        )
+    return QUANT_FORMATS[name]

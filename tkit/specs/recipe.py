@@ -1,0 +1,71 @@
+"""A recipe: one model, the engines to build from it, how to measure and compare them. One YAML file in `model_configs/`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tkit.errors import InputError
+from tkit.specs.parallel import Parallel
+from tkit.specs.quantization import quant_format
+
+BACKENDS = ("auto", "reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecipe:
+    """What changes an engine's bytes. Equal recipes and equal sources give an equal engine name."""
+
+    quant: str = "none"
+    tp_size: int = 1
+    pp_size: int = 1
+    calib: str | None = None  # .txt or .jsonl; None = the text that ships with tkit
+    calib_samples: int = 16
+    calib_len: int = 256  # tokens per sample
+    seed: int = 0
+    name: str | None = None  # None = made from model, quantization and parallel layout
+
+    def __post_init__(self) -> None:
+        quant_format(self.quant, where="quant")
+        Parallel(tp_size=self.tp_size, pp_size=self.pp_size)
+        problems = [
+            f"{name} is {value}, expected at least 1"
+            for name, value in (("calib_samples", self.calib_samples), ("calib_len", self.calib_len))
+            if value < 1
+        ]
+        if problems:
+            raise InputError("impossible calibration", problems=problems)
+
+    @property
+    def parallel(self) -> Parallel:
+        return Parallel(tp_size=self.tp_size, pp_size=self.pp_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRecipe:
+    """Overrides of the named profile; None keeps the profile's value."""
+
+    profile: str = "quick"
+    shapes: tuple[str, ...] | None = None  # "ISL/OSL"
+    concurrency: tuple[int, ...] | None = None
+    requests: int | None = None
+    repeats: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRecipe:
+    out: str | None = None  # None = reports/<recipe name>
+    baseline: str | None = None  # quant name of the engine the others are compared with; None = the first engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    model: str  # a directory, a hub id, or "demo"
+    revision: str | None = None
+    description: str = ""
+    engines: tuple[EngineRecipe, ...] = (EngineRecipe(),)
+    sweep: SweepRecipe = field(default_factory=SweepRecipe)
+    report: ReportRecipe = field(default_factory=ReportRecipe)
+
+    def __post_init__(self) -> None:
+        if not self.engines:
+            raise InputError("engines is empty, expected at least one")
