@@ -1,0 +1,143 @@
+"""What a sweep leaves on disk, and what a report reads: schemas, columns, definitions. Files are listed in `docs/files.md`.
+
+    reports/<run>/
+      manifest.json                         Manifest: profile, identity, grid, seeds, client
+      points/<shape>-c<C>-r<k>/
+        requests.parquet                    one row per request, columns REQUEST_COLUMNS
+        chunks.parquet                      gaps between chunks, columns CHUNK_COLUMNS
+        point.json                          PointSummary
+      summary.csv  summary.json             one flat row per point
+      state.jsonl                           append-only journal
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SWEEP_SCHEMA = "tkit.sweep/1"
+POINT_SCHEMA = "tkit.point/1"
+VALIDATION_SCHEMA = "tkit.validation/1"
+VALIDATION_FILE = "validation.json"  # beside engine.json
+DEFINITIONS = "tkit.definitions/1"  # the version of METRICS below
+
+# name -> (unit, what it means). Every number in a report carries its definition from here.
+METRICS = {
+    "ttft":         ("ms", "request sent -> first chunk carrying at least one generated token"),
+    "ttfb":         ("ms", "request sent -> first byte of the response"),
+    "tpot":         ("ms", "per request (last token - first token) / (N - tokens in the first chunk)"),
+    "chunk_gap":    ("ms", "gaps between consecutive chunks, pooled over requests"),
+    "e2e":          ("ms", "request sent -> last token"),
+    "output_tok_s": ("tok/s", "output tokens / time, over the steady window"),
+    "input_tok_s":  ("tok/s", "input tokens / time, over the steady window"),
+    "requests_s":   ("req/s", "requests completed / time, over the steady window"),
+    "tok_s_user":   ("tok/s", "1 / median tpot"),
+    "tok_s_gpu":    ("tok/s", "output_tok_s / GPUs of the engine"),
+    "goodput":      ("req/s", "requests per second that meet every limit of an SLO tier"),
+}  # fmt: skip
+
+TOKEN_SOURCES = ("server_usage", "token_ids", "tokenizer", "chunks")
+
+# requests.parquet; times are nanoseconds of one monotonic clock, null when it did not happen
+REQUEST_COLUMNS = {
+    "id": "int64",
+    "phase": "string",  # warmup | measured
+    "scheduled_ns": "int64",
+    "sent_ns": "int64",
+    "first_byte_ns": "int64",
+    "first_token_ns": "int64",
+    "last_token_ns": "int64",
+    "end_ns": "int64",
+    "isl_asked": "int32",
+    "isl": "int32",
+    "osl_asked": "int32",
+    "osl": "int32",
+    "n_first": "int32",  # tokens in the first chunk
+    "chunks": "int32",
+    "status": "string",  # ok | error
+    "error": "string",  # null, or a named error: refused, timeout, truncated, server, ...
+    "worker": "int32",
+}
+CHUNK_COLUMNS = {"request": "int64", "gap_ns": "int64"}
+
+# tier -> limits in ms (MLPerf llama3.1-8b)
+SLO_TIERS: dict[str, dict[str, float]] = {
+    "interactive": {"ttft": 500.0, "tpot": 30.0},
+    "conversational": {"ttft": 2000.0, "tpot": 100.0},
+    "batch": {},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distribution:
+    """Milliseconds. A percentile that `n` does not support is None: p99 needs n >= 662."""
+
+    n: int
+    mean: float | None
+    min: float | None
+    p50: float | None
+    p90: float | None
+    p95: float | None
+    p99: float | None
+    max: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointSummary:
+    """`point.json`: one shape at one load, one repeat."""
+
+    schema: str = POINT_SCHEMA
+    definitions: str = DEFINITIONS
+    shape: str  # "ISL/OSL"
+    isl: int
+    osl: int
+    concurrency: int
+    repeat: int
+    requests: int  # measured, without warm-up
+    errors: Mapping[str, int]  # named error -> count
+    token_source: str
+    window_s: float  # length of the steady window
+    output_tok_s: float
+    output_tok_s_whole: float  # over the whole run, beside the steady window
+    input_tok_s: float
+    requests_s: float
+    tok_s_user: float | None
+    tok_s_gpu: float | None
+    goodput: Mapping[str, Mapping[str, float]]  # tier -> {"requests_s", "attainment", "low", "high"} (95 % Wilson)
+    ttft: Distribution
+    ttfb: Distribution
+    tpot: Distribution
+    chunk_gap: Distribution
+    e2e: Distribution
+    client: Mapping[str, float]  # cpu_share, loop_lag_p99_ms, schedule_lag_p99_ms, rss_bytes, delivered_concurrency
+    is_valid: bool
+    invalid_reasons: tuple[str, ...] = ()
+    started: str  # UTC, ISO 8601
+    duration_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """`manifest.json`. `identity` says what was measured: endpoint, model, engine card digest, server, hardware, tkit."""
+
+    schema: str = SWEEP_SCHEMA
+    definitions: str = DEFINITIONS
+    run: str  # the directory's name
+    label: str  # what a legend shows: the engine's name, or the model behind a URL
+    profile: str  # "quick/1"
+    profile_digest: str
+    seed: int
+    protocol: str
+    url: str
+    model: str
+    shapes: tuple[str, ...]
+    concurrency: tuple[int, ...]
+    repeats: int
+    requests: int | None = None
+    duration_s: float | None = None
+    engine: Mapping[str, Any] | None = None  # the whole engine card, so that a report needs nothing else
+    validation: Mapping[str, Any] | None = None  # the engine's validation record, when there was one
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    command: str
+    started: str
