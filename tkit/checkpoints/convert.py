@@ -1,0 +1,159 @@
+"""The one conversion loop: plan, check on headers, then one decoder layer at a time.
+
+Memory: the tensors of one layer (quantized formats) or of one module (plain formats), whatever the model's depth; plus the
+embedding, which is one tensor. Knows moves, files and a quantizer; knows no architecture and no calibration.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from tkit.architectures.moves import Move, Output
+from tkit.checkpoints.rank_file import RankFile, layout
+from tkit.checkpoints.reader import SourceCheckpoint
+from tkit.checkpoints.tensors import FLOAT_DTYPES, ITEM_BYTES, SAFETENSORS_DTYPE, cast, count_nonfinite, raw_dtype
+from tkit.errors import InputError
+from tkit.specs.progress import Progress
+
+Raw = tuple[np.ndarray, str]  # bits and their safetensors dtype
+
+
+class LayerQuantizer(Protocol):
+    """Quantizes the modules of one decoder layer that have a format."""
+
+    def embedding(self, weight: Raw) -> None:
+        """Called once, before the first layer, with the (vocab, hidden) embedding."""
+
+    def layer(self, index: int, sources: Mapping[str, Raw], moves: Sequence[Move]) -> Mapping[str, Mapping[str, Raw]]:
+        """{module: {stored tensor name: bits}} for the `moves` that have a format.
+
+        `sources` holds every tensor of the layer under its Hugging Face name.
+        """
+
+
+def rank_layouts(moves: Sequence[Move], dtype: str) -> dict[int, dict[str, tuple[str, tuple[int, ...]]]]:
+    """{rank: {tensor name: (safetensors dtype, shape)}} in file order. `dtype` is the model's, as config.json has it."""
+    layouts: dict[int, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    for output in (output for move in moves for output in move.outputs):
+        stored = SAFETENSORS_DTYPE[dtype] if output.dtype == "model" else output.dtype
+        layouts.setdefault(output.rank, {})[output.name] = (stored, output.shape)
+    return layouts
+
+
+def checkpoint_bytes(moves: Sequence[Move], dtype: str) -> int:
+    """Bytes of all rank files, headers included."""
+    return sum(len(header) + data for header, data in map(layout, rank_layouts(moves, dtype).values()))
+
+
+def check_sources(source: SourceCheckpoint, moves: Sequence[Move], ignored: Sequence[str]) -> None:
+    """Compares the source's headers with what the moves will read. Raises InputError with the whole list."""
+    problems, used = [], set()
+    for name, shape in ((n, s) for move in moves for n, s in zip(move.sources, move.source_shapes, strict=True)):
+        if name in used:
+            continue
+        used.add(name)
+        entry = source.entries.get(name)
+        if entry is None:
+            problems.append(f"{name} is missing, expected {shape}")
+        elif entry.shape != shape:
+            problems.append(f"{name} is {entry.shape}, config.json promises {shape}")
+        elif entry.dtype not in FLOAT_DTYPES:
+            problems.append(f"{name} is {entry.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
+    for name in source.entries.keys() - used:
+        # a tied lm_head may be stored beside the embedding it equals
+        if not name.endswith(tuple(ignored)) and name != "lm_head.weight":
+            problems.append(f"{name} {source.entries[name].shape} has no place in this architecture")
+    if problems:
+        raise InputError(f"{source.directory}: the weights do not match config.json", problems=sorted(problems))
+
+
+def convert(
+    source: SourceCheckpoint,
+    moves: Sequence[Move],
+    dtype: str,
+    directory: Path,
+    quantizer: LayerQuantizer | None,
+    progress: Progress,
+) -> dict[str, dict[str, object]]:
+    """Writes `rank{r}.safetensors` into `directory`; returns {file name: {"bytes", "sha256"}}.
+
+    Raises InputError naming every tensor that holds NaN or infinite values.
+    """
+    stored_dtype = SAFETENSORS_DTYPE[dtype]
+    nonfinite: list[str] = []
+
+    def read(name: str) -> Raw:
+        raw = cast(source.read(name), source.entries[name].dtype, stored_dtype)
+        bad = count_nonfinite(raw, stored_dtype)
+        if bad:
+            nonfinite.append(f"{name}: {bad} of {raw.size} values are NaN or infinite in {dtype}")
+        return raw, stored_dtype
+
+    with ExitStack() as stack:
+        files = {}
+        for rank, tensors in sorted(rank_layouts(moves, dtype).items()):
+            files[rank] = RankFile(directory / f"rank{rank}.safetensors", tensors)
+            stack.callback(files[rank].close)
+        steps = [list(group) for _, group in itertools.groupby(moves, key=lambda move: move.layer)]
+        for index, step in enumerate(steps):
+            progress.step("convert", index, len(steps))
+            _write_step(step, read, files, quantizer)
+            if nonfinite:
+                raise InputError(f"{source.directory}: weights are not finite", problems=nonfinite)
+        progress.step("convert", len(steps), len(steps))
+        return {
+            file.path.name: {"bytes": file.num_bytes, "sha256": file.finish()} for _, file in sorted(files.items())
+        }
+
+
+def _write_step(
+    step: Sequence[Move],
+    read: Callable[[str], Raw],
+    files: Mapping[int, RankFile],
+    quantizer: LayerQuantizer | None,
+) -> None:
+    """Moves one decoder layer, or the modules before or after the layers."""
+    to_quantize = [move for move in step if move.format is not None]
+    sources: dict[str, Raw] = {}
+    quantized: Mapping[str, Mapping[str, Raw]] = {}
+    if to_quantize and step[0].layer is not None:
+        assert quantizer is not None, "a move with a format needs a quantizer"
+        sources = {name: read(name) for move in step for name in move.sources}
+        quantized = quantizer.layer(step[0].layer, sources, to_quantize)
+    for move in step:
+        if move.format is not None:
+            parts = quantized[move.module]
+            for output in move.outputs:
+                raw, dtype = parts[output.part]
+                files[output.rank].write(output.name, take([raw], output, dtype))
+            continue
+        raws = [sources[name] if name in sources else read(name) for name in move.sources]
+        if quantizer is not None and move.module == "transformer.vocab_embedding":
+            quantizer.embedding(raws[0])
+        for output in move.outputs:
+            files[output.rank].write(output.name, take([raw for raw, _ in raws], output, raws[0][1]))
+
+
+def take(stacked: Sequence[np.ndarray], output: Output, dtype: str) -> Iterator[np.ndarray]:
+    """The rows and columns that `output` asks for, as views into arrays that lie one below the other.
+
+    Rows past the end are zeros (vocabulary padding).
+    """
+    for start, stop in output.rows:
+        offset = 0
+        for array in stacked:
+            low, high = max(start - offset, 0), min(stop - offset, len(array))
+            if low < high:
+                rows = array[low:high]
+                yield rows if output.columns is None else rows[:, output.columns[0] : output.columns[1]]
+            offset += len(array)
+        if stop > offset:
+            row_size = math.prod(output.shape[1:])
+            yield np.zeros((stop - max(start, offset), row_size), raw_dtype(dtype))

@@ -1,0 +1,82 @@
+"""The way back: a TensorRT-LLM checkpoint -> the whole tensors it was cut from, one module at a time.
+
+The reference runtime stands on it, so what is validated and served is what was written. Stored parts come back as they
+are (codes and scales); `quantize.dequantize` makes weights of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tkit.architectures.moves import Move
+from tkit.checkpoints.reader import SourceCheckpoint, read_header
+from tkit.checkpoints.tensors import raw_dtype
+from tkit.errors import InputError
+
+
+class RankFiles(SourceCheckpoint):
+    """All `rank{r}.safetensors` of a checkpoint directory; tensors are named `{rank}/{name}`."""
+
+    def __init__(self, directory: Path, world_size: int):
+        self.directory = directory
+        self.entries = {}
+        self._descriptors = {}
+        for rank in range(world_size):
+            for name, entry in read_header(directory / f"rank{rank}.safetensors").items():
+                self.entries[f"{rank}/{name}"] = entry
+
+
+def merge(files: RankFiles, moves: Sequence[Move]) -> Iterator[tuple[Move, dict[str, tuple[np.ndarray, str]]]]:
+    """Yields each move with {part: (bits, dtype)} of its whole tensors, vocabulary padding removed.
+
+    Memory: one module. Raises InputError listing every tensor that is absent or has another shape than planned.
+    """
+    problems = [
+        f"rank {output.rank}: {output.name} is {found}, config.json promises {output.shape}"
+        for move in moves
+        for output in move.outputs
+        if (found := _shape(files, output.rank, output.name)) != output.shape
+    ]
+    if problems:
+        raise InputError(
+            f"{files.directory}: the rank files contradict config.json", problems=problems, hint="rebuild with tkit build"
+        )
+    for move in moves:
+        yield move, {part: _whole(files, move, part) for part in dict.fromkeys(output.part for output in move.outputs)}
+
+
+def split_sources(whole: np.ndarray, move: Move) -> dict[str, np.ndarray]:
+    """{Hugging Face name: rows} of a whole plain tensor, in the order in which the sources were stacked."""
+    starts = np.cumsum([shape[0] for shape in move.source_shapes])[:-1]
+    return dict(zip(move.sources, np.split(whole, starts), strict=True))
+
+
+def _shape(files: RankFiles, rank: int, name: str) -> tuple[int, ...] | None:
+    entry = files.entries.get(f"{rank}/{name}")
+    return None if entry is None else entry.shape
+
+
+def _whole(files: RankFiles, move: Move, part: str) -> tuple[np.ndarray, str]:
+    outputs = [output for output in move.outputs if output.part == part]
+    num_rows = max(stop for output in outputs for _, stop in output.rows)
+    first = outputs[0]
+    shape: tuple[int, ...] = (num_rows,)
+    if first.columns is not None:
+        shape = (num_rows, max(output.columns[1] for output in outputs if output.columns is not None))
+    dtype = files.entries[f"{first.rank}/{first.name}"].dtype
+    whole = np.empty(shape, raw_dtype(dtype))
+    for output in outputs:
+        raw, position = files.read(f"{output.rank}/{output.name}"), 0
+        for start, stop in output.rows:
+            rows = raw[position : position + stop - start]
+            if output.columns is None:
+                whole[start:stop] = rows
+            else:
+                whole[start:stop, output.columns[0] : output.columns[1]] = rows
+            position += stop - start
+    if part == "weight" and move.format is None:
+        whole = whole[: sum(shape[0] for shape in move.source_shapes)]
+    return whole, dtype

@@ -1,0 +1,168 @@
+"""Reads Hugging Face safetensors checkpoints: headers first, then one tensor at a time.
+
+Format: 8 bytes little-endian header length, JSON header {name: {dtype, shape, data_offsets}}, data.
+https://github.com/huggingface/safetensors#format. Reads with pread, not mmap: a file truncated while mapped kills the
+process instead of raising.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from tkit.checkpoints.tensors import ITEM_BYTES, raw_dtype
+from tkit.errors import InputError
+from tkit.files import read_json, unique_keys
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies. `offset` counts from the start of the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file, checked against each other and the file's size. Reads no data."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise InputError(f"{path}: not a safetensors file: {size} bytes, header length {length}")
+            header = json.loads(file.read(length), object_pairs_hook=unique_keys)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: unreadable safetensors header: {error}") from error
+    header.pop("__metadata__", None)
+    entries, problems, spans = {}, [], []
+    for name, value in header.items():
+        try:
+            dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+            entry = TensorEntry(path, dtype, shape, 8 + length + start)
+            if entry.num_bytes != stop - start or min(shape, default=1) < 0:
+                problems.append(f"{name}: {dtype} {shape} needs {entry.num_bytes} bytes, the header gives {stop - start}")
+        except (KeyError, TypeError, ValueError):
+            problems.append(f"{name}: malformed entry {value!r}")
+            continue
+        entries[name] = entry
+        spans.append((start, stop, name))
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            problems.append(f"{name}: starts at byte {start} of the data, expected {end}")
+        end = stop
+    if end != size - 8 - length:
+        problems.append(f"the header describes {end} bytes of data, the file holds {size - 8 - length}")
+    if problems:
+        raise InputError(f"{path}: the header contradicts the file", problems=problems)
+    return entries
+
+
+class SourceCheckpoint:
+    """The tensors of a Hugging Face model directory, whatever number of files they lie in.
+
+    Memory: one tensor at a time, the one being read.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.entries: dict[str, TensorEntry] = {}
+        problems = []
+        for path in _shards(directory):
+            try:
+                header = read_header(path)
+            except InputError as error:
+                problems.append(str(error))
+                continue
+            for name in header.keys() & self.entries.keys():
+                problems.append(f"{name} stands in {self.entries[name].file.name} and in {path.name}")
+            self.entries.update(header)
+        if problems:
+            raise InputError(f"{directory}: unreadable checkpoint", problems=problems)
+        self._descriptors: dict[Path, int] = {}
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({entry.file for entry in self.entries.values()})
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.num_bytes for entry in self.entries.values())
+
+    def read(self, name: str) -> np.ndarray:
+        """The raw bits of one tensor, in its shape."""
+        entry = self.entries[name]
+        raw = np.empty(entry.shape, raw_dtype(entry.dtype))
+        buffer = memoryview(raw.reshape(-1)).cast("B") if raw.size else memoryview(b"")
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._descriptor(entry.file), [buffer[done:]], entry.offset + done)
+            if count == 0:
+                raise InputError(f"{entry.file}: ended while {name} was read; did another program change it?")
+            done += count
+        return raw
+
+    def _descriptor(self, path: Path) -> int:
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return self._descriptors[path]
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __enter__(self) -> SourceCheckpoint:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+
+def _shards(directory: Path) -> list[Path]:
+    """The weight files: those that the index names, or `model.safetensors`."""
+    index_path = directory / INDEX_FILE
+    if not index_path.exists():
+        single = directory / SINGLE_FILE
+        if single.exists():
+            return [single]
+        others = sorted(path.name for path in directory.glob("*.bin")) if directory.is_dir() else []
+        pickled = f"; {', '.join(others[:3])} would run code when loaded" if others else ""
+        raise InputError(
+            f"{directory}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE}{pickled}",
+            hint="tkit reads safetensors; download the model's *.safetensors files or convert it with transformers",
+        )
+    index = read_json(index_path)
+    names = set(index.get("weight_map", {}).values()) if isinstance(index, dict) else set()
+    problems = []
+    for name in sorted(names):
+        if not isinstance(name, str) or Path(name).name != name:
+            problems.append(f'shard "{name}" points outside the model directory')
+        elif not (directory / name).exists():
+            problems.append(f"shard {name} is missing")
+    if not names:
+        problems.append('"weight_map" is empty')
+    if problems:
+        raise InputError(f"{index_path}: the index does not match the directory", problems=problems)
+    return [directory / name for name in sorted(names)]
