@@ -1,0 +1,64 @@
+"""`tkit build`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from tkit.cli.output import Output, output_options
+from tkit.specs.recipe import BACKENDS, EngineRecipe
+from tkit.units import format_bytes, format_seconds
+
+
+@click.command("build")
+@click.argument("model", required=False)
+@click.option("--tp", "tp_size", type=click.IntRange(min=1), help="Tensor-parallel size, in GPUs.  [default: 1]")
+@click.option("--pp", "pp_size", type=click.IntRange(min=1), help="Pipeline-parallel size, in GPUs.  [default: 1]")
+@click.option("--quant", help="none, int8, fp8 or int4_awq.  [default: none]")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What will run the engine.")
+@click.option("--calib", type=click.Path(), help="Calibration text, .txt or .jsonl.  [default: ships with tkit]")
+@click.option("--calib-samples", type=click.IntRange(min=1), help="Calibration samples.  [default: 16]")
+@click.option("--calib-len", type=click.IntRange(min=1), help="Tokens per calibration sample.  [default: 256]")
+@click.option("--seed", type=int, help="Seed of the calibration windows.  [default: 0]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu", show_default=True,
+              help="Where calibration runs.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default="engines", show_default=True, help="Engines directory.")
+@click.option("--name", help="Engine name.  [default: made from model, quantization, layout and inputs]")
+@click.option("--force", is_flag=True, help="Build again even when the engine exists.")
+@click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
+@output_options
+def command(
+    output: Output, model: str | None, backend: str, device: str, out: Path, force: bool, dry_run: bool, **overrides: object
+) -> None:
+    """Convert and quantize MODEL into an engine directory.
+
+    MODEL is a directory, a Hugging Face hub id, or the name of a recipe in model_configs/; the demo model when left out.
+    Options that are not given come from the recipe's first engine. The last line of stdout is the engine's path.
+    """
+    from tkit.files import from_mapping
+    from tkit.stages.build import build, plan_build
+    from tkit.stages.models import fetch_model, find_recipe
+
+    name, recipe = find_recipe(model)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    engine_recipe = from_mapping(EngineRecipe, {**dataclasses.asdict(recipe.engines[0]), **given}, "tkit build")
+    plan = plan_build(fetch_model(recipe, name), engine_recipe, output)
+    if dry_run:
+        tensors = sum(len(files) for files in plan.record()["ranks"].values())
+        text = f"{plan.name}: {tensors} tensors, {format_bytes(plan.num_bytes)} in {plan.recipe.parallel.world_size} files"
+        output.record(plan.record(), text)
+        return
+    directory, card, existed = build(plan, output, out=out, device=device, force=force)
+    if existed:
+        text = f"{card.name} exists, built from the same inputs"
+    else:
+        seconds, peak = card.build["seconds"], card.build["peak_memory_bytes"]
+        ratio = card.weight_bytes / sum(f["bytes"] for n, f in card.source["files"].items() if n.endswith(".safetensors"))
+        text = (
+            f"{card.name}: {format_bytes(card.weight_bytes)} of weights ({ratio:.2f} x the source), "
+            f"{card.num_params / 1e6:.1f} M parameters, {card.quant_algo or card.dtype}, "
+            f"tp {card.tp_size} pp {card.pp_size}, {format_seconds(seconds)}, peak memory {format_bytes(peak)}"
+        )
+    output.record(card, text, last_line=str(directory))

@@ -1,0 +1,41 @@
+"""`tkit validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tkit.cli.output import Output, output_options
+
+
+@click.command("validate")
+@click.argument("engine", required=False)
+@click.option("--source", type=click.Path(path_type=Path), help="Model directory to compare with.  [default: from the card]")
+@click.option("--text", type=click.Path(path_type=Path), help="Held-out text.  [default: ships with tkit]")
+@click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="Windows of 512 tokens.")
+@click.option("--max-kl", type=float, help="Exit 3 when the mean KL divergence, in nats per token, is larger.")
+@click.option("--max-ppl-ratio", type=float, help="Exit 3 when perplexity / source perplexity is larger.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@output_options
+def command(
+    output: Output,
+    engine: str | None,
+    source: Path | None,
+    text: Path | None,
+    windows: int,
+    max_kl: float | None,
+    max_ppl_ratio: float | None,
+    device: str,
+) -> None:
+    """Run ENGINE (default: the newest) against its source model on held-out text."""
+    from tkit.stages.engines import find_engine
+    from tkit.stages.validate import check_gates, validate
+
+    record = validate(find_engine(engine), output, source=source, text=text, num_windows=windows, device=device)
+    output.record(
+        record,
+        f"{record.engine}: perplexity {record.ppl:.3f} (source {record.ppl_source:.3f}, ratio {record.ppl_ratio:.4f}), "
+        f"KL {record.kl:.2e} nats/token, top-1 agreement {record.top1:.2%} over {record.tokens} tokens",
+    )
+    check_gates(record, max_kl=max_kl, max_ppl_ratio=max_ppl_ratio)

@@ -1,0 +1,46 @@
+"""FP8 per tensor, weights and activations.
+
+    scale = amax(|w|) / 448        q = e4m3(w / scale), nearest even, saturating        w ~ q * scale
+    activation scale = amax(|x|) / 448 over the calibration tokens (static)
+
+Layout: TensorRT-LLM `FP8`: weight (out, in) float8_e4m3fn, both scales (1,) float32. A fused q/k/v weight has one scale,
+the largest of the three, because the weight is quantized as it is stored: stacked. Follows NVIDIA ModelOpt 0.47.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from tkit.quantize.statistics import InputStatistics
+
+FP8_MAX = 448.0  # largest finite e4m3fn value
+
+
+def fp8_scale(amax: torch.Tensor) -> torch.Tensor:
+    """(1,) float32. All-zero tensors get 1.0: any scale is exact, and 0 would divide."""
+    scale = amax.float().reshape(1) / FP8_MAX
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def round_to_fp8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (values / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def quantize(weights: Mapping[str, torch.Tensor], inputs: InputStatistics) -> dict[str, dict[str, torch.Tensor]]:
+    """{module: {stored tensor: values}} for float32 weights (out, in) that read the same activations."""
+    stored = {}
+    for module, weight in weights.items():
+        scale = fp8_scale(weight.abs().amax())
+        stored[module] = {
+            "weight": round_to_fp8(weight, scale),
+            "weights_scaling_factor": scale,
+            "activation_scaling_factor": fp8_scale(inputs.abs_max.amax()),
+        }
+    return stored
+
+
+def dequantize(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(out, in) float32."""
+    return stored["weight"].float() * stored["weights_scaling_factor"]

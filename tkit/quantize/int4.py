@@ -1,0 +1,40 @@
+"""INT4 in groups along the input: the grid and the packing, shared by every int4 format.
+
+    scale = amax(|w|, group) / 7        q = clip(round_half_even(w / scale), -8, 7)        w ~ q * scale
+
+The loader casts scales to the model's dtype, so the scale is rounded to it *before* the codes are chosen: what is searched
+and validated is what the kernel multiplies by. Stored as float32, the type every reader accepts.
+
+Layout: TensorRT-LLM `W4A16_AWQ`, neutral: int8 (out/2, in), byte [r, c] holds rows 2r (low nibble) and 2r+1, two's
+complement; scales (out, in/group).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def quantize(weight: torch.Tensor, group_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (out, in) int8 and scales (out, in/group) float32 holding values of `dtype`."""
+    groups = weight.reshape(len(weight), -1, group_size)  # (out, groups, group)
+    scale = (groups.abs().amax(dim=-1) / 7).to(dtype).float()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    codes = (groups / scale[..., None]).round().clamp(-8, 7)
+    return codes.reshape(weight.shape).to(torch.int8), scale
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(out, in) float32."""
+    groups = codes.reshape(*scale.shape, -1).float()
+    return (groups * scale[..., None]).reshape(codes.shape)
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """(out, in) int8 codes -> (out/2, in) int8."""
+    return (codes[0::2] & 0xF) | (codes[1::2] << 4)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """(out/2, in) int8 -> (out, in) int8; shifting left and back right carries the sign into the low nibble."""
+    codes = torch.stack(((packed << 4) >> 4, packed >> 4), dim=1)  # (out/2, 2, in)
+    return codes.reshape(-1, packed.shape[1])

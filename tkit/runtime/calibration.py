@@ -1,0 +1,151 @@
+"""Calibration, one decoder layer at a time: the layer's weights come, the calibration tokens pass through it, statistics
+of every linear layer's input are taken, its weights are quantized, it goes.
+
+Each layer sees the activations of the original weights, not of the layers quantized so far. The layers are transformers'
+own modules; how the model calls them (masks, rotary tables, per-layer kinds) is recorded from a run of the empty model.
+Memory: one layer in float32, the embedding, and the activations (samples x length x hidden, float32), whatever the depth.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from tkit.architectures.config import hf_config
+from tkit.architectures.moves import Move
+from tkit.errors import InputError
+from tkit.files import read_jsonl_texts
+from tkit.quantize.statistics import InputStatistics
+from tkit.quantize.table import quantize
+from tkit.runtime.bits import to_raw, to_torch
+from tkit.specs.model import ModelSpec
+
+Raw = tuple[np.ndarray, str]
+
+BATCH_TOKENS = 4096  # bounds the activations inside a layer; larger batches are not faster on a CPU
+
+
+class CalibratedQuantizer:
+    """The `LayerQuantizer` of every format that looks at activations. `tokens` is (samples, length) int64."""
+
+    def __init__(self, spec: ModelSpec, tokens: torch.Tensor, device: str = "cpu"):
+        self.spec = spec
+        self.tokens = tokens
+        self.device = device
+        self.hidden = torch.zeros(0)  # (samples, length, hidden), the input of the next layer
+        self._model: PreTrainedModel
+        self._calls: list[dict[str, Any]] = []
+
+    def embedding(self, weight: Raw) -> None:
+        table = to_torch(*weight)
+        self._model = _empty_model(self.spec, self.device)
+        embeddings = torch.nn.functional.embedding(self.tokens, table).float()
+        with torch.inference_mode():
+            self.hidden, self._calls = _record_layer_calls(self._model, embeddings.to(self.device))
+
+    def layer(self, index: int, sources: Mapping[str, Raw], moves: Sequence[Move]) -> dict[str, dict[str, Raw]]:
+        prefix = f"model.layers.{index}."
+        weights = {name.removeprefix(prefix): to_torch(*raw) for name, raw in sources.items()}
+        layer = self._model.layers[index]
+        layer.load_state_dict({name: w.float().to(self.device) for name, w in weights.items()}, assign=True)
+        statistics = self._run(layer, self._calls[index], moves, prefix)
+        layer.to("meta")
+        quantized: dict[str, dict[str, Raw]] = {}
+        for input_name in dict.fromkeys(move.input for move in moves):
+            group = [move for move in moves if move.input == input_name]
+            stacked = {
+                move.module: torch.cat([weights[name.removeprefix(prefix)] for name in move.sources]).float()
+                for move in group
+            }
+            assert group[0].format is not None
+            dtype = getattr(torch, self.spec.dtype)
+            for module, stored in quantize(group[0].format.name, stacked, statistics[group[0].module], dtype).items():
+                quantized[module] = {part: to_raw(values) for part, values in stored.items()}
+        return quantized
+
+    @torch.inference_mode()
+    def _run(
+        self, layer: torch.nn.Module, call: dict[str, Any], moves: Sequence[Move], prefix: str
+    ) -> dict[str, InputStatistics]:
+        """Passes the activations through `layer`; returns the input statistics of each module."""
+        statistics = {move.module: InputStatistics(self.tokens.numel()) for move in moves}
+        hooks = []
+        for move in moves:
+            linear = layer.get_submodule(move.sources[0].removeprefix(prefix).removesuffix(".weight"))
+            observe = statistics[move.module].update
+            hooks.append(linear.register_forward_pre_hook(lambda _, arguments, observe=observe: observe(arguments[0])))
+        batch = max(BATCH_TOKENS // self.tokens.shape[1], 1)
+        for start in range(0, len(self.hidden), batch):
+            output = layer(self.hidden[start : start + batch], **call)
+            self.hidden[start : start + batch] = output[0] if isinstance(output, tuple) else output
+        for hook in hooks:
+            hook.remove()
+        return statistics
+
+
+def calibration_tokens(file: Path, tokenizer: Tokenizer, num_samples: int, length: int, seed: int) -> torch.Tensor:
+    """(num_samples, length) int64: windows of the text at random places, the same for the same seed.
+
+    `.txt` is one text; each line of `.jsonl` holds one under "text". Raises InputError when the text is too short.
+    """
+    texts = read_jsonl_texts(file) if file.suffix == ".jsonl" else [file.read_text(encoding="utf-8")]
+    ids = [token for text in texts for token in tokenizer.encode(text, add_special_tokens=False).ids]
+    if len(ids) < length + num_samples:
+        raise InputError(
+            f"{file}: {len(ids)} tokens, {num_samples} samples of {length} need at least {length + num_samples}",
+            hint="give a longer --calib text, or lower --calib-len",
+        )
+    starts = sorted(random.Random(seed).sample(range(len(ids) - length + 1), num_samples))
+    return torch.tensor([ids[start : start + length] for start in starts], dtype=torch.int64)
+
+
+def _empty_model(spec: ModelSpec, device: str) -> PreTrainedModel:
+    """The decoder without weights, on the meta device; only its rotary tables are real."""
+    arguments = hf_config(spec)
+    config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    config.dtype = torch.float32
+    with torch.device("meta"):
+        model = AutoModel.from_config(config).eval()
+    model.rotary_emb = type(model.rotary_emb)(config=config).to(device)
+    model.norm = torch.nn.Identity()
+    return model
+
+
+class _Recorder(torch.nn.Module):
+    """Stands where a decoder layer will be; keeps how it was called and passes its input on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = torch.zeros(0)
+        self.call: dict[str, Any] = {}
+
+    def forward(self, hidden_states: torch.Tensor, **call: Any) -> torch.Tensor:
+        self.hidden, self.call = hidden_states, call
+        return hidden_states
+
+
+def _record_layer_calls(
+    model: PreTrainedModel, embeddings: torch.Tensor
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """The first layer's input for every sample, and the keyword arguments of each layer.
+
+    One sample decides the arguments: tables and masks of one row broadcast over the batch.
+    """
+    layers = model.layers
+    recorders = torch.nn.ModuleList(_Recorder() for _ in layers)
+    model.layers = recorders
+    try:
+        first = []
+        for sample in embeddings.split(1):
+            model(inputs_embeds=sample, use_cache=False)
+            first.append(recorders[0].hidden)
+        return torch.cat(first), [recorder.call for recorder in recorders]
+    finally:
+        model.layers = layers

@@ -1,0 +1,98 @@
+"""A written TensorRT-LLM checkpoint -> a transformers model that computes what its kernels would.
+
+Reads `checkpoint/` and nothing else: the model's shape comes from its config.json, the weights are merged from the rank
+files and dequantized, inputs of FP8 layers are rounded with the stored static scale. Memory: the whole model in `dtype`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from tkit.architectures.config import hf_config, spec_from_trtllm
+from tkit.architectures.moves import Move, plan_moves
+from tkit.checkpoints.merge import merge, split_sources
+from tkit.checkpoints.reader import open_ranks
+from tkit.errors import InputError
+from tkit.files import read_json
+from tkit.quantize import fp8, int8
+from tkit.quantize.table import DEQUANTIZE
+from tkit.runtime.bits import to_torch
+from tkit.specs.model import ModelSpec
+from tkit.specs.parallel import Parallel
+from tkit.specs.quantization import QUANT_FORMATS, QuantFormat
+
+
+def pick_device(device: str = "auto") -> str:
+    """`auto` is CUDA where torch sees a GPU."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU", hint="use --device cpu, or install torch's CUDA build")
+    return device
+
+
+def load_model(engine_dir: Path, device: str = "auto") -> tuple[PreTrainedModel, ModelSpec]:
+    """The model in eval mode; float32 on the CPU (faster there than 16 bits, and batching does not change greedy text),
+    the checkpoint's own dtype on CUDA."""
+    device = pick_device(device)
+    config = read_json(engine_dir / "checkpoint" / "config.json")
+    spec, quant = spec_from_trtllm(config), quant_of(config)
+    parallel = Parallel(tp_size=config["mapping"]["tp_size"], pp_size=config["mapping"]["pp_size"])
+    dtype = torch.float32 if device == "cpu" else getattr(torch, spec.dtype)
+    weights: dict[str, torch.Tensor] = {}
+    input_scales: dict[str, torch.Tensor] = {}
+    with open_ranks(engine_dir / "checkpoint", parallel.world_size) as files:
+        for move, parts in merge(files, plan_moves(spec, quant, parallel)):
+            stored = {part: to_torch(raw, code) for part, (raw, code) in parts.items()}
+            weights.update(_hugging_face_weights(move, stored, quant, dtype))
+            if "activation_scaling_factor" in stored:
+                for source in move.sources:
+                    input_scales[source.removesuffix(".weight")] = stored["activation_scaling_factor"]
+    if spec.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    model = model_from_weights(spec, weights, dtype).to(device)
+    for name, scale in input_scales.items():
+        model.get_submodule(name).register_forward_pre_hook(_fp8_input(scale.to(device)))
+    return model, spec
+
+
+def quant_of(config: dict[str, Any]) -> QuantFormat:
+    """The format that config.json names."""
+    algo = config["quantization"]["quant_algo"]
+    return next(format for format in QUANT_FORMATS.values() if format.algo == algo)
+
+
+def model_from_weights(spec: ModelSpec, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' own class for `spec`, holding `weights` under their Hugging Face names."""
+    arguments = hf_config(spec)
+    config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    model_class = getattr(transformers, spec.architecture)
+    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype).eval()
+
+
+def _hugging_face_weights(
+    move: Move, stored: dict[str, torch.Tensor], quant: QuantFormat, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    if "bias" in stored:
+        whole = stored["bias"]
+    elif move.format is not None:
+        whole = DEQUANTIZE[move.format.name](stored)
+    elif quant.name == "int8" and move.input is not None:
+        whole = int8.rounded(stored["weight"])
+    else:
+        whole = stored["weight"]
+    sizes = [shape[0] for shape in move.source_shapes]
+    return dict(zip(move.sources, (part.to(dtype) for part in whole.split(sizes)), strict=True))
+
+
+def _fp8_input(scale: torch.Tensor) -> Any:
+    def round_input(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        x = arguments[0]
+        return ((fp8.round_to_fp8(x.float(), scale).float() * scale).to(x.dtype),)
+
+    return round_input

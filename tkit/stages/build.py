@@ -1,0 +1,322 @@
+"""Build: Hugging Face checkpoint -> engine directory. Resolve, plan, check on headers, convert, write the card, rename.
+
+A directory under `engines/` with a card is complete and is never changed again; until then the build lives in
+`engines/.tmp-<key>-<pid>`, which the next build removes if this one is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tokenizers import Tokenizer
+
+from tkit import __version__, demo
+from tkit.architectures.config import spec_from_hf, trtllm_config
+from tkit.architectures.moves import Move, plan_moves
+from tkit.architectures.table import ARCHITECTURES
+from tkit.checkpoints.convert import LayerQuantizer, check_sources, checkpoint_bytes, convert, rank_layouts
+from tkit.checkpoints.reader import TensorFiles, open_source
+from tkit.errors import InputError
+from tkit.files import read_json, sha256_file, sync_directory, write_json
+from tkit.specs.engine import CARD_FILE, EngineCard
+from tkit.specs.model import ModelSpec
+from tkit.specs.progress import Progress
+from tkit.specs.quantization import QuantFormat, quant_format
+from tkit.specs.recipe import EngineRecipe
+from tkit.stages.engines import ENGINES_DIR, read_card
+from tkit.stages.models import TOKENIZER_FILES, ModelSource, copy_tokenizer
+from tkit.units import format_bytes
+
+BACKEND = "reference"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildPlan:
+    """Everything a build will do, known before a byte is written."""
+
+    name: str
+    key: str
+    source: ModelSource
+    source_files: dict[str, dict[str, Any]]
+    recipe: EngineRecipe
+    spec: ModelSpec
+    quant: QuantFormat
+    moves: Sequence[Move]
+    calib_file: Path | None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return trtllm_config(self.spec, self.quant, self.recipe.parallel)
+
+    @property
+    def num_bytes(self) -> int:
+        return checkpoint_bytes(self.moves, self.spec.dtype)
+
+    def record(self) -> dict[str, Any]:
+        """What `--dry-run` prints: the engine's name, its config.json and every tensor of every rank."""
+        layouts = rank_layouts(self.moves, self.spec.dtype)
+        return {
+            "name": self.name,
+            "key": self.key,
+            "bytes": self.num_bytes,
+            "config": self.config,
+            "moves": [
+                {"module": move.module, "sources": move.sources, "outputs": [output.name for output in move.outputs]}
+                for move in self.moves
+            ],
+            "ranks": {
+                f"rank{rank}.safetensors": {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in files.items()}
+                for rank, files in sorted(layouts.items())
+            },
+        }
+
+
+def plan_build(source: ModelSource, recipe: EngineRecipe, progress: Progress) -> BuildPlan:
+    """Resolves and checks. Raises InputError with everything that is wrong with the config, the layout or the weights."""
+    config_path = source.directory / "config.json"
+    config = read_json(config_path)
+    if not isinstance(config, dict):
+        raise InputError(f"{config_path}: expected a mapping of keys, found {type(config).__name__}")
+    spec = spec_from_hf(config, str(config_path))
+    quant = quant_format(recipe.quant)
+    moves = plan_moves(spec, quant, recipe.parallel)
+    with open_source(source.directory) as files:
+        check_sources(files, moves, ARCHITECTURES[spec.architecture].ignored)
+        paths = files.files
+    calib_file = _calibration_file(recipe) if quant.needs_calibration else None
+    used = [config_path, *paths, *(source.directory / name for name in TOKENIZER_FILES)]
+    source_files = _digests(source.directory, [path for path in used if path.exists()], progress)
+    inputs = {
+        "backend": BACKEND,
+        "tkit": __version__,
+        "recipe": dataclasses.asdict(dataclasses.replace(recipe, name=None, calib=None)),
+        "calib": sha256_file(calib_file) if calib_file else None,
+        "source": {name: facts["sha256"] for name, facts in source_files.items()},
+    }
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return BuildPlan(
+        name=recipe.name or _engine_name(source.name, recipe, key),
+        key=key,
+        source=source,
+        source_files=source_files,
+        recipe=recipe,
+        spec=spec,
+        quant=quant,
+        moves=moves,
+        calib_file=calib_file,
+    )
+
+
+def build(
+    plan: BuildPlan, progress: Progress, *, out: Path = ENGINES_DIR, device: str = "cpu", force: bool = False
+) -> tuple[Path, EngineCard, bool]:
+    """(engine directory, card, whether it was there already). Equal inputs give the engine that exists, unless `force`."""
+    started = time.monotonic()
+    target = out / plan.name
+    if not force and (target / CARD_FILE).exists():
+        card = read_card(target)
+        if card.key == plan.key:
+            return target, card, True
+        raise InputError(
+            f"{target}: an engine of that name was built from other inputs",
+            hint="choose another --name, or replace it with --force",
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(out)
+    _check_disk(out, plan)
+    work = out / f".tmp-{plan.key[:12]}-{os.getpid()}"
+    try:
+        (work / "checkpoint").mkdir(parents=True)
+        card = _write_engine(plan, work, device, started, progress)
+        return target, _publish(work, target, card, force), False
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_engine(plan: BuildPlan, work: Path, device: str, started: float, progress: Progress) -> EngineCard:
+    tokenizer = copy_tokenizer(plan.source.directory, work / "tokenizer", plan.spec.vocab_size)
+    quantizer = _quantizer(plan, tokenizer, device) if plan.quant.needs_calibration else None
+    write_json(work / "checkpoint" / "config.json", plan.config)
+    with open_source(plan.source.directory) as source:
+        converted = convert(source, plan.moves, plan.spec.dtype, work / "checkpoint", quantizer, progress)
+        notes = _notes(plan, source)
+    files = {f"checkpoint/{name}": facts for name, facts in converted.items()}
+    for path in (work / "checkpoint" / "config.json", *sorted((work / "tokenizer").iterdir())):
+        files[str(path.relative_to(work))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    weight_bytes = sum(int(facts["bytes"]) for facts in converted.values())
+    seconds = time.monotonic() - started
+    card = EngineCard(
+        name=plan.name,
+        key=plan.key,
+        created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        backend=BACKEND,
+        architecture=plan.spec.architecture,
+        dtype=plan.spec.dtype,
+        quant=plan.quant.name,
+        quant_algo=plan.quant.algo,
+        tp_size=plan.recipe.tp_size,
+        pp_size=plan.recipe.pp_size,
+        num_params=_num_params(plan),
+        weight_bytes=weight_bytes,
+        max_position_embeddings=plan.spec.max_position_embeddings,
+        vocab_size=plan.spec.vocab_size,
+        recipe=dataclasses.asdict(plan.recipe),
+        source={
+            "model": plan.source.model,
+            "path": str(plan.source.directory),
+            "revision": plan.source.revision,
+            "files": plan.source_files,
+        },
+        files=files,
+        versions=_versions(),
+        command=_command(plan),
+        build={
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "source_bytes": sum(facts["bytes"] for facts in plan.source_files.values()),
+            "device": device,
+        },
+        notes=notes,
+    )
+    for directory in (work / "checkpoint", work / "tokenizer"):
+        sync_directory(directory)
+    write_json(work / CARD_FILE, card)
+    return card
+
+
+def _publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineCard:
+    """Renames the finished directory into place. When another process was first with the same inputs, its engine stays."""
+    if force and target.exists():
+        old = target.with_name(f".tmp-old-{target.name}-{os.getpid()}")
+        target.rename(old)
+        work.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        try:
+            work.rename(target)
+        except OSError as error:
+            with contextlib.suppress(InputError):
+                winner = read_card(target)
+                if winner.key == card.key:
+                    return winner
+            raise InputError(f"{target}: in the way: {error.strerror}", hint="move it, or choose another --name") from error
+    sync_directory(target.parent)
+    return card
+
+
+def _quantizer(plan: BuildPlan, tokenizer: Tokenizer, device: str) -> LayerQuantizer:
+    from tkit.runtime.calibration import CalibratedQuantizer, calibration_tokens
+    from tkit.runtime.load import pick_device
+
+    assert plan.calib_file is not None
+    recipe = plan.recipe
+    tokens = calibration_tokens(plan.calib_file, tokenizer, recipe.calib_samples, recipe.calib_len, recipe.seed)
+    return CalibratedQuantizer(plan.spec, tokens, pick_device(device))
+
+
+def _calibration_file(recipe: EngineRecipe) -> Path:
+    if recipe.calib is None:
+        return demo.CALIBRATION
+    path = Path(recipe.calib)
+    if not path.is_file():
+        raise InputError(f"--calib {path}: no such file")
+    if path.suffix not in (".txt", ".jsonl"):
+        raise InputError(f"--calib {path}: expected .txt (one text) or .jsonl (a text per line)")
+    return path
+
+
+def _digests(directory: Path, paths: Sequence[Path], progress: Progress) -> dict[str, dict[str, Any]]:
+    """{file name: {"bytes", "sha256"}}; several files at once, hashlib releases the interpreter."""
+    facts = {}
+    with ThreadPoolExecutor() as pool:
+        for done, (path, digest) in enumerate(zip(paths, pool.map(sha256_file, paths), strict=True), start=1):
+            progress.step("hash source", done, len(paths))
+            facts[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": digest}
+    return facts
+
+
+def _engine_name(model: str, recipe: EngineRecipe, key: str) -> str:
+    slug = re.sub(r"[^a-z0-9.]+", "-", model.lower()).strip("-.") or "model"
+    pipeline = f"-pp{recipe.pp_size}" if recipe.pp_size > 1 else ""
+    return f"{slug}-{recipe.quant}-tp{recipe.tp_size}{pipeline}-{key[:6]}"
+
+
+def _check_disk(out: Path, plan: BuildPlan) -> None:
+    free = shutil.disk_usage(out).free
+    if free < plan.num_bytes:
+        raise InputError(
+            f"{out}: {format_bytes(free)} free, the engine needs {format_bytes(plan.num_bytes)}",
+            hint="free some space or build elsewhere with --out",
+        )
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Directories of builds whose process is gone."""
+    for path in out.glob(".tmp-*"):
+        pid = path.name.rsplit("-", 1)[-1]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _num_params(plan: BuildPlan) -> int:
+    """Distinct source values: a tied lm_head counts once."""
+    shapes = {name: shape for move in plan.moves for name, shape in zip(move.sources, move.source_shapes, strict=True)}
+    total = 0
+    for shape in shapes.values():
+        size = 1
+        for dimension in shape:
+            size *= dimension
+        total += size
+    return total
+
+
+def _notes(plan: BuildPlan, source: TensorFiles) -> tuple[str, ...]:
+    """What a reader of the card could not guess."""
+    notes = []
+    dtypes = sorted({entry.dtype for entry in source.entries.values()})
+    if dtypes == ["F32"]:
+        notes.append(f"the source is float32; weights were rounded to {plan.spec.dtype}")
+    if plan.quant.name == "int8":
+        notes.append("W8A16 ships as plain 16-bit weights; trtllm-build quantizes them for the GPU it runs on")
+    return tuple(notes)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"tkit": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _command(plan: BuildPlan) -> str:
+    """The command line that builds this engine again."""
+    recipe, default = plan.recipe, EngineRecipe()
+    command = ["tkit", "build", plan.source.model, "--tp", str(recipe.tp_size), "--pp", str(recipe.pp_size)]
+    command += ["--quant", recipe.quant]
+    if plan.calib_file is not None:
+        command += ["--calib", recipe.calib] if recipe.calib else []
+        for option, field in (("--calib-samples", "calib_samples"), ("--calib-len", "calib_len"), ("--seed", "seed")):
+            if getattr(recipe, field) != getattr(default, field):
+                command += [option, str(getattr(recipe, field))]
+    if recipe.name:
+        command += ["--name", recipe.name]
+    return shlex.join(command)

@@ -1,0 +1,110 @@
+"""What MODEL means on the command line: a directory, a recipe in `model_configs/`, or a model on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+import tkit
+from tkit import demo
+from tkit.checkpoints.reader import INDEX_FILE, SINGLE_FILE
+from tkit.errors import InputError, did_you_mean
+from tkit.files import from_mapping, read_yaml
+from tkit.specs.recipe import Recipe
+
+DEFAULT_MODEL = "demo"
+RECIPES_DIR = Path("model_configs")
+_CHECKOUT_RECIPES = Path(tkit.__file__).parent.parent / RECIPES_DIR  # beside the package in a source checkout
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model directory on this machine, and where it came from."""
+
+    name: str  # short, for engine names
+    directory: Path
+    model: str  # as typed or written in the recipe
+    revision: str | None = None  # the hub's commit
+
+
+def find_recipe(model: str | None) -> tuple[str, Recipe]:
+    """(name, recipe). A directory or hub id becomes a recipe of its own with every default."""
+    model = model or DEFAULT_MODEL
+    for path in (Path(model), RECIPES_DIR / f"{model}.yaml", _CHECKOUT_RECIPES / f"{model}.yaml"):
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            return path.stem, from_mapping(Recipe, read_yaml(path), str(path))
+    if Path(model).is_dir():
+        return Path(model).resolve().name, Recipe(model=model)
+    if model == DEFAULT_MODEL or _HUB_ID.fullmatch(model):
+        return model.split("/")[-1], Recipe(model=model)
+    known = sorted({path.stem for directory in (RECIPES_DIR, _CHECKOUT_RECIPES) for path in directory.glob("*.yaml")})
+    raise InputError(
+        f'no model "{model}": not a directory, not a recipe{did_you_mean(model, known)}, not a hub id (org/name)',
+        hint=f"recipes: {', '.join(known)}" if known else None,
+    )
+
+
+def fetch_model(recipe: Recipe, name: str) -> ModelSource:
+    """Makes sure the recipe's model lies on this machine; downloads it when it is a hub id."""
+    if recipe.model == DEFAULT_MODEL:
+        return ModelSource(name=DEFAULT_MODEL, directory=demo.MODEL_DIR, model=recipe.model)
+    directory = Path(recipe.model)
+    if directory.is_dir():
+        return ModelSource(name=name, directory=directory.resolve(), model=recipe.model)
+    if not _HUB_ID.fullmatch(recipe.model):
+        raise InputError(f"{recipe.model}: no such directory")
+    directory = _download(recipe.model, recipe.revision)
+    return ModelSource(name=name, directory=directory, model=recipe.model, revision=directory.name)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    """The hub's snapshot directory, named after its commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns: list[str] = ["config.json", INDEX_FILE, SINGLE_FILE, "model-*.safetensors", *TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{model}: not fetched from the Hugging Face hub: {first_line}",
+            hint="check the name, the network and HF_TOKEN, or give a directory that holds the model",
+        ) from error
+
+
+def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> Tokenizer:
+    """Copies the tokenizer's files into `target`, which the engine is served with, and loads it from there.
+
+    A model that ships only a SentencePiece file gets the tokenizer.json that transformers makes of it. Raises InputError
+    when there is no tokenizer or it does not fit the model.
+    """
+    target.mkdir()
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+    if not (target / "tokenizer.json").exists():
+        if not any((target / name).exists() for name in ("tokenizer.model", "vocab.json")):
+            raise InputError(
+                f"{source}: no tokenizer: neither tokenizer.json nor tokenizer.model nor vocab.json",
+                hint="an engine is served with the tokenizer it was built with; copy the model's tokenizer files there",
+            )
+        from transformers import AutoTokenizer  # slow to import, and only these models need it
+
+        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(target)
+    try:
+        tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"{source}: the tokenizer does not load: {error}") from error
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise InputError(f"{source}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model embeds {vocab_size}")
+    return tokenizer

@@ -1,0 +1,111 @@
+"""Validate: run the written artefact against its source on held-out text; write `validation.json` beside the card."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tkit import demo
+from tkit.errors import GateFailed, InputError
+from tkit.files import sha256_file, write_json
+from tkit.specs.progress import Progress
+from tkit.specs.record import VALIDATION_FILE, VALIDATION_SCHEMA
+from tkit.stages.engines import read_card, verify_files
+from tkit.stages.models import find_recipe, fetch_model
+
+WINDOW_TOKENS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationRecord:
+    """`validation.json`. KL in nats per token; `text` names the held-out text and its digest."""
+
+    schema: str = VALIDATION_SCHEMA
+    engine: str
+    key: str
+    ppl: float
+    ppl_source: float
+    ppl_ratio: float
+    kl: float
+    kl_max: float
+    top1: float
+    tokens: int
+    windows: int
+    window_tokens: int
+    text: Mapping[str, str]
+    source: str
+    device: str
+    created: str
+
+
+def validate(
+    engine_dir: Path,
+    progress: Progress,
+    *,
+    source: Path | None = None,
+    text: Path | None = None,
+    num_windows: int = 16,
+    device: str = "auto",
+) -> ValidationRecord:
+    """Perplexity, mean KL and top-1 agreement of the engine's checkpoint against the model it was built from."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    from tkit.runtime.evaluate import compare_models
+    from tkit.runtime.load import load_model, pick_device
+
+    card = read_card(engine_dir)
+    verify_files(engine_dir, card, progress)
+    source_dir = source or _source_directory(card.source)
+    text = text or demo.HELD_OUT
+    if not text.is_file():
+        raise InputError(f"--text {text}: no such file")
+    tokenizer = Tokenizer.from_file(str(engine_dir / "tokenizer" / "tokenizer.json"))
+    ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids
+    length = min(WINDOW_TOKENS, card.max_position_embeddings)
+    windows = min(num_windows, len(ids) // length)
+    if windows == 0:
+        raise InputError(f"{text}: {len(ids)} tokens, one window needs {length}", hint="give a longer --text")
+    stride = len(ids) // windows  # spread over the whole text
+    tokens = torch.tensor([ids[i * stride : i * stride + length] for i in range(windows)], dtype=torch.int64)
+    device = pick_device(device)
+    candidate, _ = load_model(engine_dir, device)
+    dtype = torch.float32 if device == "cpu" else getattr(torch, card.dtype)
+    original = AutoModelForCausalLM.from_pretrained(source_dir, dtype=dtype, local_files_only=True).eval().to(device)
+    result = compare_models(original, candidate, tokens, lambda done: progress.step("validate", done, windows))
+    record = ValidationRecord(
+        engine=card.name,
+        key=card.key,
+        **dataclasses.asdict(result),
+        ppl_ratio=result.ppl / result.ppl_source,
+        windows=windows,
+        window_tokens=length,
+        text={"name": text.name, "sha256": sha256_file(text)},
+        source=str(source_dir),
+        device=device,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    write_json(engine_dir / VALIDATION_FILE, record)
+    return record
+
+
+def check_gates(record: ValidationRecord, *, max_kl: float | None, max_ppl_ratio: float | None) -> None:
+    """Raises GateFailed naming every threshold that the record exceeds."""
+    limits = (("kl", record.kl, max_kl), ("ppl_ratio", record.ppl_ratio, max_ppl_ratio))
+    problems = [f"{name} {value:.4g} exceeds {limit:.4g}" for name, value, limit in limits if limit is not None and value > limit]
+    if problems:
+        raise GateFailed(f"{record.engine}: validation gate failed", problems=problems)
+
+
+def _source_directory(source: Mapping[str, Any]) -> Path:
+    """Where the model was when the engine was built, or where its name leads now."""
+    directory = Path(source["path"])
+    if directory.is_dir():
+        return directory
+    name, recipe = find_recipe(source["model"])
+    return fetch_model(dataclasses.replace(recipe, revision=source.get("revision")), name).directory
