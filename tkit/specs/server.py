@@ -1,8 +1,10 @@
-"""What `tkit serve` tells the other commands about a running server, and where it writes that down."""
+"""How a server is to be started, what `tkit serve` tells the other commands about it, and where it writes that down."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from tkit.errors import InputError
 
 SERVER_RECORDS = ".servers"  # engines/.servers/<engine name>.json, removed when the server has ended
 SERVER_SCHEMA = "tkit.server/1"
@@ -21,3 +23,45 @@ class ServerRecord:
     metrics_port: int
     started: str  # UTC, ISO 8601
     log: str  # absolute path
+
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Port 0 is any free port. The engine's limits are its own: requests beyond the queue are refused, not kept."""
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    device: str = "auto"
+    max_batch_size: int = 32
+    max_queue_size: int = 256
+    timeout_s: float = 300.0  # from the start of the process to the first generated token
+    exit_timeout_s: int = 10  # what running requests are given to finish when the server is stopped
+
+    def __post_init__(self) -> None:
+        ports = {name: getattr(self, name) for name in ("http_port", "grpc_port", "metrics_port")}
+        problems = [
+            f"{name} is {port}, expected 0 (any free port) to 65535"
+            for name, port in ports.items()
+            if not 0 <= port < 65536
+        ]
+        fixed = [port for port in self.ports if port]
+        if len(set(fixed)) < len(fixed):
+            problems.append(f"two ports are equal: {', '.join(f'{name} {port}' for name, port in ports.items())}")
+        if self.device not in DEVICES:
+            problems.append(f'device is "{self.device}", expected one of {", ".join(DEVICES)}')
+        for name in ("max_batch_size", "max_queue_size", "exit_timeout_s"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 < self.timeout_s < float("inf"):
+            problems.append(f"timeout_s is {self.timeout_s}, expected more than 0")
+        if problems:
+            raise InputError("impossible server", problems=problems)
+
+    @property
+    def ports(self) -> tuple[int, int, int]:
+        return self.http_port, self.grpc_port, self.metrics_port

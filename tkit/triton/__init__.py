@@ -1,0 +1,1 @@
+"""Triton Inference Server: config.pbtxt, the repository on disk, the process. Knows no engine."""

@@ -1,0 +1,41 @@
+"""The reference backend: the written checkpoint itself, in transformers and torch, inside Triton's Python backend."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from tkit.specs.server import ServeOptions
+from tkit.triton.ensemble import ensemble_config
+from tkit.triton.probe import INSTANCE_PARAMETER
+from tkit.triton.repository import ServedModel
+
+PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+MODEL_SOURCE = '''"""Loaded by Triton's Python backend, which looks for a class of this name here."""
+
+from tkit.backends.reference_model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+class Reference:
+    def problems(self, device: str) -> list[str]:
+        missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+        problems = []
+        if missing:
+            problems.append(f"{', '.join(missing)} not installed; pip install 'tkit[serve]'")
+        if device == "cuda" and not NVIDIA_DRIVER.exists():
+            problems.append("--device cuda: no NVIDIA driver on this machine")
+        return problems
+
+    def served_model(self, engine_dir: Path, options: ServeOptions, instance: str) -> ServedModel:
+        parameters = {
+            INSTANCE_PARAMETER: instance,
+            "engine_dir": str(engine_dir),
+            "device": options.device,
+            "max_batch_size": str(options.max_batch_size),
+            "max_queue_size": str(options.max_queue_size),
+        }
+        return ServedModel(config=ensemble_config(parameters), source=MODEL_SOURCE)

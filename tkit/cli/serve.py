@@ -1,0 +1,70 @@
+"""`tkit serve`: a running Triton for an engine, in the foreground or left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tkit.cli.output import Output, output_options
+from tkit.specs.server import DEVICES, MODEL_NAME, ServeOptions, ServerRecord
+
+
+def _option(name: str, default: Any, text: str, **more: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(name, default=default, show_default=True, help=text, **more)
+
+
+@click.command("serve")
+@click.argument("engine", required=False)
+@_option("--host", ServeOptions.host, "Address to listen on.")
+@_option("--http-port", ServeOptions.http_port, "HTTP port; 0 = any free one.")
+@_option("--grpc-port", ServeOptions.grpc_port, "gRPC port; 0 = any free one.")
+@_option("--metrics-port", ServeOptions.metrics_port, "Prometheus metrics; 0 = any free port.")
+@_option("--device", ServeOptions.device, "Where the model runs.", type=click.Choice(DEVICES))
+@_option("--max-batch-size", ServeOptions.max_batch_size, "Requests that run at once.")
+@_option("--max-queue-size", ServeOptions.max_queue_size, "Requests that may wait; more are refused with 503.")
+@_option("--timeout", ServeOptions.timeout_s, "Seconds until the server must have generated a first token.")
+@click.option("--detach", is_flag=True, help="Return when it is ready; end it with tkit stop.")
+@output_options
+def command(output: Output, engine: str | None, detach: bool, timeout: float, **options: Any) -> None:
+    """Serve ENGINE with Triton Inference Server until Ctrl-C.
+
+    ENGINE is a directory or a name under engines/; default: the newest engine. The model is called `ensemble` and takes
+    the requests of TensorRT-LLM's own Triton models.
+    """
+    from tkit.stages.engines import find_engine
+    from tkit.stages.serve import serve, serve_detached
+
+    serve_options = ServeOptions(timeout_s=timeout, **options)
+    engine_dir = find_engine(engine)
+    if detach:
+        record = serve_detached(engine_dir, serve_options, progress=output)
+        output.close()
+        output.record(record, _summary(record, is_detached=True))
+        return
+
+    def announce(record: ServerRecord) -> None:
+        output.close()
+        output.record(record, _summary(record, is_detached=False))
+
+    serve(engine_dir, serve_options, announce, progress=output)
+    output.note("the server was stopped")
+
+
+def _summary(record: ServerRecord, is_detached: bool) -> str:
+    host = f"[{record.host}]" if ":" in record.host else record.host
+    url = f"http://{host}:{record.http_port}/v2/models/{MODEL_NAME}"
+    end = f"tkit stop {Path(record.engine).name}" if is_detached else "Ctrl-C"
+    return "\n".join(
+        (
+            f"serving {record.engine}",
+            f"  HTTP     {url}/generate_stream",
+            f"  gRPC     {host}:{record.grpc_port}",
+            f"  metrics  http://{host}:{record.metrics_port}/metrics",
+            f"  log      {record.log}",
+            f"""  try      curl -s {url}/generate -d '{{"text_input": "Hello", "max_tokens": 16}}'""",
+            f"  end      {end}",
+        )
+    )

@@ -1,0 +1,306 @@
+"""Serving an engine: check, lay out the repository, start Triton, wait until it generates; and the way back.
+
+A server counts as started when its model is ready, both ports answer with this start's nonce, and a token came over
+gRPC: NumPy 2 and port clashes pass every weaker test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tkit.backends.table import Backend, find_backend
+from tkit.errors import InputError, ServerError
+from tkit.files import write_json
+from tkit.specs.progress import Progress
+from tkit.specs.server import ServeOptions, ServerRecord
+from tkit.stages.engines import ENGINES_DIR, read_card, verify_files
+from tkit.stages.servers import ServerFiles, ServerLock, known_servers, server_files
+from tkit.triton import probe
+from tkit.triton.install import (
+    TritonInstall,
+    find_install,
+    free_ports,
+    install_problems,
+    link_backends,
+    port_problems,
+    shared_memory_problems,
+)
+from tkit.triton.launcher import LaunchSpec, ServerProcess, describe_exit, stop_group
+from tkit.triton.repository import write_repository
+
+SMOKE_PROMPT = "Hello"
+PORT_ATTEMPTS = 3  # a port found free may be taken by someone else before the server binds it
+MISSING_LIBRARY = "error while loading shared libraries"  # the server itself waits half a minute more before it says so
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppedServer:
+    engine: str  # name
+    pid: int | None
+    was_running: bool
+    was_killed: bool  # it did not end by itself in time
+
+
+@contextlib.contextmanager
+def running_server(
+    engine_dir: Path,
+    options: ServeOptions | None = None,
+    *,
+    engines_dir: Path = ENGINES_DIR,
+    progress: Progress | None = None,
+) -> Iterator[ServerRecord]:
+    """A server for as long as the block runs. It and its leftovers are gone afterwards, whatever happened.
+
+    Enter it in a thread that outlives the block: the server dies with the thread that started it.
+    """
+    server = _start(engine_dir, options or ServeOptions(), engines_dir, progress or Progress(), is_detached=False)
+    try:
+        yield server.record
+    finally:
+        server.close()
+
+
+def serve(
+    engine_dir: Path,
+    options: ServeOptions,
+    announce: Callable[[ServerRecord], None],
+    *,
+    engines_dir: Path = ENGINES_DIR,
+    progress: Progress | None = None,
+) -> None:
+    """Serves in the foreground: `announce` when ready; returns when someone stops the server, raises when it dies."""
+    server = _start(engine_dir, options, engines_dir, progress or Progress(), is_detached=False)
+    try:
+        announce(server.record)
+        server.watch()
+    finally:
+        server.close()
+
+
+def serve_detached(
+    engine_dir: Path,
+    options: ServeOptions,
+    *,
+    engines_dir: Path = ENGINES_DIR,
+    progress: Progress | None = None,
+) -> ServerRecord:
+    """Leaves a server behind that answers; `stop_server` ends it."""
+    server = _start(engine_dir, options, engines_dir, progress or Progress(), is_detached=True)
+    server.leave()
+    return server.record
+
+
+def stop_server(engine: str | None = None, *, engines_dir: Path = ENGINES_DIR) -> list[StoppedServer]:
+    """Ends the server of an engine (None: the only one there is) and removes what it or a dead one left behind."""
+    known = {files.name: files for files in known_servers(engines_dir)}
+    running = [name for name, files in known.items() if files.is_running()]
+    if engine is not None:
+        name = Path(engine).name
+        if name not in known:
+            raise ServerError(
+                f'no server is running for "{name}"', hint=f"running: {', '.join(running)}" if running else "tkit serve"
+            )
+        return [_stop(known[name])]
+    if len(running) > 1:
+        raise InputError("several servers are running", problems=running, hint="name one: tkit stop ENGINE")
+    if not known:
+        raise ServerError("no server is running", hint="start one: tkit serve")
+    return [_stop(files) for files in known.values()]
+
+
+def _stop(files: ServerFiles) -> StoppedServer:
+    pid, was_running, was_killed = files.pid(), files.is_running(), False
+    try:
+        if was_running and pid is not None:
+            was_killed = stop_group(pid, ServeOptions.exit_timeout_s)
+    finally:
+        files.remove_leftovers()
+        if not files.is_running():
+            files.lock.unlink(missing_ok=True)
+    return StoppedServer(engine=files.name, pid=pid, was_running=was_running, was_killed=was_killed)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What stays the same over the attempts to start one server."""
+
+    engine_dir: Path
+    backend: Backend
+    install: TritonInstall
+    files: ServerFiles
+    lock: ServerLock
+    is_detached: bool
+    progress: Progress
+
+
+class _Server:
+    """A server that has generated, together with its lock and files."""
+
+    def __init__(self, process: ServerProcess, record: ServerRecord, launch: _Launch):
+        self.record = record
+        self._process = process
+        self._launch = launch
+        self._model_pids = process.child_pids()
+
+    def watch(self) -> None:
+        """Returns when the server was stopped in an orderly way; raises when it or its model's process died."""
+        while (code := self._process.wait(1.0)) is None:
+            if not self._model_pids <= self._process.child_pids() and self._process.wait(1.0) is None:
+                raise self._process.failure("the model's process died (killed, or out of memory)")
+        if code != 0:
+            raise self._process.failure(f"the server died: {describe_exit(code)}")
+
+    def leave(self) -> None:
+        self._launch.lock.leave_to_server()
+
+    def close(self) -> None:
+        try:
+            self._process.stop()
+        finally:
+            self._launch.files.remove_leftovers()
+            self._launch.lock.release()
+
+
+def _start(
+    engine_dir: Path, options: ServeOptions, engines_dir: Path, progress: Progress, *, is_detached: bool
+) -> _Server:
+    """Cheap checks first, all reported at once; then the hashes; then the process. An error leaves nothing behind."""
+    engine_dir = engine_dir.resolve()
+    card = read_card(engine_dir)
+    backend = find_backend(card.backend)
+    files = server_files(engine_dir.name, engines_dir)
+    lock = ServerLock(files)
+    try:
+        files.remove_leftovers()
+        install = _checked_install(backend, options)
+        progress.note(f"{install.binary} ({install.origin})")
+        _warn_about_host(options.host, install, progress)
+        verify_files(engine_dir, card, progress)
+        launch = _Launch(engine_dir, backend, install, files, lock, is_detached, progress)
+        process, options = _launch_until_it_generates(launch, options)
+    except BaseException:
+        files.remove_leftovers()
+        lock.release()
+        raise
+    record = ServerRecord(
+        engine=str(engine_dir),
+        pid=process.pid,
+        host=options.host,
+        http_port=options.http_port,
+        grpc_port=options.grpc_port,
+        metrics_port=options.metrics_port,
+        started=datetime.now(UTC).isoformat(timespec="microseconds"),
+        log=str(files.log),
+    )
+    server = _Server(process, record, launch)
+    try:
+        write_json(files.record, record)
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+def _checked_install(backend: Backend, options: ServeOptions) -> TritonInstall:
+    install = find_install()
+    ports = {"--http-port": options.http_port, "--grpc-port": options.grpc_port, "--metrics-port": options.metrics_port}
+    problems = [
+        *install_problems(install),
+        *backend.problems(options.device),
+        *port_problems(options.host, {option: port for option, port in ports.items() if port}),
+        *shared_memory_problems(),
+    ]
+    if problems or install is None:
+        raise ServerError("the server cannot start here", problems=problems)
+    return install
+
+
+def _warn_about_host(host: str, install: TritonInstall, progress: Progress) -> None:
+    if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+        return
+    progress.note(f"warning: --host {host} opens the server to the network, without authentication or encryption")
+    if install.is_wheel:
+        progress.note(
+            "warning: the wheel's tritonserver 2.51 has known remote holes (CVE-2025-23310, -23319, -23320, -23334; "
+            "fixed in 2.59.1); bind loopback, or use NVIDIA's container"
+        )
+
+
+def _launch_until_it_generates(launch: _Launch, options: ServeOptions) -> tuple[ServerProcess, ServeOptions]:
+    """A server that has generated, and the options with the ports it listens on."""
+    for attempt in range(PORT_ATTEMPTS):
+        fixed, instance = _with_ports(options), secrets.token_hex(8)
+        process = _launch(launch, fixed, instance)
+        try:
+            _wait_until_it_generates(process, fixed, instance, launch.progress)
+            return process, fixed
+        except BaseException as error:
+            is_port_lost = isinstance(error, ServerError) and process.log_contains("already in use")
+            process.stop()
+            launch.files.remove_leftovers()
+            if not is_port_lost or fixed == options or attempt == PORT_ATTEMPTS - 1:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _with_ports(options: ServeOptions) -> ServeOptions:
+    """Every port 0 replaced by a free one."""
+    free = iter(free_ports(options.host, options.ports.count(0)))
+    http_port, grpc_port, metrics_port = (port or next(free) for port in options.ports)
+    return replace(options, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+
+
+def _launch(launch: _Launch, options: ServeOptions, instance: str) -> ServerProcess:
+    runtime = launch.files.runtime
+    runtime.mkdir(mode=0o700)
+    write_repository(runtime / "repository", launch.backend.served_model(launch.engine_dir, options, instance))
+    backends = runtime / "backends" if launch.install.is_wheel else None
+    if backends is not None:
+        link_backends(launch.install, backends)
+    spec = LaunchSpec(
+        repository=runtime / "repository",
+        host=options.host,
+        http_port=options.http_port,
+        grpc_port=options.grpc_port,
+        metrics_port=options.metrics_port,
+        exit_timeout_s=options.exit_timeout_s,
+        backends=backends,
+    )
+    process = ServerProcess.start(
+        launch.install,
+        spec,
+        launch.files.log,
+        dies_with_parent=not launch.is_detached,
+        keep_open=[launch.lock.descriptor],
+    )
+    launch.lock.write_pid(process.pid)
+    return process
+
+
+def _wait_until_it_generates(process: ServerProcess, options: ServeOptions, instance: str, progress: Progress) -> None:
+    """Within `timeout_s`, or ServerError with the exit code or the time, and the last lines of the log."""
+    deadline = time.monotonic() + options.timeout_s
+    progress.step("starting Triton", 0, 2)
+    while not probe.is_http_ready(options.host, options.http_port, timeout_s=1.0):
+        process.check_alive()
+        if process.log_contains(MISSING_LIBRARY):
+            raise process.failure("the model's process lacks a library")
+        if time.monotonic() > deadline:
+            raise process.failure(f"the server was not ready within {options.timeout_s:.0f} s")
+        time.sleep(0.1)
+    progress.step("starting Triton", 1, 2)
+    remaining_s = max(deadline - time.monotonic(), 1.0)
+    try:
+        probe.check_instance(options.host, options.http_port, options.grpc_port, instance, remaining_s)
+        probe.generate(options.host, options.grpc_port, SMOKE_PROMPT, 1, remaining_s)
+    except ServerError as error:
+        process.check_alive()
+        raise process.failure(error.message) from error
+    progress.step("starting Triton", 2, 2)

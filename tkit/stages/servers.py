@@ -1,0 +1,152 @@
+"""The books on running servers: which engines are served, by which process, and what a dead one left behind.
+
+    engines/.servers/<engine>.lock    locked as long as any process of the server lives; holds its pid
+    engines/.servers/<engine>.json    ServerRecord, while it answers
+    engines/.servers/<engine>/        its private runtime directory: model repository, backends
+    engines/.servers/<engine>.log     what it said, kept until the next start
+
+The lock is an flock that the server inherits, so the kernel releases it however the server ends, and a process id is
+believed only while the lock is held. Knows files and process ids; starts nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tkit.errors import ServerError
+from tkit.files import from_mapping, read_json
+from tkit.specs.server import SERVER_RECORDS, ServerRecord
+from tkit.stages.engines import ENGINES_DIR
+from tkit.triton.launcher import remove_shared_memory
+
+# A reader holds the lock for microseconds to see whether it is free, a foreground server while it cleans up.
+LOCK_PATIENCE_S = 2.0
+
+
+@dataclass(frozen=True)
+class ServerFiles:
+    """Where everything about one engine's server lies."""
+
+    directory: Path
+    name: str
+
+    @property
+    def lock(self) -> Path:
+        return self.directory / f"{self.name}.lock"
+
+    @property
+    def record(self) -> Path:
+        return self.directory / f"{self.name}.json"
+
+    @property
+    def runtime(self) -> Path:
+        return self.directory / self.name
+
+    @property
+    def log(self) -> Path:
+        return self.directory / f"{self.name}.log"
+
+    def pid(self) -> int | None:
+        """The server's process id; None before there is one."""
+        try:
+            return int(self.lock.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def read_record(self) -> ServerRecord | None:
+        return from_mapping(ServerRecord, read_json(self.record), str(self.record)) if self.record.is_file() else None
+
+    def is_running(self) -> bool:
+        descriptor = _try_lock(self.lock, fcntl.LOCK_SH)
+        if descriptor is not None:
+            os.close(descriptor)
+        return descriptor is None and self.lock.is_file()
+
+    def remove_leftovers(self) -> None:
+        """Everything of a server that has ended, but its log. The lock stays with whoever holds it."""
+        pid = self.pid()
+        if pid is not None:
+            remove_shared_memory(pid)
+        self.record.unlink(missing_ok=True)
+        shutil.rmtree(self.runtime, ignore_errors=True)
+
+
+class ServerLock:
+    """Held from before a server starts until after everything of it is gone."""
+
+    def __init__(self, files: ServerFiles):
+        """Raises ServerError when the engine is being served."""
+        files.directory.mkdir(parents=True, exist_ok=True)
+        self._path = files.lock
+        deadline = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            descriptor = _try_lock(files.lock, fcntl.LOCK_EX, os.O_CREAT)
+            if descriptor is not None:
+                break
+            if time.monotonic() > deadline:
+                raise _already_served(files)
+            time.sleep(0.05)
+        self.descriptor = descriptor
+
+    def write_pid(self, pid: int) -> None:
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, str(pid).encode(), 0)
+
+    def leave_to_server(self) -> None:
+        """The server's inherited descriptor goes on holding the lock."""
+        os.close(self.descriptor)
+
+    def release(self) -> None:
+        self._path.unlink(missing_ok=True)
+        os.close(self.descriptor)
+
+
+def _try_lock(path: Path, kind: int, flags: int = 0) -> int | None:
+    """An open, locked descriptor of the file that has this name now; None when it is locked or absent."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _already_served(files: ServerFiles) -> ServerError:
+    record = files.read_record()
+    if record is None:
+        return ServerError(
+            f"{files.name} is being started by another tkit serve (pid {files.pid()})",
+            hint=f"wait for it, or end it: tkit stop {files.name}",
+        )
+    return ServerError(
+        f"{record.engine} is already served: http {record.http_port}, grpc {record.grpc_port}, pid {record.pid}",
+        hint=f"use that server, or end it first: tkit stop {files.name}",
+    )
+
+
+def server_files(name: str, engines_dir: Path = ENGINES_DIR) -> ServerFiles:
+    return ServerFiles((engines_dir / SERVER_RECORDS).absolute(), name)
+
+
+def known_servers(engines_dir: Path = ENGINES_DIR) -> list[ServerFiles]:
+    """Every engine that has a lock or a record: running, starting or dead."""
+    directory = engines_dir / SERVER_RECORDS
+    names = {path.stem for pattern in ("*.lock", "*.json") for path in directory.glob(pattern)}
+    return [server_files(name, engines_dir) for name in sorted(names)]
+
+
+def running_servers(engines_dir: Path = ENGINES_DIR) -> list[ServerRecord]:
+    """The servers that answer now, the latest last; records of dead servers do not count."""
+    records = [files.read_record() for files in known_servers(engines_dir) if files.is_running()]
+    return sorted((record for record in records if record is not None), key=lambda record: record.started)

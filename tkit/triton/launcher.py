@@ -1,0 +1,222 @@
+"""The tritonserver process: its command line, its start, its log and its end. Knows no engine and sends no request."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tkit.errors import ServerError
+from tkit.triton import child
+from tkit.triton.install import SHARED_MEMORY, TritonInstall, library_directory
+
+# 64 MB: an HTTP body of 4.5 MB overflows the default 8 MB stack and kills the server, 20 MB is fine with this.
+# Not unlimited: glibc would then give threads 2 MB.
+STACK_BYTES = 64 * 1024 * 1024
+# What a client has no business with. The key is made up and thrown away, so nobody has access.
+RESTRICTED_APIS = "model-repository,shared-memory,trace,logging"
+GRACE_S = 5  # after the exit timeout; a client that keeps an idle stream open blocks the server's own exit for ever
+LOG_LINES = 15
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchSpec:
+    repository: Path
+    host: str
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    exit_timeout_s: int
+    backends: Path | None = None  # None = the server's own
+    has_gpu_metrics: bool = False
+
+
+def server_command(binary: Path, spec: LaunchSpec, key: str) -> list[str]:
+    """`{pid}` is the server's process id, filled in by `child.py`."""
+    return [
+        str(binary),
+        f"--model-repository={spec.repository}",
+        "--model-control-mode=none",
+        "--disable-auto-complete-config",
+        *([f"--backend-directory={spec.backends}"] if spec.backends else []),
+        "--backend-config=python,shm-region-prefix-name=tkit{pid}_",
+        f"--http-address={spec.host}",
+        f"--http-port={spec.http_port}",
+        f"--http-restricted-api={RESTRICTED_APIS}:tkit-key={key}",
+        f"--grpc-address={spec.host}",
+        f"--grpc-port={spec.grpc_port}",
+        f"--grpc-restricted-protocol={RESTRICTED_APIS}:tkit-key={key}",
+        f"--metrics-address={spec.host}",
+        f"--metrics-port={spec.metrics_port}",
+        f"--allow-gpu-metrics={str(spec.has_gpu_metrics).lower()}",
+        "--pinned-memory-pool-byte-size=0",
+        f"--exit-timeout-secs={spec.exit_timeout_s}",
+    ]
+
+
+def server_environment(install: TritonInstall, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """This interpreter first on PATH (there the Python backend looks for packages), nothing fetched, no tokens."""
+    values = {name: value for name, value in environment.items() if name not in SECRETS}
+    values |= OFFLINE
+    values["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), values.get("PATH", os.defpath)])
+    library = library_directory()
+    if install.is_wheel and library is not None:
+        libraries = [str(library), *filter(None, [values.get("LD_LIBRARY_PATH")])]
+        values["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
+    return values
+
+
+class ServerProcess:
+    """A running tritonserver that leads its own session and process group. `stop` ends it, whatever state it is in."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], log: Path, exit_timeout_s: int):
+        self._popen = popen
+        self.log = log
+        self.exit_timeout_s = exit_timeout_s
+
+    @classmethod
+    def start(
+        cls,
+        install: TritonInstall,
+        spec: LaunchSpec,
+        log: Path,
+        *,
+        dies_with_parent: bool,
+        keep_open: Sequence[int] = (),
+    ) -> ServerProcess:
+        """`dies_with_parent`: also when this process is killed; then call it from a thread that lives as long.
+
+        `keep_open` are file descriptors that the server inherits, so that a lock lives as long as it does.
+        """
+        settings = {"parent_pid": os.getpid() if dies_with_parent else None, "stack_bytes": STACK_BYTES}
+        command = server_command(install.binary, spec, secrets.token_hex(16))
+        with open(log, "wb") as output:
+            popen = subprocess.Popen(
+                [sys.executable, "-I", "-S", child.__file__, json.dumps(settings), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=server_environment(install),
+                start_new_session=True,
+                pass_fds=keep_open,
+            )
+        return cls(popen, log, spec.exit_timeout_s)
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs; negative is the signal that killed it."""
+        return self._popen.poll()
+
+    def wait(self, timeout_s: float) -> int | None:
+        try:
+            return self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def child_pids(self) -> set[int]:
+        """The models' processes that run now."""
+        try:
+            children = psutil.Process(self.pid).children()
+        except psutil.NoSuchProcess:
+            return set()
+        return {process.pid for process in children if _is_running(process.pid)}
+
+    def log_contains(self, text: str) -> bool:
+        return text in self.log.read_text("utf-8", "replace")
+
+    def check_alive(self) -> None:
+        code = self.exit_code()
+        if code is not None:
+            raise self.failure(f"the server ended with {describe_exit(code)}")
+
+    def failure(self, message: str) -> ServerError:
+        lines = "".join(f"\n  | {line}" for line in last_lines(self.log))
+        return ServerError(f"{message}; its last lines:{lines}", hint=f"the whole log: {self.log}")
+
+    def stop(self) -> bool:
+        """Ends the server and its models' processes; true when it had to be killed."""
+        try:
+            return stop_group(self.pid, self.exit_timeout_s)
+        finally:
+            self.exit_code()  # reaps it
+
+
+def stop_group(pid: int, exit_timeout_s: int) -> bool:
+    """SIGTERM to the leader, a bounded wait, SIGKILL to what is left of its process group; true when that was needed.
+
+    Running requests may finish within the exit timeout. An exception (a second Ctrl-C) ends the wait, not the killing.
+    """
+    try:
+        _signal(os.kill, pid, signal.SIGTERM)
+        _wait_for_none(lambda: [pid] if _is_running(pid) else [], exit_timeout_s + GRACE_S)
+        if not _is_running(pid):
+            _wait_for_none(lambda: _members(pid), 1)  # a model's process leaves by itself when its server has
+    finally:
+        is_forced = bool(_members(pid))
+        if is_forced:
+            _signal(os.killpg, pid, signal.SIGKILL)
+            _wait_for_none(lambda: _members(pid), GRACE_S)
+    return is_forced
+
+
+def _wait_for_none(running: Callable[[], Sequence[int]], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while running() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _signal(send: Callable[[int, int], None], pid: int, signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        send(pid, signum)
+
+
+def _members(group: int) -> list[int]:
+    members = []
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == group and _is_running(pid):
+                members.append(pid)
+    return members
+
+
+def _is_running(pid: int) -> bool:
+    """A zombie has ended: nothing but its parent's curiosity keeps it."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def remove_shared_memory(pid: int) -> list[str]:
+    """Removes what a server of this process id left in /dev/shm, where regions outlive a crash; returns their names."""
+    leftovers = sorted(SHARED_MEMORY.glob(f"tkit{pid}_*"))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return [path.name for path in leftovers]
+
+
+def describe_exit(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+
+def last_lines(log: Path, count: int = LOG_LINES) -> list[str]:
+    """The end of a log, without the frames of Triton's tables."""
+    with open(log, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 32_768))
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    return [line.rstrip() for line in lines if line.strip(" +-|\t")][-count:]
