@@ -47,8 +47,10 @@ class SweepRecipe:
     profile: str = "quick"
     shapes: tuple[str, ...] | None = None  # "ISL/OSL"
     concurrency: tuple[int, ...] | None = None
-    requests: int | None = None
+    requests: int | None = None  # measured, per point
+    duration_s: float | None = None  # measured, per point; with `requests`: at most
     repeats: int | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

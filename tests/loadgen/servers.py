@@ -1,0 +1,116 @@
+"""Servers to measure: a real Triton with paced models, and a fake one that misbehaves on request."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tkit.triton import probe
+from tkit.triton.ensemble import ensemble_config
+from tkit.triton.install import find_install, free_ports, install_problems, link_backends
+from tkit.triton.launcher import LaunchSpec, ServerProcess
+from tkit.triton.model_config import ModelConfig, TensorSpec
+from tkit.triton.repository import ServedModel, write_repository
+
+HERE = Path(__file__).parent
+HOST = "127.0.0.1"
+SYLLABLES = ("ba", "ce", "di", "fo", "gu", "la", "me", "ni", "po", "ru", "sa", "te", "vi", "xo", "zu")
+WORDS = [first + second for first in SYLLABLES for second in SYLLABLES]
+
+
+def make_tokenizer(directory: Path) -> Path:
+    """A byte-level BPE tokenizer that knows WORDS and " word", and opens every text with <s>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator([" ".join(WORDS), " word" * 50], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class PacedServer:
+    """Triton with two models: `ensemble` (all of TensorRT-LLM's inputs) and `bare` (text and length, no token counts)."""
+
+    url: str
+    tokenizer_dir: Path
+    ttft_ms: float
+    itl_ms: float
+    log: Path
+
+    def sent(self) -> dict[str, dict[str, Any]]:
+        """What the model says it did, by request id."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        return {line["id"]: line for line in lines}
+
+
+BARE = ModelConfig(
+    name="bare",
+    inputs=(TensorSpec(name="text_input", data_type="STRING"), TensorSpec(name="max_tokens", data_type="INT32")),
+    outputs=(TensorSpec(name="text_output", data_type="STRING"),),
+    max_batch_size=0,
+    is_decoupled=True,
+)
+
+
+@contextlib.contextmanager
+def paced_server(directory: Path, *, ttft_ms: float = 50, itl_ms: float = 10) -> Iterator[PacedServer]:
+    install = find_install()
+    assert install is not None
+    assert install_problems(install) == []
+    tokenizer_dir = make_tokenizer(directory / "tokenizer")
+    settings = {
+        "ttft_ms": str(ttft_ms), "itl_ms": str(itl_ms), "tokenizer": str(tokenizer_dir / "tokenizer.json"),
+        "piece": " word", "log": str(directory / "sent.jsonl"),
+    }  # fmt: skip
+    source = (HERE / "paced_model.py").read_text()
+    for config, final in ((ensemble_config({}), "with_last"), (BARE, "apart")):
+        changed = ModelConfig(**{**vars(config), "parameters": {**settings, "final": final}})
+        write_repository(directory / "repository", ServedModel(config=changed, source=source))
+    link_backends(install, directory / "backends")
+    http_port, grpc_port, metrics_port = free_ports(HOST, 3)
+    spec = LaunchSpec(
+        repository=directory / "repository", host=HOST, http_port=http_port, grpc_port=grpc_port,
+        metrics_port=metrics_port, exit_timeout_s=2, backends=directory / "backends",
+    )  # fmt: skip
+    process = ServerProcess.start(install, spec, directory / "server.log", dies_with_parent=True)
+    try:
+        deadline = time.monotonic() + 30
+        while not probe.is_http_ready(HOST, http_port, 1.0):
+            process.check_alive()
+            assert time.monotonic() < deadline, (directory / "server.log").read_text()
+            time.sleep(0.05)
+        yield PacedServer(
+            url=f"{HOST}:{grpc_port}", tokenizer_dir=tokenizer_dir, ttft_ms=ttft_ms, itl_ms=itl_ms,
+            log=directory / "sent.jsonl",
+        )  # fmt: skip
+    finally:
+        process.stop()
+
+
+@contextlib.contextmanager
+def fake_server(engine_dir: str = "") -> Iterator[str]:
+    """The address of a running fake_server.py."""
+    command = [sys.executable, str(HERE / "fake_server.py"), engine_dir]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield f"{HOST}:{int(process.stdout.readline())}"
+        finally:
+            process.stdin.close()
+            process.wait(10)

@@ -1,0 +1,96 @@
+"""`tkit sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tkit.cli.output import Output, output_options
+
+if TYPE_CHECKING:
+    from tkit.stages.sweep import SweepRecord
+
+
+class _Words(click.ParamType):
+    """`128/64,1024/1024` -> ("128/64", "1024/1024")."""
+
+    name = "list"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return tuple(word.strip() for word in str(value).split(",") if word.strip())
+
+
+class _Numbers(_Words):
+    """`1,4,16` -> (1, 4, 16)."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:  # type: ignore[override]
+        words = super().convert(value, param, ctx)
+        try:
+            return tuple(int(word) for word in words)
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers like 1,4,16", param, ctx)
+
+
+@click.command("sweep")
+@click.argument("profile", required=False)
+@click.option("--url", metavar="HOST:PORT", help="Server to measure.  [default: the newest that tkit serve started]")
+@click.option("--protocol", help="triton-grpc.  [default: triton-grpc]")
+@click.option("--model", metavar="NAME", help="Served model's name.  [default: ensemble]")
+@click.option("--shape", "shapes", type=_Words(), metavar="ISL/OSL[,..]",
+              help="Input/output tokens.  [default: profile]")  # fmt: skip
+@click.option("--concurrency", type=_Numbers(), metavar="C[,..]", help="Streams at a time.  [default: profile]")
+@click.option("--requests", type=int, metavar="N", help="Requests measured per point.  [default: profile]")
+@click.option("--duration", "duration_s", type=float, metavar="S",
+              help="Seconds measured per point; with --requests: at most.  [default: profile]")  # fmt: skip
+@click.option("--repeats", type=int, metavar="N", help="Times round the grid.  [default: profile]")
+@click.option("--seed", type=int, help="Seed of the prompts.  [default: 0]")
+@click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR",
+              help="Directory of the served model's tokenizer.json.  [default: the engine's]")  # fmt: skip
+@click.option("--engine", metavar="DIR", help="Engine that is served, as a path or a name.  [default: from the server]")
+@click.option("--gpus", "num_gpus", type=int, metavar="N", help="GPUs for tok/s/GPU.  [default: the engine's]")
+@click.option("--timeout", "timeout_s", type=float, metavar="S",
+              help="Seconds without a message before a request counts as failed.  [default: 60]")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default="reports", show_default=True, help="Reports directory.")
+@click.option("--name", help="Name of the run's directory.  [default: engine, profile and time]")
+@output_options
+def command(output: Output, out: Path, name: str | None, **given: object) -> None:
+    """Measure latency and throughput of a running server.
+
+    PROFILE is quick (default; about half a minute) or standard. The last line of stdout is the run's directory.
+    Points whose numbers should not be believed are kept, marked invalid, with the reason.
+    """
+    import dataclasses
+
+    from tkit.specs.recipe import SweepRecipe
+    from tkit.stages.sweep import Target, run_sweep
+
+    values = {key: value for key, value in given.items() if value is not None}
+    recipe_fields = {field.name for field in dataclasses.fields(SweepRecipe)}
+    recipe = SweepRecipe(**{key: value for key, value in values.items() if key in recipe_fields})  # type: ignore[arg-type]
+    target = Target(**{key: value for key, value in values.items() if key not in recipe_fields})  # type: ignore[arg-type]
+    record = run_sweep(recipe, target, out=out, name=name, progress=output)
+    output.record(record, _table(record), last_line=record.directory)
+
+
+def _table(record: SweepRecord) -> str:
+    """One row per point, columns aligned."""
+    rows = [["shape", "C", "tok/s", "TTFT p50", "TPOT p50", "E2E p50", "errors", "valid"]]
+    rows += [
+        [
+            point.shape,
+            str(point.concurrency),
+            f"{point.output_tok_s:.1f}",
+            *(_milliseconds(metric.p50) for metric in (point.ttft, point.tpot, point.e2e)),
+            str(sum(point.errors.values())),
+            "yes" if point.is_valid else "no",
+        ]
+        for point in record.points
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"

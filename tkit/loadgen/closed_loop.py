@@ -1,0 +1,158 @@
+"""Closed loop: C streams, each sending its next request when the last has ended. Knows counts and times, no protocol.
+
+    start        steady_start                          steady_end       end
+      |  warm-up  |  measured: sent and ended in here    |    drain      |
+      first wave     concurrency is C all the way           no new ones
+      spread out
+
+Requests that reach over an edge of the steady window are sent and answered like any other, since without them the
+concurrency would not be C, but their latencies do not count. A request that fails after the window began does count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tkit.loadgen.exchange import Exchange
+from tkit.loadgen.monitor import Monitor, quiet_interpreter, rss_bytes
+from tkit.loadgen.protocols import Client
+from tkit.units import NS_PER_S
+
+MIN_FAILURES = 3  # in a row, and at least one per stream, before a point is given up
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClosedLoop:
+    """One point's load. `spread_s` is the time over which the streams start: about one request's duration, so that they
+    do not prefill in step."""
+
+    concurrency: int
+    num_warmup: int
+    num_requests: int
+    min_duration_s: float
+    max_duration_s: float | None
+    spread_s: float
+    idle_timeout_s: float
+    total_timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadTrace:
+    """What happened, in nanoseconds of the monotonic clock. Without a steady window both its ends are the end."""
+
+    sent: Sequence[Exchange]
+    start_ns: int
+    steady_start_ns: int
+    steady_end_ns: int
+    end_ns: int
+    cpu_share: float  # of one core, over the steady window
+    lags_ms: Sequence[float]  # of the event loop, over the steady window
+    rss_bytes: int
+    gave_up: bool  # nothing but failures
+
+
+async def run_closed_loop(
+    client: Client, exchanges: Sequence[Exchange], load: ClosedLoop, on_progress: Callable[[int, int], None]
+) -> LoadTrace:
+    """Sends from `exchanges` in order until the load is complete or they are used up. `on_progress(done, total)` is
+    called some times a second. Ends within `total_timeout_s` after the last request was sent."""
+    with quiet_interpreter():
+        return await _Run(client, exchanges, load, on_progress).run()
+
+
+class _Run:
+    def __init__(
+        self, client: Client, exchanges: Sequence[Exchange], load: ClosedLoop, on_progress: Callable[[int, int], None]
+    ):
+        self.client = client
+        self.exchanges = exchanges
+        self.load = load
+        self.on_progress = on_progress
+        self.monitor = Monitor(load.idle_timeout_s, load.total_timeout_s, self._report)
+        self.next = 0
+        self.num_started = 0
+        self.num_ended = 0
+        self.num_measured = 0
+        self.failures_in_a_row = 0
+        self.gave_up = False
+        self.steady_start_ns: int | None = None
+        self.steady_end_ns: int | None = None
+        self.cpu_start_ns = self.cpu_end_ns = 0
+
+    async def run(self) -> LoadTrace:
+        start = time.monotonic_ns()
+        monitor = asyncio.create_task(self.monitor.run())
+        streams = [asyncio.create_task(self._stream(start, i)) for i in range(self.load.concurrency)]
+        try:
+            await asyncio.gather(*streams)
+        finally:
+            tasks = (monitor, *streams)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        end = time.monotonic_ns()
+        steady_start = end if self.steady_start_ns is None else self.steady_start_ns
+        steady_end = end if self.steady_end_ns is None else self.steady_end_ns
+        window_ns = steady_end - steady_start
+        return LoadTrace(
+            sent=self.exchanges[: self.next],
+            start_ns=start,
+            steady_start_ns=steady_start,
+            steady_end_ns=steady_end,
+            end_ns=end,
+            cpu_share=(self.cpu_end_ns - self.cpu_start_ns) / window_ns if window_ns else 0.0,
+            lags_ms=self.monitor.lags_ms(steady_start, steady_end),
+            rss_bytes=rss_bytes(),
+            gave_up=self.gave_up,
+        )
+
+    async def _stream(self, start_ns: int, index: int) -> None:
+        delay_s = self.load.spread_s * index / self.load.concurrency
+        await asyncio.sleep(delay_s)
+        self.num_started += 1
+        scheduled_ns = start_ns + round(delay_s * NS_PER_S)
+        while self.steady_end_ns is None and not self.gave_up:
+            if self.next == len(self.exchanges):
+                self._end_window(time.monotonic_ns())
+                return
+            exchange = self.exchanges[self.next]
+            self.next += 1
+            exchange.scheduled_ns = scheduled_ns
+            self.monitor.in_flight.add(exchange)
+            await self.client.perform(exchange)
+            self.monitor.in_flight.discard(exchange)
+            scheduled_ns = exchange.end_ns
+            self._ended(exchange)
+
+    def _ended(self, exchange: Exchange) -> None:
+        load, now = self.load, exchange.end_ns
+        self.num_ended += 1
+        self.failures_in_a_row = self.failures_in_a_row + 1 if exchange.error else 0
+        self.gave_up = self.failures_in_a_row >= max(load.concurrency, MIN_FAILURES)
+        if self.gave_up:
+            self._end_window(now)
+        elif self.steady_start_ns is None:
+            if self.num_ended >= load.num_warmup and self.num_started == load.concurrency:
+                self.steady_start_ns = now
+                self.cpu_start_ns = time.process_time_ns()
+        elif self.steady_end_ns is None and exchange.sent_ns >= self.steady_start_ns:
+            self.num_measured += 1
+            elapsed_s = (now - self.steady_start_ns) / NS_PER_S
+            is_enough = self.num_measured >= load.num_requests and elapsed_s >= load.min_duration_s
+            if is_enough or (load.max_duration_s is not None and elapsed_s >= load.max_duration_s):
+                self._end_window(now)
+
+    def _end_window(self, now: int) -> None:
+        if self.steady_end_ns is None and self.steady_start_ns is not None:
+            self.steady_end_ns = now
+            self.cpu_end_ns = time.process_time_ns()
+
+    def _report(self) -> None:
+        if self.load.min_duration_s and self.steady_start_ns is not None:
+            elapsed_s = (time.monotonic_ns() - self.steady_start_ns) / NS_PER_S
+            self.on_progress(min(int(elapsed_s), int(self.load.min_duration_s)), int(self.load.min_duration_s))
+        elif not self.load.min_duration_s:
+            self.on_progress(min(self.num_measured, self.load.num_requests), self.load.num_requests)

@@ -1,0 +1,185 @@
+"""One point: what was sent and what came back -> the summary and its validity in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tkit.loadgen.closed_loop import LoadTrace
+from tkit.loadgen.exchange import RequestRecord
+from tkit.loadgen.metrics import (
+    assign_phases,
+    chunk_gaps,
+    delivered_concurrency,
+    distribution,
+    drift,
+    e2e_ms,
+    error_counts,
+    finest_percentile,
+    goodput,
+    present,
+    rates,
+    token_rates_by_slice,
+    tpot_ms,
+    ttfb_ms,
+    ttft_ms,
+    wave_medians,
+)
+from tkit.loadgen.profiles import HealthLimits, Shape
+from tkit.specs.record import PointSummary
+from tkit.units import NS_PER_MS, NS_PER_S
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a point stands in the grid."""
+
+    shape: Shape
+    concurrency: int
+    repeat: int  # from 1
+
+    @property
+    def slug(self) -> str:
+        return f"{self.shape.slug}-c{self.concurrency}-r{self.repeat}"
+
+
+def summarise(
+    place: Place,
+    records: Sequence[RequestRecord],
+    trace: LoadTrace,
+    *,
+    limits: HealthLimits,
+    token_source: str,
+    num_gpus: int | None,
+    started: str,
+) -> PointSummary:
+    """The numbers of a point and whether they may be believed. Sets the phase of every record."""
+    assign_phases(records, trace)
+    measured = [record for record in records if record.phase == "measured"]
+    ok = [record for record in measured if record.is_ok]
+    rate = rates(records, trace)
+    tpot = distribution(present(map(tpot_ms, ok)))
+    client = _client_numbers(place, records, ok, trace)
+    reasons = _invalid_reasons(place, records, measured, client, limits)
+    return PointSummary(
+        shape=str(place.shape),
+        isl=place.shape.isl,
+        osl=place.shape.osl,
+        concurrency=place.concurrency,
+        repeat=place.repeat,
+        requests=len(measured),
+        errors=error_counts(measured),
+        token_source=token_source,
+        window_s=rate.window_s,
+        output_tok_s=rate.output_tok_s,
+        output_tok_s_whole=rate.output_tok_s_whole,
+        input_tok_s=rate.input_tok_s,
+        requests_s=rate.requests_s,
+        tok_s_user=1000 / tpot.p50 if tpot.p50 else None,
+        tok_s_gpu=rate.output_tok_s / num_gpus if num_gpus else None,
+        goodput=goodput(measured, rate.window_s),
+        ttft=distribution(present(map(ttft_ms, ok))),
+        ttfb=distribution(present(map(ttfb_ms, ok))),
+        tpot=tpot,
+        chunk_gap=distribution(chunk_gaps(ok)["gap_ns"] / NS_PER_MS),
+        e2e=distribution(present(map(e2e_ms, ok))),
+        client={name: float(value) for name, value in client.items()},
+        is_valid=not reasons,
+        invalid_reasons=tuple(reasons),
+        started=started,
+        duration_s=(trace.end_ns - trace.start_ns) / NS_PER_S,
+    )
+
+
+def _client_numbers(
+    place: Place, records: Sequence[RequestRecord], ok: Sequence[RequestRecord], trace: LoadTrace
+) -> dict[str, float]:
+    sent_lag = present(
+        (record.sent_ns - record.scheduled_ns) / NS_PER_MS if record.scheduled_ns is not None else None
+        for record in records
+        if record.phase == "measured"
+    )
+    numbers = {
+        "cpu_share": trace.cpu_share,
+        "rss_bytes": trace.rss_bytes,
+        "delivered_concurrency": delivered_concurrency(records, trace),
+        "schedule_lag_p99_ms": _percentile(sent_lag, 99),
+        **{f"loop_lag_p{p}_ms": _percentile(np.asarray(trace.lags_ms), p) for p in (50, 90, 95, 99)},
+    }
+    # Waves of C requests: fewer than four say nothing about drift, and with few of them only a clear one is told apart
+    # from chance. A run of a dozen requests is therefore judged by gross_drift alone.
+    num_slices = len(ok) // place.concurrency // 2 * 2
+    if num_slices >= 2:
+        by_sending = sorted(ok, key=lambda record: record.sent_ns)
+        tpots = [value for value in map(tpot_ms, by_sending) if value is not None]
+        for name, samples in (
+            ("tok_s", token_rates_by_slice(records, trace, num_slices)),
+            ("tpot", wave_medians(tpots, place.concurrency) if tpots else []),
+        ):
+            numbers[f"{name}_drift"], is_real = drift(samples)
+            numbers[f"{name}_drift_is_beyond_chance"] = is_real
+    return numbers
+
+
+def _percentile(values: np.ndarray, percentile: int) -> float:
+    return float(np.percentile(values, percentile)) if len(values) else 0.0
+
+
+def _invalid_reasons(
+    place: Place,
+    records: Sequence[RequestRecord],
+    measured: Sequence[RequestRecord],
+    client: dict[str, float],
+    limits: HealthLimits,
+) -> list[str]:
+    """In words and numbers, each with the limit that it breaks."""
+    ok = [record for record in measured if record.is_ok]
+    warmup = [record for record in records if record.phase == "warmup"]
+    reasons = _failures("", measured, limits) + _failures("warm-up ", warmup, limits)
+    if not ok:
+        return reasons or ["no request was measured"]
+    for name, asked, got in (
+        ("output", place.shape.osl, np.mean([record.osl for record in ok])),
+        ("input", place.shape.isl, np.mean([record.isl for record in ok])),
+    ):
+        if abs(got / asked - 1) > limits.length_error:
+            limit = f"limit {limits.length_error:.0%} off"
+            reasons.append(f"{got:.1f} {name} tokens per request, asked for {asked} ({limit})")
+    share = client["delivered_concurrency"] / place.concurrency
+    if share < limits.delivered_concurrency:
+        reasons.append(
+            f"delivered concurrency {client['delivered_concurrency']:.2f} of {place.concurrency} "
+            f"({share:.1%}, limit {limits.delivered_concurrency:.0%})"
+        )
+    ttfts = present(map(ttft_ms, ok))
+    reasons += _lag_reasons(client, ttfts, limits, finest_percentile(len(ok)))
+    if client["cpu_share"] > limits.cpu_share:
+        reasons.append(f"the client used {client['cpu_share']:.0%} of its core (limit {limits.cpu_share:.0%})")
+    for name, words in (("tok_s", "tok/s"), ("tpot", "tpot")):
+        change = client.get(f"{name}_drift", 0.0)
+        is_real = bool(client.get(f"{name}_drift_is_beyond_chance"))
+        if abs(change) > limits.gross_drift or (abs(change) > limits.drift and is_real):
+            reasons.append(f"{words} drifted {change:+.1%} between the halves (limit {limits.drift:.0%})")
+    return reasons
+
+
+def _failures(phase: str, records: Sequence[RequestRecord], limits: HealthLimits) -> list[str]:
+    failed = [record for record in records if not record.is_ok]
+    if len(failed) <= limits.error_share * len(records):
+        return []
+    counts = ", ".join(f"{count} {name}" for name, count in error_counts(failed).items())
+    return [f"{len(failed)} of {len(records)} {phase}requests failed ({counts}), the first: {failed[0].detail}"]
+
+
+def _lag_reasons(client: dict[str, float], ttfts: np.ndarray, limits: HealthLimits, finest: int) -> list[str]:
+    reasons = []
+    lag = client["schedule_lag_p99_ms"]
+    if lag > limits.schedule_lag_ms and lag > limits.schedule_lag_share * np.median(ttfts):
+        reasons.append(f"requests were sent {lag:.1f} ms late at p99 (limit {limits.schedule_lag_ms:g} ms)")
+    percentile = limits.loop_lag_percentile or finest
+    lag = client[f"loop_lag_p{percentile}_ms"]
+    if lag > limits.loop_lag_ms and lag > limits.loop_lag_share * np.percentile(ttfts, percentile):
+        reasons.append(f"the client saw messages {lag:.1f} ms late at p{percentile} (limit {limits.loop_lag_ms:g} ms)")
+    return reasons

@@ -1,0 +1,166 @@
+"""What a sweep measures, as data: shapes, loads, lengths of time, limits of validity. Knows no server and no clock."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from tkit.errors import InputError, did_you_mean
+from tkit.specs.recipe import SweepRecipe
+
+MAX_SHAPE_TOKENS = 10_000_000  # above any model's context: a slip of the finger, not a shape
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Shape:
+    isl: int  # input tokens, as the server's tokenizer counts them, special tokens included
+    osl: int  # output tokens
+
+    def __str__(self) -> str:
+        return f"{self.isl}/{self.osl}"
+
+    @property
+    def slug(self) -> str:
+        """The shape in a file name: `128x64`."""
+        return f"{self.isl}x{self.osl}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthLimits:
+    """Beyond these a point is invalid: its numbers would say more of the client or the moment than of the server."""
+
+    error_share: float = 0.001
+    length_error: float = 0.01  # got tokens against asked, output and input
+    delivered_concurrency: float = 0.98  # of asked, over the steady window
+    schedule_lag_ms: float = 1.0  # p99, and at the same time schedule_lag_share of the TTFT
+    schedule_lag_share: float = 0.01
+    loop_lag_ms: float = 2.0
+    # The percentile of the loop lag that is judged. None: the finest that the point has requests enough to print.
+    loop_lag_percentile: int | None = 99
+    loop_lag_share: float = 0.0  # a lag below this share of the same percentile of TTFT is no fault; 0: it always is
+    cpu_share: float = 0.70  # of one core per worker
+    drift: float = 0.05  # between the halves of the steady window, when chance does not explain it
+    gross_drift: float = 0.25  # whatever chance explains
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The grid is every shape at every concurrency, `repeats` times round.
+
+    A point ends when `requests_per_stream * C` requests (at least `min_requests`) have been measured and
+    `min_duration_s` is over, at the latest after `max_duration_s`. `requests` is an exact count instead.
+    """
+
+    name: str
+    shapes: tuple[Shape, ...]
+    concurrency: tuple[int, ...]
+    repeats: int
+    warmup_per_stream: int
+    min_warmup: int
+    requests_per_stream: int
+    min_requests: int
+    min_duration_s: float
+    max_duration_s: float | None
+    requests: int | None = None
+    limits: HealthLimits = HealthLimits()
+
+    def num_warmup(self, concurrency: int) -> int:
+        return max(self.warmup_per_stream * concurrency, self.min_warmup)
+
+    def num_requests(self, concurrency: int) -> int:
+        return self.requests or max(self.requests_per_stream * concurrency, self.min_requests)
+
+    @property
+    def digest(self) -> str:
+        """Equal digests, equal measurements: the sha256 of every field, overrides included."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+_CHAT, _RAG = Shape(isl=1024, osl=1024), Shape(isl=8192, osl=1024)
+
+# A laptop that serves and measures at once now and then delays the client by a whole scheduler slice (4 ms on Linux).
+# That moves a p99, which quick never has the requests for, and not the percentiles it prints: so the lag is judged
+# there, and against what it is added to.
+_QUICK_LIMITS = HealthLimits(loop_lag_percentile=None, loop_lag_share=0.05)
+
+PROFILES = {profile.name: profile for profile in (
+    # Requests for C = 1, 4, 16: 20 + 40 + 160 measured, 2 + 4 + 16 to warm up, at most 2 C - 1 more in flight at the
+    # ends of the steady windows: about 280 requests, 18 000 output tokens. That is 20 s at 1 000 tok/s (C = 1 is slower
+    # than the rest) and 10 s at 2 000. 10 s at most per point keep a slower server near 45 s too, with fewer requests.
+    Profile(
+        name="quick/1", shapes=(Shape(isl=128, osl=64),), concurrency=(1, 4, 16), repeats=1,
+        warmup_per_stream=1, min_warmup=2, requests_per_stream=10, min_requests=20,
+        min_duration_s=0, max_duration_s=10, limits=_QUICK_LIMITS,
+    ),
+    Profile(
+        name="standard/1", shapes=(_CHAT, _RAG), concurrency=(1, 4, 16, 64, 256), repeats=3,
+        warmup_per_stream=2, min_warmup=16, requests_per_stream=10, min_requests=10,
+        min_duration_s=60, max_duration_s=600,
+    ),
+)}  # fmt: skip
+
+
+def find_profile(name: str) -> Profile:
+    """`quick/1`, or `quick` for its newest version."""
+    versions = [profile for profile in PROFILES if profile == name or profile.rpartition("/")[0] == name]
+    if not versions:
+        families = [profile.rpartition("/")[0] for profile in PROFILES]
+        raise InputError(
+            f'no profile "{name}"{did_you_mean(name, [*families, *PROFILES])}', hint=f"known: {', '.join(PROFILES)}"
+        )
+    return PROFILES[max(versions, key=lambda version: int(version.rpartition("/")[2]))]
+
+
+def resolve_profile(recipe: SweepRecipe) -> Profile:
+    """The named profile with the recipe's overrides; raises with everything that is wrong with them."""
+    profile = find_profile(recipe.profile)
+    problems: list[str] = []
+    changes: dict[str, Any] = {}
+    if recipe.shapes is not None:
+        changes["shapes"] = tuple(shape for text in recipe.shapes if (shape := _shape(text, problems)))
+    if recipe.concurrency is not None:
+        changes["concurrency"] = recipe.concurrency
+    for name in ("requests", "repeats"):
+        if getattr(recipe, name) is not None:
+            changes[name] = getattr(recipe, name)
+    if recipe.requests is not None:
+        changes |= {"min_duration_s": 0, "max_duration_s": None}
+    if recipe.duration_s is not None:
+        changes |= {"max_duration_s": recipe.duration_s}
+        if recipe.requests is None:
+            changes |= {"min_duration_s": recipe.duration_s}
+    problems += _problems(changes)
+    if problems:
+        raise InputError("impossible sweep", problems=problems)
+    return dataclasses.replace(profile, **changes)
+
+
+def _shape(text: str, problems: list[str]) -> Shape | None:
+    sizes = text.split("/")
+    if len(sizes) == 2 and all(size.strip().isdecimal() and size.isascii() for size in sizes):
+        isl, osl = int(sizes[0]), int(sizes[1])
+        if 1 <= isl <= MAX_SHAPE_TOKENS and 1 <= osl <= MAX_SHAPE_TOKENS:
+            return Shape(isl=isl, osl=osl)
+    problems.append(f'shape "{text}": expected input/output tokens of at least 1, like 128/64')
+    return None
+
+
+def _problems(changes: dict[str, Any]) -> list[str]:
+    problems = []
+    for name in ("shapes", "concurrency"):
+        values = changes.get(name)
+        if values is not None and len(set(values)) < len(values):
+            problems.append(f"{name} holds a value twice: {', '.join(map(str, values))}")
+    if any(streams < 1 for streams in changes.get("concurrency", ())):
+        problems.append(f"concurrency is {', '.join(map(str, changes['concurrency']))}, expected at least 1 each")
+    if changes.get("concurrency") == ():
+        problems.append("concurrency is empty, expected at least one")
+    for name in ("requests", "repeats"):
+        if name in changes and changes[name] < 1:
+            problems.append(f"{name} is {changes[name]}, expected at least 1")
+    if changes.get("max_duration_s") is not None and not 0 < changes["max_duration_s"] < float("inf"):
+        problems.append(f"duration is {changes['max_duration_s']} s, expected more than 0")
+    return problems

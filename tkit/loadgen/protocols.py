@@ -1,0 +1,64 @@
+"""The protocols a sweep speaks, and what each client answers. Knows names; imports a client when it is used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tkit.errors import InputError, did_you_mean
+from tkit.loadgen.exchange import Answer, Exchange
+
+DEFAULT_PROTOCOL = "triton-grpc"
+
+
+class Client(Protocol):
+    """One open connection to one model. Everything but `perform` may be slow: it runs before the load or after it."""
+
+    token_source: str  # one of specs.record.TOKEN_SOURCES
+    identity: Mapping[str, Any]  # what the server says of itself
+
+    async def open(self, timeout_s: float) -> None:
+        """Connects and reads what the model accepts. Raises ServerError unless the model is ready to stream."""
+
+    async def is_ready(self, timeout_s: float) -> bool:
+        """The server answers and the model is loaded."""
+
+    def request(self, name: str, prompt: str, osl: int, seed: int) -> bytes:
+        """The bytes of one request for exactly `osl` tokens, greedily, end of sequence ignored."""
+
+    async def perform(self, exchange: Exchange) -> None:
+        """Sends, and writes a time and the bytes per message. Never raises for what a server may do: see `error`."""
+
+    def answer(self, exchange: Exchange) -> Answer:
+        """What the messages say."""
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolRow:
+    client: str  # module:class, called with (url, model, token_ends)
+    port: str  # the field of ServerRecord that holds its port
+
+
+PROTOCOLS = {
+    "triton-grpc": ProtocolRow(client="tkit.loadgen.triton_grpc:TritonGrpcClient", port="grpc_port"),
+}
+
+
+def find_protocol(name: str) -> ProtocolRow:
+    if name not in PROTOCOLS:
+        raise InputError(
+            f'--protocol: unknown protocol "{name}"{did_you_mean(name, PROTOCOLS)}',
+            hint=f"known: {', '.join(PROTOCOLS)}",
+        )
+    return PROTOCOLS[name]
+
+
+def make_client(protocol: str, url: str, model: str, token_ends: Callable[[str], list[int]]) -> Client:
+    """`token_ends` gives the end of each token in a text, for servers that do not count tokens themselves."""
+    module, _, name = find_protocol(protocol).client.partition(":")
+    client: Client = getattr(importlib.import_module(module), name)(url, model, token_ends)
+    return client

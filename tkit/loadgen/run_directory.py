@@ -1,0 +1,148 @@
+"""The files of one run, laid out as `specs.record` says. A point appears whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tkit.errors import InputError
+from tkit.files import sync_directory, write_atomic, write_json
+from tkit.loadgen.exchange import RequestRecord
+from tkit.loadgen.metrics import chunk_gaps
+from tkit.loadgen.point import Place
+from tkit.specs.record import CHUNK_COLUMNS, REQUEST_COLUMNS, Manifest, PointSummary
+
+PERCENTILES = ("p50", "p90", "p95", "p99")
+RATES = ("window_s", "output_tok_s", "output_tok_s_whole", "input_tok_s", "requests_s", "tok_s_user", "tok_s_gpu")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class RunDirectory:
+    """Every write is atomic or an appended line, so a run that was cut off is readable up to there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def create(cls, out: Path, name: str, *, is_fixed: bool) -> RunDirectory:
+        """A new, empty one. A name that is taken is refused when it is fixed, else numbered."""
+        for number in itertools.count(2):
+            path = out / name
+            try:
+                path.mkdir(parents=True)
+                (path / "points").mkdir()
+                return cls(path)
+            except FileExistsError as error:
+                if is_fixed or not path.is_dir():
+                    raise InputError(f"{path} exists", hint="give another --name, or remove it") from error
+            except OSError as error:
+                raise InputError(f"{path}: cannot be made: {error.strerror}") from error
+            name = f"{name.removesuffix(f'-{number - 1}')}-{number}"
+        raise AssertionError("unreachable")
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        write_json(self.path / "manifest.json", manifest)
+
+    def journal(self, event: str, **facts: Any) -> None:
+        """Appends one line to state.jsonl."""
+        line = json.dumps({"time": utc_now(), "event": event, **facts}, ensure_ascii=False)
+        with open(self.path / "state.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_point(self, place: Place, summary: PointSummary, records: Sequence[RequestRecord]) -> None:
+        points = self.path / "points"
+        temporary = points / f".{place.slug}.{os.getpid()}.tmp"
+        temporary.mkdir()
+        try:
+            _write_parquet(temporary / "requests.parquet", _request_columns(records), REQUEST_COLUMNS)
+            measured = [record for record in records if record.phase == "measured" and record.is_ok]
+            _write_parquet(temporary / "chunks.parquet", chunk_gaps(measured), CHUNK_COLUMNS)
+            write_json(temporary / "point.json", summary)
+            temporary.rename(points / place.slug)
+            sync_directory(points)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def write_summary(self, manifest: Manifest, points: Sequence[PointSummary]) -> None:
+        rows = [summary_row(manifest, point) for point in points]
+        write_json(self.path / "summary.json", rows)
+        write_atomic(self.path / "summary.csv", _csv(rows))
+
+
+def summary_row(manifest: Manifest, point: PointSummary) -> dict[str, Any]:
+    """One flat row: what was measured, at which load, and the numbers."""
+    card = manifest.engine or {}
+    row: dict[str, Any] = {
+        "run": manifest.run,
+        "label": manifest.label,
+        "profile": manifest.profile,
+        "protocol": manifest.protocol,
+        "model": manifest.model,
+        "hw": manifest.identity.get("hardware"),
+        "backend": card.get("backend"),
+        "precision": card.get("quant"),
+        "tp": card.get("tp_size"),
+        "pp": card.get("pp_size"),
+        "gpus": manifest.identity.get("num_gpus"),
+        "isl": point.isl,
+        "osl": point.osl,
+        "conc": point.concurrency,
+        "repeat": point.repeat,
+        "requests": point.requests,
+        "errors": sum(point.errors.values()),
+        "is_valid": point.is_valid,
+        "token_source": point.token_source,
+    }
+    for name in RATES:
+        row[name] = getattr(point, name)
+    for metric in ("ttft", "ttfb", "tpot", "chunk_gap", "e2e"):
+        for percentile in ("mean", *PERCENTILES):
+            row[f"{metric}_{percentile}_ms"] = getattr(getattr(point, metric), percentile)
+    for tier, numbers in point.goodput.items():
+        row[f"goodput_{tier}_requests_s"] = numbers["requests_s"]
+        row[f"goodput_{tier}_attainment"] = numbers["attainment"]
+    row["invalid_reasons"] = "; ".join(point.invalid_reasons)
+    return row
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    file = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+    return file.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A text that a spreadsheet would run as a formula is kept a text."""
+    if isinstance(value, str) and value.startswith(FORMULA_STARTS):
+        return f"'{value}"
+    return value
+
+
+def _request_columns(records: Sequence[RequestRecord]) -> dict[str, list[Any]]:
+    return {name: [getattr(record, name) for record in records] for name in REQUEST_COLUMNS}
+
+
+def _write_parquet(path: Path, columns: Mapping[str, Any], types: Mapping[str, str]) -> None:
+    import pyarrow as pa  # 0.2 s to import: after the first point, not before the first request
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, pa.type_for_alias(alias)) for name, alias in types.items()])
+    pq.write_table(pa.table(dict(columns), schema=schema), path, compression="zstd")

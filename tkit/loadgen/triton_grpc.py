@@ -1,0 +1,318 @@
+"""Triton's ModelStreamInfer with the inputs and outputs of TensorRT-LLM's `ensemble`: one RPC per request.
+
+The client is grpc.aio with bytes in and bytes out: requests are serialized before the load, answers parsed after. One
+request and then nothing more is to be sent, so the bidirectional method is called as unary-stream: the same frames on
+the wire, one operation instead of three. Reading goes on to the end of the RPC, so the final response needs no search.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+from array import array
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2 as pb
+
+from tkit.errors import ServerError, did_you_mean
+from tkit.loadgen.exchange import Answer, Exchange
+
+SERVICE = "/inference.GRPCInferenceService/"
+FINAL = "triton_final_response"
+ERROR_START = b"\x0a"  # how a ModelStreamInferResponse begins that carries error_message (field 1)
+
+# Requests go round the connections: one TCP stream has one flow-control window and one sender at a time on either side.
+CONNECTIONS = 4
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_http_proxy", 0),  # a proxy from the environment would be measured, or refuse loopback
+    ("grpc.use_local_subchannel_pool", 1),  # or all channels would share one connection
+)
+
+# name -> (Triton data type, value). Sent when the model lists them; the first two must be there.
+REQUIRED_INPUTS = ("text_input", "max_tokens")
+Values = dict[str, tuple[str, Any]]
+
+
+def _inputs(prompt: str, osl: int, seed: int) -> Values:
+    return {
+        "text_input":               ("BYTES", prompt),
+        "max_tokens":               ("INT32", osl),
+        "min_tokens":               ("INT32", osl),
+        "end_id":                   ("INT32", -1),  # no token ends the text
+        "stream":                   ("BOOL", True),
+        "top_k":                    ("INT32", 1),  # greedy at any temperature; some releases refuse temperature 0
+        "temperature":              ("FP32", 1.0),
+        "seed":                     ("UINT64", seed),
+        "exclude_input_in_output":  ("BOOL", True),
+        "return_num_input_tokens":  ("BOOL", True),
+        "return_num_output_tokens": ("BOOL", True),
+    }  # fmt: skip
+
+
+FORMATS = {"INT32": "<i", "BOOL": "<?", "FP32": "<f", "UINT64": "<Q"}
+
+
+class TritonGrpcClient:
+    def __init__(self, url: str, model: str, token_ends: Callable[[str], list[int]]):
+        self.url = url
+        self.model = model
+        self.token_source = "tokenizer"
+        self.identity: dict[str, Any] = {}
+        self._token_ends = token_ends
+        self._input_ranks: dict[str, int] = {}
+        self._channels: list[grpc.aio.Channel] = []
+        self._streams: list[Any] = []
+
+    async def open(self, timeout_s: float) -> None:
+        self._channels = [grpc.aio.insecure_channel(self.url, options=CHANNEL_OPTIONS) for _ in range(CONNECTIONS)]
+        self._streams = [channel.unary_stream(f"{SERVICE}ModelStreamInfer") for channel in self._channels]
+        try:
+            await self._read_model(timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise ServerError(
+                f"{self.url}: no Triton server answers over gRPC: {error.code().name}: {error.details()}",
+                hint="start one with tkit serve, or give its gRPC address: --url HOST:PORT",
+            ) from error
+
+    async def is_ready(self, timeout_s: float) -> bool:
+        try:
+            answer = await self._ask("ModelReady", timeout_s)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(answer.ready)
+
+    async def close(self) -> None:
+        for channel in self._channels:
+            await channel.close()
+
+    async def _ask(self, method: str, timeout_s: float) -> Any:
+        """A method without arguments, or with the model's name as the only one."""
+        request, response = getattr(pb, f"{method}Request"), getattr(pb, f"{method}Response")
+        message = request(name=self.model) if "name" in request.DESCRIPTOR.fields_by_name else request()
+        call = self._channels[0].unary_unary(SERVICE + method)
+        return response.FromString(await call(message.SerializeToString(), timeout=timeout_s))
+
+    async def _read_model(self, timeout_s: float) -> None:
+        server = await self._ask("ServerMetadata", timeout_s)
+        if not (await self._ask("ModelReady", timeout_s)).ready:
+            hint = "name the served model: --model NAME"
+            raise ServerError(f'{self.url}: model "{self.model}" is not ready', hint=hint)
+        metadata = await self._ask("ModelMetadata", timeout_s)
+        config = (await self._ask("ModelConfig", timeout_s)).config
+        self._input_ranks = {tensor.name: len(tensor.shape) for tensor in metadata.inputs}
+        self._refuse_unless_streaming(config.model_transaction_policy.decoupled)
+        outputs = [tensor.name for tensor in metadata.outputs]
+        if {"num_output_tokens", "return_num_output_tokens"} <= {*outputs, *self._input_ranks}:
+            self.token_source = "server_usage"
+        self.identity = {
+            "server": server.name,
+            "version": server.version,
+            "extensions": list(server.extensions),
+            "model": self.model,
+            "model_versions": list(metadata.versions),
+            "platform": metadata.platform,
+            "inputs": list(self._input_ranks),
+            "outputs": outputs,
+            "parameters": {key: value.string_value for key, value in sorted(config.parameters.items())},
+        }
+
+    def _refuse_unless_streaming(self, is_decoupled: bool) -> None:
+        problems = [
+            f'no input "{name}"{did_you_mean(name, self._input_ranks)}'
+            for name in REQUIRED_INPUTS
+            if name not in self._input_ranks
+        ]
+        if not is_decoupled:
+            problems.append("not decoupled, so it cannot stream")
+        if problems:
+            raise ServerError(
+                f'{self.url}: model "{self.model}" does not speak as TensorRT-LLM\'s ensemble does',
+                problems=problems,
+                hint=f"its inputs: {', '.join(self._input_ranks)}; name another model: --model NAME",
+            )
+
+    def request(self, name: str, prompt: str, osl: int, seed: int) -> bytes:
+        message = pb.ModelInferRequest(model_name=self.model, id=name)
+        # Where the model ends a stream apart from its last token, only an empty final response tells that it is whole.
+        message.parameters["triton_enable_empty_final_response"].bool_param = True
+        for tensor, (data_type, value) in _inputs(prompt, osl, seed).items():
+            if tensor not in self._input_ranks:
+                continue
+            message.inputs.add(name=tensor, datatype=data_type, shape=[1] * self._input_ranks[tensor])
+            message.raw_input_contents.append(_raw(data_type, value))
+        return message.SerializeToString()
+
+    async def perform(self, exchange: Exchange) -> None:
+        now, stamp, keep = time.monotonic_ns, exchange.times.append, exchange.messages.append
+        stream = self._streams[exchange.index % CONNECTIONS]
+        exchange.sent_ns = now()
+        call = stream(exchange.request)
+        exchange.abort = call.cancel
+        try:
+            async for message in call:
+                stamp(now())
+                keep(message)
+        except grpc.aio.AioRpcError as error:
+            exchange.fail(*_named(error))
+        except asyncio.CancelledError:
+            if exchange.error is None:  # not aborted: this task itself is to end
+                raise
+        finally:
+            exchange.end_ns = now()
+            exchange.abort = None
+        if exchange.error is None:
+            _conclude(exchange)
+            if exchange.error is None and self.token_source == "server_usage":
+                _drop_uniform(exchange)
+
+    def answer(self, exchange: Exchange) -> Answer:
+        if exchange.is_uniform:
+            (first,) = _responses(exchange.messages)
+            counts = array("q", [1]) * exchange.osl
+            return Answer(isl=first.num_input_tokens, token_ns=exchange.times[: exchange.osl], token_counts=counts)
+        try:
+            responses = _responses(exchange.messages)
+        except ValueError as error:
+            exchange.fail("unreadable", str(error))
+            return Answer(isl=None, token_ns=array("q"), token_counts=array("q"))
+        counts = self._token_counts(responses, exchange.osl)
+        carrying = [(when, count) for when, count in zip(exchange.times, counts, strict=True) if count]
+        isl = [response.num_input_tokens for response in responses if response.num_input_tokens is not None]
+        return Answer(
+            isl=isl[0] if isl else None,
+            token_ns=array("q", [when for when, _ in carrying]),
+            token_counts=array("q", [count for _, count in carrying]),
+        )
+
+    def _token_counts(self, responses: list[_Response], osl: int) -> array[int]:
+        """Tokens that each response adds."""
+        if self.token_source == "server_usage":
+            return array("q", _added_tokens([response.num_output_tokens for response in responses], osl))
+        return array("q", _tokens_of_texts([response.text for response in responses], self._token_ends))
+
+
+class _Response:
+    """The few fields that matter, out of one ModelStreamInferResponse."""
+
+    __slots__ = ("error", "is_final", "num_input_tokens", "num_output_tokens", "text")
+
+    def __init__(self, message: bytes):
+        stream_response = pb.ModelStreamInferResponse.FromString(message)
+        response = stream_response.infer_response
+        self.error: str | None = stream_response.error_message or None
+        self.is_final = FINAL in response.parameters and response.parameters[FINAL].bool_param
+        raw = {
+            output.name: contents
+            for output, contents in zip(response.outputs, response.raw_output_contents, strict=False)
+        }
+        self.num_input_tokens = _int32(raw.get("num_input_tokens"))
+        self.num_output_tokens = _int32(raw.get("num_output_tokens"))
+        self.text = _first_text(raw.get("text_output", b""))
+
+
+def _responses(messages: Iterable[bytes]) -> list[_Response]:
+    try:
+        return [_Response(message) for message in messages]
+    except Exception as error:  # protobuf's DecodeError has no stable home
+        raise ValueError(f"not a ModelStreamInferResponse: {error}") from error
+
+
+def _conclude(exchange: Exchange) -> None:
+    """Names what went wrong in a stream that the transport calls complete."""
+    try:
+        last = _responses(exchange.messages[-1:])
+    except ValueError as error:
+        exchange.fail("unreadable", str(error))
+        return
+    if last and last[0].error is not None:
+        exchange.fail("server", last[0].error)
+    elif not last or not last[0].is_final:
+        exchange.fail("truncated", f"ended after {len(exchange.messages)} responses, none of them final")
+
+
+def _drop_uniform(exchange: Exchange) -> None:
+    """Forgets the messages of a request that streamed token by token: times alone hold a long point in memory.
+
+    Told from the number of messages and from the first and last count, as parsing each would delay other requests.
+    """
+    messages, osl = exchange.messages, exchange.osl
+    if not osl <= len(messages) <= osl + 1 or any(message.startswith(ERROR_START) for message in messages):
+        return
+    try:
+        first, last, final = _responses((messages[0], messages[osl - 1], messages[-1]))
+    except ValueError:
+        return
+    counts_add_up = first.num_output_tokens == 1 and last.num_output_tokens in (1, osl)
+    if final.is_final and counts_add_up and (len(messages) == osl or not final.num_output_tokens):
+        exchange.messages = [messages[0]]
+        exchange.is_uniform = True
+
+
+def _added_tokens(counts: list[int | None], osl: int) -> list[int]:
+    """What each response adds. Some servers count the tokens of the response, some those so far."""
+    given = [count for count in counts if count]
+    if not _is_running_total(given, osl):
+        return [count or 0 for count in counts]
+    added, so_far = [], 0
+    for count in counts:
+        added.append(max((count or 0) - so_far, 0))
+        so_far = max(so_far, count or 0)
+    return added
+
+
+def _is_running_total(counts: list[int], osl: int) -> bool:
+    steps = [later - earlier for earlier, later in zip(counts, counts[1:], strict=False)]
+    if not steps or min(steps) < 0:
+        return False
+    return counts[-1] == osl or sum(counts) > osl or (len(steps) > 1 and min(steps) > 0)
+
+
+def _tokens_of_texts(texts: list[str], token_ends: Callable[[str], list[int]]) -> list[int]:
+    """A token belongs to the response that brought its last character. Servers send deltas or the text so far."""
+    spoken = [text for text in texts if text]
+    is_so_far = len(spoken) > 2 and all(
+        later.startswith(earlier) for earlier, later in zip(spoken, spoken[1:], strict=False)
+    )
+    lengths, length = [], 0
+    for text in texts:
+        length = max(length, len(text)) if is_so_far else length + len(text)
+        lengths.append(length)
+    ends = token_ends(spoken[-1] if is_so_far else "".join(spoken))
+    added, taken = [], 0
+    for length in lengths:
+        before = taken
+        while taken < len(ends) and ends[taken] <= length:
+            taken += 1
+        added.append(taken - before)
+    return added
+
+
+def _named(error: grpc.aio.AioRpcError) -> tuple[str, str]:
+    code, details = error.code(), error.details() or ""
+    detail = f"{code.name}: {details}"
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return ("refused" if "failed to connect" in details.lower() else "disconnected"), detail
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return "timeout", detail
+    return ("disconnected" if code is grpc.StatusCode.CANCELLED else "server"), detail
+
+
+def _raw(data_type: str, value: Any) -> bytes:
+    if data_type == "BYTES":
+        data = value.encode("utf-8")
+        return struct.pack("<I", len(data)) + data
+    return struct.pack(FORMATS[data_type], value)
+
+
+def _int32(raw: bytes | None) -> int | None:
+    return struct.unpack_from("<i", raw)[0] if raw and len(raw) >= 4 else None
+
+
+def _first_text(raw: bytes) -> str:
+    return raw[4 : 4 + struct.unpack_from("<I", raw)[0]].decode("utf-8", "replace") if len(raw) >= 4 else ""

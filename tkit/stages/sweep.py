@@ -1,0 +1,346 @@
+"""The sweep: find the server, check that it is the right one, measure every point of the grid, keep every number."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import ipaddress
+import os
+import platform
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tkit import __version__
+from tkit.errors import InputError, ServerError
+from tkit.files import read_json, sha256_file
+from tkit.loadgen.exchange import ERRORS
+from tkit.loadgen.point import Place
+from tkit.loadgen.profiles import Profile, resolve_profile
+from tkit.loadgen.prompts import PromptMaker
+from tkit.loadgen.protocols import DEFAULT_PROTOCOL, find_protocol
+from tkit.loadgen.run_directory import RunDirectory, utc_now
+from tkit.loadgen.session import Measurement, Session
+from tkit.specs.engine import CARD_FILE, EngineCard
+from tkit.specs.progress import Progress
+from tkit.specs.recipe import SweepRecipe
+from tkit.specs.record import VALIDATION_FILE, Manifest, PointSummary
+from tkit.specs.server import MODEL_NAME
+from tkit.stages.engines import ENGINES_DIR, find_engine, read_card
+from tkit.stages.servers import running_servers
+
+REPORTS_DIR = Path("reports")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is measured. With nothing given, the newest server that `tkit serve` started."""
+
+    url: str | None = None  # host:port
+    protocol: str = DEFAULT_PROTOCOL
+    model: str | None = None  # None = the one that `tkit serve` serves
+    engine: str | None = None  # path or name
+    tokenizer: Path | None = None  # None = the engine's
+    num_gpus: int | None = None  # None = those of the engine, unless the reference backend serves it
+    timeout_s: float = 60.0  # without a message from the server
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRecord:
+    directory: str
+    manifest: Manifest
+    points: tuple[PointSummary, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Endpoint:
+    url: str
+    model: str
+    engine_dir: Path | None
+    card: EngineCard | None
+
+
+def run_sweep(
+    recipe: SweepRecipe,
+    target: Target,
+    *,
+    out: Path = REPORTS_DIR,
+    name: str | None = None,
+    engines_dir: Path = ENGINES_DIR,
+    progress: Progress | None = None,
+) -> SweepRecord:
+    """Measures and writes `out/<name>`. Points that are not valid are kept and say why.
+
+    Raises InputError before anything is sent when what was asked for cannot be; ServerError when no server answers, it
+    is not the one that was meant, or it stops answering. What was measured until then stays.
+    """
+    progress = progress or Progress()
+    profile = resolve_profile(recipe)
+    _check_options(target, name)
+    endpoint = _find_endpoint(target, engines_dir)
+    _check_shapes(profile, endpoint)
+    prompts = PromptMaker(_tokenizer_dir(target, endpoint), recipe.seed)
+    num_gpus = _num_gpus(target, endpoint)
+    progress.note(f"measuring {_label(endpoint)} at {endpoint.url} ({target.protocol}), profile {profile.name}")
+    with Session(
+        target.protocol,
+        endpoint.url,
+        endpoint.model,
+        prompts=prompts,
+        profile=profile,
+        seed=recipe.seed,
+        idle_timeout_s=target.timeout_s,
+        num_gpus=num_gpus,
+    ) as session:
+        _refuse_stranger(endpoint, session.identity)
+        for shape in profile.shapes:
+            session.probe(shape)
+        run = RunDirectory.create(out, name or _run_name(endpoint, profile), is_fixed=name is not None)
+        manifest = Manifest(
+            run=run.path.name,
+            label=_label(endpoint),
+            profile=profile.name,
+            profile_digest=profile.digest,
+            seed=recipe.seed,
+            protocol=target.protocol,
+            url=endpoint.url,
+            model=endpoint.model,
+            shapes=tuple(map(str, profile.shapes)),
+            concurrency=profile.concurrency,
+            repeats=profile.repeats,
+            requests=recipe.requests,
+            duration_s=recipe.duration_s,
+            engine=dataclasses.asdict(endpoint.card) if endpoint.card else None,
+            validation=_validation(endpoint),
+            identity=_identity(endpoint, session, prompts, num_gpus),
+            command=sweep_command(recipe, target, out),
+            started=utc_now(),
+        )
+        run.write_manifest(manifest)
+        points = _measure_grid(session, profile, run, manifest, progress)
+    return SweepRecord(directory=str(run.path), manifest=manifest, points=tuple(points))
+
+
+def _measure_grid(
+    session: Session, profile: Profile, run: RunDirectory, manifest: Manifest, progress: Progress
+) -> list[PointSummary]:
+    """Every point, written as soon as it is measured; the summary at the end, also when that comes early."""
+    points: list[PointSummary] = []
+    run.journal("started", tkit=__version__)
+    try:
+        for place in _grid(profile):
+            what = f"{place.shape} C={place.concurrency}" + (f" #{place.repeat}" if profile.repeats > 1 else "")
+            progress.step(what, 0, profile.num_requests(place.concurrency))
+            measurement = session.measure(place, functools.partial(progress.step, what))
+            run.write_point(place, measurement.summary, measurement.records)
+            points.append(measurement.summary)
+            run.journal("point", point=place.slug, is_valid=measurement.summary.is_valid)
+            progress.note(f"{what}: {point_line(measurement.summary)}")
+            _refuse_dead_server(session, measurement, what, manifest.url)
+        run.journal("finished")
+    except BaseException as error:
+        run.journal("failed", reason=f"{type(error).__name__}: {error}".rstrip(": "))
+        raise
+    finally:
+        run.write_summary(manifest, points)
+    return points
+
+
+def _grid(profile: Profile) -> Iterator[Place]:
+    """Repeats go round the whole grid, so that a slow minute of the machine does not hit all repeats of one point."""
+    for repeat in range(1, profile.repeats + 1):
+        for shape in profile.shapes:
+            for concurrency in profile.concurrency:
+                yield Place(shape=shape, concurrency=concurrency, repeat=repeat)
+
+
+def point_line(point: PointSummary) -> str:
+    """`1 840 tok/s, TTFT p50 52.1 ms, TPOT p50 10.1 ms, 0 errors, valid`."""
+    ttft = "-" if point.ttft.p50 is None else f"{point.ttft.p50:.1f} ms"
+    tpot = "-" if point.tpot.p50 is None else f"{point.tpot.p50:.2f} ms"
+    errors = sum(point.errors.values())
+    verdict = "valid" if point.is_valid else f"INVALID: {'; '.join(point.invalid_reasons)}"
+    return (
+        f"{point.output_tok_s:,.0f} tok/s, TTFT p50 {ttft}, TPOT p50 {tpot}, "
+        f"{errors} error{'s' * (errors != 1)} in {point.requests}, {verdict}"
+    ).replace(",", " ", f"{point.output_tok_s:,.0f}".count(","))
+
+
+def _refuse_dead_server(session: Session, measurement: Measurement, what: str, url: str) -> None:
+    """After failures: a server that is gone, or answers nothing but errors, will not do better at the next point."""
+    if not measurement.failures:
+        return
+    first = measurement.failures[0]
+    reason = f"{ERRORS[first.error or 'server']}: {first.detail}"
+    if not session.is_ready():
+        raise ServerError(f"{url}: the server stopped answering during {what}; {reason}", hint="see the server's log")
+    if all(not record.is_ok for record in measurement.records):
+        raise ServerError(f"{url}: every request of {what} failed; the first: {reason}", hint="see the server's log")
+
+
+def _check_options(target: Target, name: str | None) -> None:
+    find_protocol(target.protocol)
+    problems = []
+    if not 0 < target.timeout_s < float("inf"):
+        problems.append(f"--timeout is {target.timeout_s}, expected more than 0 seconds")
+    if target.num_gpus is not None and target.num_gpus < 1:
+        problems.append(f"--gpus is {target.num_gpus}, expected at least 1")
+    if target.url is not None and not re.fullmatch(r"(grpc://)?(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}", target.url):
+        problems.append(f"--url is {target.url!r}, expected host:port")
+    if name is not None and (name != Path(name).name or name.startswith(".")):
+        problems.append(f"--name is {name!r}, expected a directory name without a path")
+    if problems:
+        raise InputError("impossible sweep", problems=problems)
+
+
+def _find_endpoint(target: Target, engines_dir: Path) -> _Endpoint:
+    if target.url is not None:
+        engine_dir = find_engine(target.engine, engines_dir) if target.engine is not None else None
+        card = read_card(engine_dir) if engine_dir else None
+        return _Endpoint(
+            url=target.url.removeprefix("grpc://"), model=target.model or MODEL_NAME, engine_dir=engine_dir, card=card
+        )
+    servers = running_servers(engines_dir)
+    if target.engine is not None:
+        wanted = str(find_engine(target.engine, engines_dir))
+        servers = [server for server in servers if server.engine == wanted]
+    if not servers:
+        what = f"no server of {target.engine} is running" if target.engine is not None else "no server is running"
+        raise ServerError(what, hint="start one with tkit serve, or give the address of another: --url HOST:PORT")
+    server = servers[-1]
+    card = read_card(Path(server.engine))
+    if card.name != Path(server.engine).name:
+        raise ServerError(
+            f"{server.engine} holds the card of {card.name}: not what the server with pid {server.pid} loaded",
+            hint="restart the server: tkit stop, tkit serve",
+        )
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
+    port = getattr(server, find_protocol(target.protocol).port)
+    return _Endpoint(
+        url=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+        model=target.model or server.model,
+        engine_dir=Path(server.engine),
+        card=card,
+    )
+
+
+def _refuse_stranger(endpoint: _Endpoint, identity: Mapping[str, Any]) -> None:
+    """A server that says which engine it serves must say the one that is to be measured."""
+    served = identity.get("parameters", {}).get("engine_dir")
+    if endpoint.engine_dir is not None and served and Path(served).name != endpoint.engine_dir.name:
+        raise ServerError(
+            f"{endpoint.url} serves {Path(served).name}, not {endpoint.engine_dir.name}",
+            hint="another server has taken the port; restart yours, or name the engine that is served: --engine",
+        )
+
+
+def _check_shapes(profile: Profile, endpoint: _Endpoint) -> None:
+    if endpoint.card is None:
+        return
+    limit = endpoint.card.max_position_embeddings
+    problems = [
+        f"{shape} needs {shape.isl + shape.osl} positions" for shape in profile.shapes if shape.isl + shape.osl > limit
+    ]
+    if problems:
+        raise InputError(
+            f"{endpoint.card.name} has {limit} positions, too few for {len(problems)} of {len(profile.shapes)} shapes",
+            problems=problems,
+            hint="choose others: --shape ISL/OSL",
+        )
+
+
+def _tokenizer_dir(target: Target, endpoint: _Endpoint) -> Path:
+    if target.tokenizer is not None:
+        return target.tokenizer
+    if endpoint.engine_dir is not None:
+        return endpoint.engine_dir / "tokenizer"
+    raise InputError(
+        "prompts of an exact length need the served model's tokenizer",
+        hint="give its directory: --tokenizer DIR, or the engine: --engine DIR",
+    )
+
+
+def _num_gpus(target: Target, endpoint: _Endpoint) -> int | None:
+    """The reference backend runs all ranks on one device, often a CPU: per-GPU figures of it would be invented."""
+    if target.num_gpus is not None or endpoint.card is None or endpoint.card.backend == "reference":
+        return target.num_gpus
+    return endpoint.card.tp_size * endpoint.card.pp_size
+
+
+def _label(endpoint: _Endpoint) -> str:
+    return endpoint.card.name if endpoint.card else endpoint.model
+
+
+def _run_name(endpoint: _Endpoint, profile: Profile) -> str:
+    label = re.sub(r"[^A-Za-z0-9._-]+", "_", _label(endpoint)).lstrip(".")
+    return f"{label}-{profile.name.partition('/')[0]}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+
+
+def _validation(endpoint: _Endpoint) -> Mapping[str, Any] | None:
+    path = endpoint.engine_dir / VALIDATION_FILE if endpoint.engine_dir else None
+    return read_json(path) if path is not None and path.is_file() else None
+
+
+def _identity(endpoint: _Endpoint, session: Session, prompts: PromptMaker, num_gpus: int | None) -> dict[str, Any]:
+    card_path = endpoint.engine_dir / CARD_FILE if endpoint.engine_dir else None
+    client = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in ("grpcio", "tritonclient", "tokenizers")},
+    }
+    runs_on_this_cpu = _is_loopback(endpoint.url) and session.identity.get("parameters", {}).get("device") == "cpu"
+    return {
+        "tkit": __version__,
+        "engine_card_sha256": sha256_file(card_path) if card_path else None,
+        "tokenizer_sha256": prompts.digest,
+        "token_source": session.token_source,
+        "server": dict(session.identity),
+        "hardware": client["cpu"] if runs_on_this_cpu else None,
+        "num_gpus": num_gpus,
+        "client": client,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _is_loopback(url: str) -> bool:
+    host = url.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def sweep_command(recipe: SweepRecipe, target: Target, out: Path) -> str:
+    """The command line that repeats a sweep."""
+    options = {
+        "url": target.url,
+        "protocol": target.protocol if target.protocol != Target.protocol else None,
+        "model": target.model,
+        "shape": ",".join(recipe.shapes) if recipe.shapes else None,
+        "concurrency": ",".join(map(str, recipe.concurrency)) if recipe.concurrency else None,
+        "requests": recipe.requests,
+        "duration": recipe.duration_s,
+        "repeats": recipe.repeats,
+        "seed": recipe.seed or None,
+        "tokenizer": target.tokenizer,
+        "engine": target.engine,
+        "gpus": target.num_gpus,
+        "timeout": target.timeout_s if target.timeout_s != Target.timeout_s else None,
+        "out": out if out != REPORTS_DIR else None,
+    }
+    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    return shlex.join(["tkit", "sweep", recipe.profile, *words])
