@@ -1,0 +1,501 @@
+"""Runs -> one comparison: what is comparable, how big the differences are, what else differs. Draws and writes nothing.
+
+The records below are `report.json` (schema tkit.report/1), as they stand. Numbers are unrounded; times are
+milliseconds, rates per second, changes fractions of the baseline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tkit.errors import InputError, did_you_mean
+from tkit.report.read import LeftOut, Point, Run
+from tkit.report.statistics import (
+    PRACTICAL,
+    Change,
+    Estimate,
+    Floats,
+    Statistic,
+    change,
+    estimate,
+    percentile_of,
+    ratio_of_sums,
+    supported_tail,
+    wilson,
+)
+from tkit.specs.engine import EngineCard
+from tkit.specs.record import SLO_TIERS
+
+REPORT_SCHEMA = "tkit.report/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """`percentile`: "p50", or "tail": the highest of p99, p95, p90 that the requests of every run support."""
+
+    metric: str  # of specs.record.METRICS
+    percentile: str | None = None
+    is_higher_better: bool = False
+
+
+# fmt: off
+MEASURES = {
+    "output_tok_s": Measure(metric="output_tok_s", is_higher_better=True),
+    "tok_s_device": Measure(metric="tok_s_gpu",    is_higher_better=True),
+    "tok_s_user":   Measure(metric="tok_s_user",   is_higher_better=True),
+    "ttft_p50":     Measure(metric="ttft", percentile="p50"),
+    "ttft_tail":    Measure(metric="ttft", percentile="tail"),
+    "tpot_p50":     Measure(metric="tpot", percentile="p50"),
+    "tpot_tail":    Measure(metric="tpot", percentile="tail"),
+    "e2e_p50":      Measure(metric="e2e",  percentile="p50"),
+    "e2e_tail":     Measure(metric="e2e",  percentile="tail"),
+}
+# fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goodput:
+    """Requests per second within a tier's limits, the share of requests that were, and that share's 95 % interval."""
+
+    requests_s: float
+    attainment: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run at one load: its valid repeats joined, or all of them when none is valid."""
+
+    run: str  # RunFacts.id
+    concurrency: int
+    repeats: int
+    requests: int
+    errors: Mapping[str, int]
+    is_valid: bool
+    invalid_reasons: tuple[str, ...]
+    is_on_frontier: bool = False
+    estimates: Mapping[str, Estimate | None]  # by MEASURES
+    output_tok_s_repeats: tuple[float, ...]
+    goodput: Mapping[str, Goodput]  # by tier
+    changes: Mapping[str, Change] = field(default_factory=dict)  # by MEASURES, against the baseline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """`tail`: the percentile that stands for p99 here, None when the requests support none."""
+
+    concurrency: int
+    tail: int | None
+    cells: tuple[Cell, ...]  # in the order of the runs; a run without a readable point here has none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What may be compared: one shape, one way to count tokens, one version of the definitions."""
+
+    shape: str
+    token_source: str
+    definitions: str
+    runs: tuple[str, ...]
+    levels: tuple[Level, ...]
+    note: str | None = None  # why another group of the same shape stands apart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """`kind`: "engine" is what a comparison is usually about; "model" and "conditions" may explain a result instead."""
+
+    kind: str
+    name: str
+    values: Mapping[str, str | None]  # run id -> value
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    id: str  # A, B, ...
+    name: str
+    run: str
+    directory: str
+    label: str
+    started: str
+    profile: str
+    protocol: str
+    url: str
+    model: str
+    command: str
+    num_points: int
+    num_invalid: int
+    missing: tuple[str, ...]  # grid points without a readable result
+    num_devices: int
+    engine: EngineCard | None
+    validation: Mapping[str, Any] | None
+    identity: Mapping[str, Any]
+    definitions: str
+    files: Mapping[str, str]  # path inside the run -> sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """`tone`: better, worse, mixed, same or undecided against the baseline; "none" without one."""
+
+    run: str
+    tone: str
+    text: str
+    details: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    schema: str = REPORT_SCHEMA
+    created: str  # UTC, ISO 8601
+    tkit: str
+    device: str  # "GPU", or "device" when an engine ran without one
+    threshold: float  # smaller changes are never called
+    baseline: str | None  # run id
+    verdict: tuple[Verdict, ...] = ()
+    runs: tuple[RunFacts, ...]
+    differences: tuple[Difference, ...]
+    groups: tuple[Group, ...]
+    left_out: tuple[LeftOut, ...]  # runs and points
+
+    def facts(self, run_id: str) -> RunFacts:
+        return next(run for run in self.runs if run.id == run_id)
+
+
+def compare(
+    runs: Sequence[Run], *, baseline: Run | None, left_out: Sequence[LeftOut], created: str, tkit: str
+) -> Comparison:
+    """Everything a report says, except the verdict's words. `baseline` is one of `runs`; one run has none."""
+    ids = {run.name: run_id for run, run_id in zip(runs, run_ids(len(runs)), strict=True)}
+    points = [point for run in runs for point in run.points]
+    baseline_id = ids[baseline.name] if baseline is not None else None
+    return Comparison(
+        created=created,
+        tkit=tkit,
+        device="GPU" if all(point.summary.tok_s_gpu is not None for point in points) else "device",
+        threshold=PRACTICAL,
+        baseline=baseline_id,
+        runs=tuple(_facts(run, ids[run.name]) for run in runs),
+        differences=_differences({ids[run.name]: run for run in runs}),
+        groups=_groups({ids[run.name]: run for run in runs}, baseline_id),
+        left_out=tuple(left_out),
+    )
+
+
+def run_ids(count: int) -> list[str]:
+    """A, B, ... Z, A2, B2, ..."""
+    return [chr(ord("A") + i % 26) + (str(i // 26 + 1) if i >= 26 else "") for i in range(count)]
+
+
+def find_baseline(runs: Sequence[Run], name: str) -> Run:
+    """The run of that directory, name, label, engine or quantization. More than one is an error."""
+    found = [run for run in runs if name in (run.name, run.manifest.run) or _same_path(name, run.directory)]
+    if not found:
+        found = [run for run in runs if name in _aliases(run)]
+    if len(found) == 1:
+        return found[0]
+    known = sorted({alias for run in runs for alias in (run.manifest.run, *_aliases(run))})
+    if found:
+        raise InputError(
+            f'--baseline "{name}" is {len(found)} of the runs',
+            problems=[f"{run.manifest.run}: {run.name}" for run in found],
+            hint="name one by its run",
+        )
+    raise InputError(
+        f'--baseline: none of the runs is "{name}"{did_you_mean(name, known)}', hint=f"known: {', '.join(known)}"
+    )
+
+
+def _aliases(run: Run) -> set[str]:
+    return {run.manifest.label, *((run.engine.name, run.engine.quant) if run.engine else ())}
+
+
+def _same_path(name: str, directory: Path) -> bool:
+    return Path(name).is_dir() and Path(name).resolve() == directory.resolve()
+
+
+def _facts(run: Run, run_id: str) -> RunFacts:
+    manifest = run.manifest
+    there = {(point.summary.shape, point.summary.concurrency, point.summary.repeat) for point in run.points}
+    grid = [
+        (shape, concurrency, repeat)
+        for shape in manifest.shapes
+        for concurrency in manifest.concurrency
+        for repeat in range(manifest.repeats)
+    ]
+    return RunFacts(
+        id=run_id,
+        name=run.name,
+        run=manifest.run,
+        directory=str(run.directory),
+        label=manifest.label,
+        started=manifest.started,
+        profile=manifest.profile,
+        protocol=manifest.protocol,
+        url=manifest.url,
+        model=manifest.model,
+        command=manifest.command,
+        num_points=len(run.points),
+        num_invalid=sum(not point.summary.is_valid for point in run.points),
+        missing=tuple(f"{shape} C={c} repeat {repeat}" for shape, c, repeat in grid if (shape, c, repeat) not in there),
+        num_devices=_num_devices(run),
+        engine=run.engine,
+        validation=manifest.validation,
+        identity=manifest.identity,
+        definitions=manifest.definitions,
+        files={
+            "manifest.json": run.manifest_sha256,
+            **{f"points/{point.name}/{file}": digest for point in run.points for file, digest in point.sha256.items()},
+        },
+    )
+
+
+def _num_devices(run: Run) -> int:
+    return run.engine.tp_size * run.engine.pp_size if run.engine else 1
+
+
+# ---- groups -------------------------------------------------------------------------------------------------------
+
+
+def _groups(runs: Mapping[str, Run], baseline: str | None) -> tuple[Group, ...]:
+    keys: dict[tuple[str, str, str], dict[str, list[Point]]] = {}
+    for run_id, run in runs.items():
+        for point in run.points:
+            key = (point.summary.shape, point.summary.token_source, point.summary.definitions)
+            keys.setdefault(key, {}).setdefault(run_id, []).append(point)
+    shapes = Counter(shape for shape, _, _ in keys)
+    groups = []
+    for (shape, token_source, definitions), points in sorted(keys.items(), key=lambda item: _tokens(item[0][0])):
+        note = None
+        if shapes[shape] > 1:
+            note = (
+                f"tokens counted by {token_source} under {definitions}: "
+                f"not comparable with the other {shape} {'group' if shapes[shape] == 2 else 'groups'}"
+            )
+        levels = _levels(points, runs, baseline if baseline in points else None)
+        groups.append(
+            Group(
+                shape=shape,
+                token_source=token_source,
+                definitions=definitions,
+                runs=tuple(points),
+                levels=_with_frontier(levels),
+                note=note,
+            )
+        )
+    return tuple(groups)
+
+
+def _tokens(shape: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in shape.split("/"))
+
+
+def _levels(points: Mapping[str, Sequence[Point]], runs: Mapping[str, Run], baseline: str | None) -> tuple[Level, ...]:
+    levels = []
+    asked = {level for run_id in points for level in runs[run_id].manifest.concurrency}
+    measured = {point.summary.concurrency for some in points.values() for point in some}
+    for concurrency in sorted(asked | measured):
+        here = {
+            run_id: _usable([point for point in some if point.summary.concurrency == concurrency])
+            for run_id, some in points.items()
+        }
+        counts = [sum(len(point.measured) for point in some) for some in here.values() if some]
+        tail = supported_tail(min(counts)) if counts else None
+        cells = {
+            run_id: _cell(run_id, concurrency, points[run_id], some, tail, _num_devices(runs[run_id]))
+            for run_id, some in here.items()
+            if some
+        }
+        reference = cells.get(baseline) if baseline is not None else None
+        if reference is not None and reference.is_valid:
+            cells = {
+                run_id: replace(cell, changes=_changes(cell, reference))
+                if run_id != baseline and cell.is_valid
+                else cell
+                for run_id, cell in cells.items()
+            }
+        levels.append(Level(concurrency=concurrency, tail=tail, cells=tuple(cells.values())))
+    return tuple(levels)
+
+
+def _usable(points: Sequence[Point]) -> list[Point]:
+    valid = [point for point in points if point.summary.is_valid]
+    return valid or list(points)
+
+
+def _cell(
+    run_id: str, concurrency: int, points: Sequence[Point], used: Sequence[Point], tail: int | None, num_devices: int
+) -> Cell:
+    """`points` are all of the run in this group, `used` those of this load that count."""
+    everything = [point for point in points if point.summary.concurrency == concurrency]
+    repeats = [point.measured for point in used]
+    reported = [point.summary.output_tok_s for point in used]
+
+    def of(columns: Sequence[str], statistic: Statistic, told: Sequence[float] | None = None) -> Estimate | None:
+        rows: list[Floats] = [frame[list(columns)].dropna().to_numpy(dtype=float) for frame in repeats]
+        return estimate(rows, statistic, block=concurrency, reported=told)
+
+    output = of(("osl", "e2e"), ratio_of_sums, reported)
+    estimates = {"output_tok_s": output, "tok_s_device": _scaled(output, 1 / num_devices)}
+    percentiles = {"p50": 50, "tail": tail}
+    latencies = {
+        name: of((measure.metric,), percentile_of(percentile))
+        if measure.percentile is not None and (percentile := percentiles[measure.percentile]) is not None
+        else None
+        for name, measure in MEASURES.items()
+        if measure.percentile is not None
+    }
+    estimates |= {"tok_s_user": _inverse(latencies["tpot_p50"])} | latencies
+    errors: Counter[str] = Counter()
+    for point in used:
+        errors.update(point.summary.errors)
+    return Cell(
+        run=run_id,
+        concurrency=concurrency,
+        repeats=len(used),
+        requests=sum(point.summary.requests for point in used),
+        errors=dict(errors),
+        is_valid=all(point.summary.is_valid for point in used),
+        invalid_reasons=tuple(
+            f"repeat {point.summary.repeat}: {reason}" if len(everything) > 1 else reason
+            for point in everything
+            if not point.summary.is_valid
+            for reason in (point.summary.invalid_reasons or ("no reason given",))
+        ),
+        estimates=estimates,
+        output_tok_s_repeats=tuple(reported),
+        goodput=_goodput(used),
+    )
+
+
+def _scaled(value: Estimate | None, factor: float) -> Estimate | None:
+    if value is None:
+        return None
+    low, high = (None if edge is None else edge * factor for edge in (value.low, value.high))
+    return replace(value, value=value.value * factor, low=low, high=high)
+
+
+def _inverse(milliseconds: Estimate | None) -> Estimate | None:
+    """Per second: the same spread on the logarithmic scale, edges swapped."""
+    if milliseconds is None:
+        return None
+    low, high = (None if edge is None else 1000 / edge for edge in (milliseconds.high, milliseconds.low))
+    return replace(milliseconds, value=1000 / milliseconds.value, low=low, high=high)
+
+
+def _goodput(points: Sequence[Point]) -> dict[str, Goodput]:
+    goodput = {}
+    for tier in SLO_TIERS:
+        told = [
+            (point.summary.goodput[tier], point.summary.requests) for point in points if tier in point.summary.goodput
+        ]
+        total = sum(requests for _, requests in told)
+        if not total:
+            continue
+        met = sum(facts["attainment"] * requests for facts, requests in told)
+        low, high = wilson(met, total)
+        rate = float(np.median([facts["requests_s"] for facts, _ in told]))
+        goodput[tier] = Goodput(requests_s=rate, attainment=met / total, low=low, high=high)
+    return goodput
+
+
+def _changes(cell: Cell, baseline: Cell) -> dict[str, Change]:
+    pairs = {name: (cell.estimates[name], baseline.estimates[name]) for name in MEASURES}
+    return {name: change(mine, its) for name, (mine, its) in pairs.items() if mine is not None and its is not None}
+
+
+def _with_frontier(levels: Sequence[Level]) -> tuple[Level, ...]:
+    """Marks the valid cells that no other valid cell beats in both tok/s per user and tok/s per device."""
+    places = {
+        (cell.run, cell.concurrency): (user.value, device.value)
+        for level in levels
+        for cell in level.cells
+        if cell.is_valid
+        and (user := cell.estimates["tok_s_user"]) is not None
+        and (device := cell.estimates["tok_s_device"]) is not None
+    }
+    frontier = {
+        key
+        for key, (x, y) in places.items()
+        if not any(u >= x and v >= y and (u, v) != (x, y) for u, v in places.values())
+    }
+    return tuple(
+        replace(
+            level,
+            cells=tuple(replace(cell, is_on_frontier=(cell.run, cell.concurrency) in frontier) for cell in level.cells),
+        )
+        for level in levels
+    )
+
+
+# ---- what differs -------------------------------------------------------------------------------------------------
+
+# facts of the card that change what is served, in the order a reader asks for them
+ENGINE_FACTS = (
+    "quant", "quant_algo", "tp_size", "pp_size", "backend", "dtype", "architecture", "num_params", "weight_bytes",
+    "max_position_embeddings", "vocab_size", "recipe", "versions",
+)  # fmt: skip
+CONDITIONS = (
+    "profile", "profile_digest", "seed", "protocol", "url", "model", "shapes", "concurrency", "repeats", "requests",
+    "duration_s", "definitions", "identity",
+)  # fmt: skip
+
+
+def _differences(runs: Mapping[str, Run]) -> tuple[Difference, ...]:
+    """The facts in which the runs are not all equal."""
+    found: list[Difference] = []
+    sources: tuple[tuple[str, Callable[[Run], dict[str, str]]], ...] = (
+        ("engine", _engine_facts),
+        ("model", _model_facts),
+        ("conditions", _condition_facts),
+    )
+    for kind, facts_of in sources:
+        facts = {run_id: facts_of(run) for run_id, run in runs.items()}
+        for name in dict.fromkeys(name for values in facts.values() for name in values):
+            values = {run_id: facts[run_id].get(name) for run_id in runs}
+            if len(set(values.values())) > 1:
+                found.append(Difference(kind=kind, name=name, values=values))
+    return tuple(found)
+
+
+def _engine_facts(run: Run) -> dict[str, str]:
+    if run.engine is None:
+        return {}
+    card = asdict(run.engine)
+    recipe = {key: value for key, value in card["recipe"].items() if key not in card}  # not twice
+    return dict(_flat({key: card[key] for key in ENGINE_FACTS} | {"recipe": recipe}))
+
+
+def _model_facts(run: Run) -> dict[str, str]:
+    source = run.engine.source if run.engine else {}
+    facts = dict(_flat({key: source[key] for key in ("model", "revision") if key in source}))
+    if source.get("files"):
+        digest = hashlib.sha256(json.dumps(source["files"], sort_keys=True).encode()).hexdigest()
+        facts["source files (sha256)"] = digest[:16]
+    return facts
+
+
+def _condition_facts(run: Run) -> dict[str, str]:
+    facts = dict(_flat({key: getattr(run.manifest, key) for key in CONDITIONS}))
+    facts["token source"] = ", ".join(sorted({point.summary.token_source for point in run.points}))
+    return facts
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """`{"host": {"cpu": "x"}}` -> ("host.cpu", "x")"""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{key}", ", ".join(str(item) for item in value)
+        else:
+            yield f"{prefix}{key}", "none" if value is None else str(value)

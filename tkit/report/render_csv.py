@@ -1,0 +1,83 @@
+"""A comparison -> CSV: one flat row per run and load, numbers unrounded, no text that a spreadsheet would execute."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from tkit.report.compare import MEASURES, Cell, Comparison, Group, Level
+from tkit.specs.record import SLO_TIERS
+
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\N{FULLWIDTH EQUALS SIGN}")
+
+
+def render_csv(comparison: Comparison) -> str:
+    rows = [
+        _row(comparison, group, level, cell)
+        for group in comparison.groups
+        for level in group.levels
+        for cell in level.cells
+    ]
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: neutral(value) for key, value in row.items()} for row in rows)
+    return file.getvalue()
+
+
+def neutral(value: Any) -> Any:
+    """Text that no spreadsheet takes for a formula: a leading apostrophe, as spreadsheets mark text themselves."""
+    if isinstance(value, str) and value.lstrip(" \n").startswith(FORMULA_STARTS):
+        return f"'{value}"
+    return value
+
+
+def _row(comparison: Comparison, group: Group, level: Level, cell: Cell) -> dict[str, Any]:
+    run = comparison.facts(cell.run)
+    engine = run.engine
+    row: dict[str, Any] = {
+        "id": run.id,
+        "run": run.run,
+        "name": run.name,
+        "engine": engine.name if engine else None,
+        "backend": engine.backend if engine else None,
+        "quant": engine.quant if engine else None,
+        "tp": engine.tp_size if engine else None,
+        "pp": engine.pp_size if engine else None,
+        "device": comparison.device,
+        "num_devices": run.num_devices,
+        "protocol": run.protocol,
+        "profile": run.profile,
+        "shape": group.shape,
+        "token_source": group.token_source,
+        "definitions": group.definitions,
+        "concurrency": cell.concurrency,
+        "repeats": cell.repeats,
+        "requests": cell.requests,
+        "errors": sum(cell.errors.values()),
+        "is_valid": cell.is_valid,
+        "invalid_reasons": "; ".join(cell.invalid_reasons),
+        "is_on_frontier": cell.is_on_frontier,
+        "tail_percentile": level.tail,
+        "baseline": comparison.baseline,
+    }
+    for name in MEASURES:
+        value, change = cell.estimates[name], cell.changes.get(name)
+        row |= {
+            name: value.value if value else None,
+            f"{name}_low": value.low if value else None,
+            f"{name}_high": value.high if value else None,
+            f"{name}_change": change.relative if change else None,
+            f"{name}_change_low": change.low if change else None,
+            f"{name}_change_high": change.high if change else None,
+            f"{name}_is_called": change.is_called if change else None,
+        }
+    for tier in SLO_TIERS:
+        goodput = cell.goodput.get(tier)
+        row |= {
+            f"goodput_{tier}": goodput.requests_s if goodput else None,
+            f"attainment_{tier}": goodput.attainment if goodput else None,
+        }
+    facts = run.validation or {}
+    return row | {name: facts.get(name) for name in ("ppl_ratio", "kl", "top1")}

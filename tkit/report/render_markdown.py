@@ -1,0 +1,71 @@
+"""A comparison -> Markdown for a pull-request comment: the verdict and the numbers open, the rest folded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from tkit.report import text
+from tkit.report.compare import Comparison
+from tkit.report.sections import Section
+from tkit.report.tables import Entry, Table
+
+TONES = {"better": "▲", "worse": "▼"}
+SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
+# what GitHub turns into a link, a notification or a picture; an empty comment in between leaves the text as it is
+LIVELY = re.compile(r"(?<=[@#])(?=\w)|(?<=:)(?=//)|(?<=www)(?=\.)|(?<=:)(?=[\w+-]+:)")
+
+
+def render_markdown(comparison: Comparison, sections: Sequence[Section]) -> str:
+    lines = ["# Comparison report" if len(comparison.runs) > 1 else "# Report", ""]
+    for verdict in comparison.verdict:
+        mark = f"{TONES[verdict.tone]} " if verdict.tone in TONES else ""
+        lines.append(f"- **{mark}{escape(verdict.text)}** {escape(' '.join(verdict.details))}")
+    for section in sections:
+        if section.lead or section.tables:
+            lines += ["", *_section(section)]
+    lines += ["", f"tkit {escape(comparison.tkit)}, {escape(comparison.created)}", ""]
+    return "\n".join(lines)
+
+
+def _section(section: Section) -> Iterable[str]:
+    if section.is_brief:
+        yield f"## {escape(section.title)}"
+    else:
+        yield f"<details><summary>{escape(section.title)}</summary>"
+    for sentence in section.lead:
+        yield from ("", escape(sentence))
+    for table in section.tables:
+        yield from ("", *_table(table))
+    if not section.is_brief:
+        yield from ("", "</details>")
+
+
+def _table(table: Table) -> Iterable[str]:
+    yield from (f"**{escape(table.caption)}**", "")
+    yield _line(escape(column.name) or " " for column in table.columns)
+    yield _line("---:" if column.kind == "number" else "---" for column in table.columns)
+    for row in table.rows:
+        yield _line(_entry(entry) for entry in row)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _entry(entry: Entry) -> str:
+    parts = [entry.run] if entry.run else []
+    parts.append(escape(entry.text))
+    if entry.qualifier:
+        parts.append(entry.qualifier)
+    if entry.note:
+        note = f"{TONES[entry.tone]} {entry.note}" if entry.tone in TONES else entry.note
+        parts.append(f"<br>{escape(note)}")
+    return " ".join(parts)
+
+
+def escape(value: str) -> str:
+    """Text that Markdown and the HTML within it show as it is, on one line; a mention notifies nobody."""
+    value = " ".join(value.split("\n"))
+    value = value.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return text.isolated(LIVELY.sub("<!-- -->", SPECIAL.sub(r"\\\g<0>", value)))

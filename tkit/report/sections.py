@@ -1,0 +1,215 @@
+"""A comparison and its rows -> the report's sections, in the order they are read. One function per section.
+
+A part for which the runs hold no data says so in one line. A new part is a new function in SECTIONS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tkit.report import plots, tables, text
+from tkit.report.compare import Comparison
+from tkit.report.plots import Plot
+from tkit.report.read import Point, Run
+from tkit.report.tables import Table
+from tkit.specs.record import DEFINITIONS
+
+Runs = Mapping[str, Run]  # by run id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """`lead` are plain sentences before the plots and tables. `is_brief`: stands open in a pull-request comment."""
+
+    id: str
+    title: str
+    lead: tuple[str, ...] = ()
+    plots: tuple[Plot, ...] = field(default=(), repr=False)
+    tables: tuple[Table, ...] = ()
+    is_brief: bool = False
+
+
+def sections(comparison: Comparison, runs: Sequence[Run]) -> tuple[Section, ...]:
+    by_id = {facts.id: run for facts, run in zip(comparison.runs, runs, strict=True)}
+    return tuple(section(comparison, by_id) for section in SECTIONS)
+
+
+def what_differs(comparison: Comparison, runs: Runs) -> Section:
+    found = tables.differences_tables(comparison)
+    lead = []
+    if len(comparison.runs) == 1:
+        lead.append("One run: nothing to compare.")
+    elif not found:
+        lead.append("Nothing: engines and conditions are the same in every recorded fact.")
+    if comparison.left_out:
+        found.append(tables.left_out_table(comparison))
+    return Section(
+        id="runs",
+        title="What was compared, and what differs",
+        lead=tuple(lead),
+        tables=(tables.runs_table(comparison), *found),
+        is_brief=True,
+    )
+
+
+def numbers(comparison: Comparison, runs: Runs) -> Section:
+    lead = []
+    if comparison.baseline is not None:
+        name = text.shorten(comparison.facts(comparison.baseline).name)
+        lead.append(
+            f"Under a number: its change against the baseline {comparison.baseline}, {name}, with the 95 % interval. "
+            f"▲ better and ▼ worse stand only where the interval excludes zero and the change exceeds "
+            f"{comparison.threshold * 100:.0f} %. The baseline shows the interval of the number itself."
+        )
+    else:
+        lead.append("Under a number: its 95 % interval.")
+    if any(run.manifest.repeats == 1 for run in runs.values()):
+        lead.append(
+            "Points measured once: an interval then holds the noise within that run, not between one run and the next. "
+            "Repeat the sweep (--repeats 3) before deciding on a small difference."
+        )
+    lead.append(
+        "Tail: the highest of p99, p95 and p90 that the requests support "
+        "(662, 130 and 64 of them, MLPerf's early-stopping bound)."
+    )
+    lead += [f"{group.shape}: {group.note}." for group in comparison.groups if group.note]
+    found = [
+        table
+        for group in comparison.groups
+        for table in (tables.throughput_table(comparison, group), tables.latency_table(comparison, group))
+    ]
+    return Section(id="numbers", title="Numbers per load", lead=tuple(lead), tables=tuple(found), is_brief=True)
+
+
+def pareto(comparison: Comparison, runs: Runs) -> Section:
+    drawn = [
+        plots.pareto(comparison, group, f"pareto-{tables.group_id(comparison, group)}") for group in comparison.groups
+    ]
+    return Section(id="pareto", title="Throughput against interactivity", plots=tuple(drawn))
+
+
+def latency(comparison: Comparison, runs: Runs) -> Section:
+    drawn = [
+        plots.latency_against_throughput(comparison, group, metric, f"{metric}-{tables.group_id(comparison, group)}")
+        for group in comparison.groups
+        for metric in ("ttft", "tpot")
+    ]
+    return Section(id="latency", title="Latency against throughput", plots=tuple(drawn))
+
+
+def distributions(comparison: Comparison, runs: Runs) -> Section:
+    section = Section(id="distributions", title="Distributions and time")
+    place = tables.common_load(comparison)
+    if place is None:
+        return Section(id=section.id, title=section.title, lead=("No valid point to look into.",))
+    group, level = place
+    shown = {
+        cell.run: _first_valid(runs[cell.run], group.shape, level.concurrency) for cell in level.cells if cell.is_valid
+    }
+    where = f"{group.shape} at C = {level.concurrency}"
+    samples = [("TTFT", "ttft"), ("TPOT", "tpot")]
+    drawn = [
+        plots.ecdf(
+            comparison,
+            {run_id: point.measured[column].dropna().tolist() for run_id, point in shown.items()},
+            name,
+            where,
+            f"ecdf-{column}",
+        )
+        for name, column in samples
+    ]
+    gaps = {run_id: point.chunk_gaps["gap"].tolist() for run_id, point in shown.items() if len(point.chunk_gaps)}
+    lead = [f"One point per run: {where}, its first valid repeat."]
+    if gaps:
+        drawn.append(plots.ecdf(comparison, gaps, "Chunk gap", where, "ecdf-gap"))
+    else:
+        lead.append("No gaps between chunks were recorded.")
+    drawn += [
+        plots.in_flight(comparison, shown, where, "in-flight"),
+        plots.ttft_over_time(comparison, shown, where, "ttft-time"),
+    ]
+    stalls = tables.stalls_table(shown, comparison)
+    return Section(
+        id=section.id,
+        title=section.title,
+        lead=tuple(lead),
+        plots=tuple(drawn),
+        tables=(stalls,) if stalls.rows else (),
+    )
+
+
+def _first_valid(run: Run, shape: str, concurrency: int) -> Point:
+    return next(
+        point
+        for point in run.points
+        if (point.summary.shape, point.summary.concurrency) == (shape, concurrency) and point.summary.is_valid
+    )
+
+
+def size(comparison: Comparison, runs: Runs) -> Section:
+    table = tables.size_table(comparison)
+    if not table.rows:
+        return Section(id="size", title="Memory, size and build", lead=("No engine card in these runs.",))
+    return Section(id="size", title="Memory, size and build", tables=(table,))
+
+
+def quality(comparison: Comparison, runs: Runs) -> Section:
+    table = tables.quality_table(comparison)
+    without = [run.id for run in comparison.runs if run.validation is None]
+    lead = [f"Not validated: {', '.join(without)} (tkit validate, then sweep again)."] if without else []
+    return Section(
+        id="quality",
+        title="Quality beside speed",
+        lead=tuple(lead),
+        tables=(table,) if table.rows else (),
+        is_brief=True,
+    )
+
+
+def validity(comparison: Comparison, runs: Runs) -> Section:
+    table = tables.validity_table(comparison)
+    total = sum(run.num_points for run in comparison.runs)
+    if not table.rows:
+        return Section(id="validity", title="Validity", lead=(f"All {total} points count.",), is_brief=True)
+    return Section(
+        id="validity",
+        title="Validity",
+        lead=(
+            "An invalid point says more about the client or the moment than about the server: it is drawn hollow and "
+            "takes no part in changes and verdicts. A missing one is a gap, never a guess.",
+        ),
+        tables=(table,),
+        is_brief=True,
+    )
+
+
+def provenance(comparison: Comparison, runs: Runs) -> Section:
+    other = sorted({run.definitions for run in comparison.runs} - {DEFINITIONS})
+    lead = [f"Definitions: {DEFINITIONS}."]
+    if other:
+        lead.append(f"Measured under other definitions, not printed here: {', '.join(other)}.")
+    return Section(
+        id="provenance",
+        title="Provenance",
+        lead=tuple(lead),
+        tables=(
+            tables.definitions_table(),
+            tables.commands_table(comparison),
+            *(tables.identity_table(run) for run in comparison.runs),
+            *(tables.files_table(run) for run in comparison.runs),
+        ),
+    )
+
+
+SECTIONS: tuple[Callable[[Comparison, Runs], Section], ...] = (
+    what_differs,
+    numbers,
+    pareto,
+    latency,
+    distributions,
+    size,
+    quality,
+    validity,
+    provenance,
+)

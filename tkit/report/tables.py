@@ -1,0 +1,429 @@
+"""A comparison -> tables of text. Every rendering draws these, so that none can show another number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tkit.report import text
+from tkit.report.compare import MEASURES, Cell, Comparison, Goodput, Group, Level, RunFacts
+from tkit.report.read import Point
+from tkit.report.statistics import Estimate
+from tkit.report.verdict import judgement
+from tkit.specs.record import METRICS, SLO_TIERS
+from tkit.units import format_bytes, format_seconds
+
+MAX_STALLS = 5
+KINDS = {
+    "engine": "the engine",
+    "model": "the model it was built from: may explain a result instead",
+    "conditions": "the measurement: may explain a result instead",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """`qualifier` belongs to the number (`p95`), `note` stands under it.
+
+    `tone`: better, worse, invalid, absent or "". `run`: the id of the run whose mark stands before it.
+    """
+
+    text: str
+    qualifier: str = ""
+    note: str = ""
+    tone: str = ""
+    run: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """`kind`: number, text or code. `meaning` is the definition behind a number."""
+
+    name: str
+    kind: str = "number"
+    meaning: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """`is_grouped`: rows with the same first entry belong together. `is_folded`: shown on demand."""
+
+    id: str
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    is_grouped: bool = False
+    is_folded: bool = False
+
+
+def _text(*names: str) -> tuple[Column, ...]:
+    return tuple(Column(name=name, kind="text") for name in names)
+
+
+def runs_table(comparison: Comparison) -> Table:
+    """The key to every other table and plot."""
+    rows = []
+    for run in comparison.runs:
+        engine = run.engine
+        layout = (
+            f"{engine.quant}, TP {engine.tp_size}, PP {engine.pp_size}, {engine.backend}" if engine else "not known"
+        )
+        wrong = [f"{run.num_invalid} invalid"] * bool(run.num_invalid) + [f"{len(run.missing)} missing"] * bool(
+            run.missing
+        )
+        rows.append(
+            (
+                Entry(text=run.name, run=run.id, note="baseline" if run.id == comparison.baseline else ""),
+                Entry(text=layout),
+                Entry(text=f"{run.protocol}, {run.profile}"),
+                Entry(text=_time(run.started)),
+                Entry(text=str(run.num_points), note=", ".join(wrong), tone="invalid" if wrong else ""),
+            )
+        )
+    columns = (*_text("Run", "Engine", "Measured through", "Started"), Column(name="Points"))
+    return Table(id="runs", caption="Runs", columns=columns, rows=tuple(rows))
+
+
+def differences_tables(comparison: Comparison) -> list[Table]:
+    tables = []
+    for kind, words in KINDS.items():
+        rows = tuple(
+            (
+                Entry(text=difference.name),
+                *(Entry(text=difference.values[run.id] or text.ABSENT) for run in comparison.runs),
+            )
+            for difference in comparison.differences
+            if difference.kind == kind
+        )
+        if rows:
+            columns = _text("", *(run.id for run in comparison.runs))
+            tables.append(Table(id=f"differs-{kind}", caption=f"Differs in {words}", columns=columns, rows=rows))
+    return tables
+
+
+def throughput_table(comparison: Comparison, group: Group) -> Table:
+    device = comparison.device
+    columns = (
+        Column(name="C", meaning="requests in flight"),
+        Column(name="Run", kind="text"),
+        Column(name="output tok/s", meaning=METRICS["output_tok_s"][1]),
+        Column(name=f"tok/s per {device}", meaning=f"output_tok_s / {device}s of the engine"),
+        Column(name="tok/s per user", meaning=METRICS["tok_s_user"][1]),
+        *(
+            Column(name=f"goodput {tier} req/s", meaning=f"{METRICS['goodput'][1]}: {limits(tier)}")
+            for tier in SLO_TIERS
+        ),
+        Column(name="errors"),
+    )
+
+    def entries(level: Level, cell: Cell) -> list[Entry]:
+        errors = sum(cell.errors.values())
+        named = ", ".join(f"{name} {count}" for name, count in sorted(cell.errors.items()) if count)
+        return [
+            *(_estimate(comparison, level, cell, name) for name in ("output_tok_s", "tok_s_device", "tok_s_user")),
+            *(_goodput(cell.goodput.get(tier)) for tier in SLO_TIERS),
+            Entry(text=str(errors), note=named or f"of {cell.requests}", tone="worse" if errors else ""),
+        ]
+
+    return _per_load(
+        comparison, group, f"throughput-{group_id(comparison, group)}", f"Throughput, {group.shape}", columns, entries
+    )
+
+
+def latency_table(comparison: Comparison, group: Group) -> Table:
+    names = [name for name, measure in MEASURES.items() if measure.percentile]
+    columns = (
+        Column(name="C", meaning="requests in flight"),
+        Column(name="Run", kind="text"),
+        *(
+            Column(name=f"{metric.upper()} {percentile}, ms", meaning=METRICS[metric][1])
+            for metric, percentile in ((MEASURES[name].metric, MEASURES[name].percentile) for name in names)
+        ),
+        Column(name="requests"),
+    )
+
+    def entries(level: Level, cell: Cell) -> list[Entry]:
+        repeats = f"{cell.repeats} repeats" if cell.repeats > 1 else ""
+        return [
+            *(_estimate(comparison, level, cell, name) for name in names),
+            Entry(text=text.number(cell.requests), note=repeats),
+        ]
+
+    return _per_load(
+        comparison, group, f"latency-{group_id(comparison, group)}", f"Latency, {group.shape}", columns, entries
+    )
+
+
+def _per_load(
+    comparison: Comparison,
+    group: Group,
+    table_id: str,
+    caption: str,
+    columns: tuple[Column, ...],
+    entries: Callable[[Level, Cell], Sequence[Entry]],
+) -> Table:
+    rows = []
+    for level in group.levels:
+        for run_id in group.runs:
+            cell = next((cell for cell in level.cells if cell.run == run_id), None)
+            name = Entry(text=comparison.facts(run_id).name, run=run_id)
+            load = Entry(text=str(level.concurrency))
+            if cell is None:
+                hole = [Entry(text=text.ABSENT, tone="absent")] * (len(columns) - 3)
+                rows.append((load, name, Entry(text="no result", tone="absent"), *hole))
+                continue
+            if not cell.is_valid:
+                name = Entry(text=name.text, run=run_id, note="invalid", tone="invalid")
+            rows.append((load, name, *entries(level, cell)))
+    return Table(id=table_id, caption=caption, columns=columns, rows=tuple(rows), is_grouped=True)
+
+
+def _estimate(comparison: Comparison, level: Level, cell: Cell, name: str) -> Entry:
+    value = cell.estimates[name]
+    if value is None:
+        too_few = MEASURES[name].percentile == "tail" and level.tail is None
+        return Entry(text=text.ABSENT, note="too few requests" if too_few else "", tone="absent")
+    qualifier = f"p{level.tail}" if MEASURES[name].percentile == "tail" else ""
+    found = cell.changes.get(name)
+    if found is None:
+        return Entry(text=text.number(value.value), qualifier=qualifier, note=_interval(value))
+    tone = judgement(name, found, comparison.threshold)
+    return Entry(
+        text=text.number(value.value),
+        qualifier=qualifier,
+        note=text.change(found.relative, found.low, found.high),
+        tone=tone if tone in ("better", "worse") else "",
+    )
+
+
+def _interval(value: Estimate) -> str:
+    return text.interval(value.low, value.high)
+
+
+def _goodput(goodput: Goodput | None) -> Entry:
+    if goodput is None:
+        return Entry(text=text.ABSENT, tone="absent")
+    note = f"{text.share(goodput.attainment)} ({text.share(goodput.low)} to {text.share(goodput.high)})"
+    return Entry(text=text.number(goodput.requests_s), note=note)
+
+
+def limits(tier: str) -> str:
+    """`TTFT <= 500 ms and TPOT <= 30 ms`"""
+    parts = [f"{metric.upper()} ≤ {text.number(limit)} ms" for metric, limit in SLO_TIERS[tier].items()]
+    return " and ".join(parts) or "no limit"
+
+
+def size_table(comparison: Comparison) -> Table:
+    """Memory and size, from the engine cards."""
+    columns = (
+        Column(name="Run", kind="text"),
+        Column(name="weights", meaning="all ranks, from the engine card"),
+        Column(name="weights per rank"),
+        Column(name="KV cache per token", meaning="all layers and ranks"),
+        Column(name="on disk", meaning="every file of the engine"),
+        Column(name="parameters"),
+        Column(name="build time"),
+        Column(name="build memory", meaning="highest resident memory of the build"),
+    )
+    rows = []
+    for run in comparison.runs:
+        if run.engine is None:
+            continue
+        engine, build = run.engine, run.engine.build
+        ranks = rank_bytes(engine.files)
+        per_rank = " / ".join(dict.fromkeys(format_bytes(size) for size in ranks)) or text.ABSENT
+        rows.append(
+            (
+                Entry(text=run.name, run=run.id),
+                Entry(text=format_bytes(engine.weight_bytes)),
+                Entry(text=per_rank, note=text.plural(len(ranks), "rank")),
+                _told(build.get("kv_bytes_per_token"), format_bytes),
+                Entry(text=format_bytes(sum(facts["bytes"] for facts in engine.files.values()))),
+                Entry(text=text.number(engine.num_params)),
+                _told(build.get("seconds"), format_seconds),
+                _told(build.get("peak_memory_bytes"), format_bytes),
+            )
+        )
+    return Table(id="size", caption="Memory and size", columns=columns, rows=tuple(rows))
+
+
+def rank_bytes(files: Mapping[str, Mapping[str, Any]]) -> list[int]:
+    """Size of each rank's weights, in rank order."""
+    names = [name for name in files if name.startswith("checkpoint/rank") and name.endswith(".safetensors")]
+    names.sort(key=lambda name: (len(name), name))
+    return [files[name]["bytes"] for name in names]
+
+
+def _told(value: Any, format_value: Callable[[float], str]) -> Entry:
+    if isinstance(value, int | float):
+        return Entry(text=format_value(value))
+    return Entry(text=text.ABSENT, note="not in the card", tone="absent")
+
+
+def quality_table(comparison: Comparison) -> Table:
+    """Quality beside speed: the speed at the highest load that is valid in every run."""
+    place = common_load(comparison)
+    speed = f"output tok/s, {place[0].shape} C={place[1].concurrency}" if place else "output tok/s"
+    columns = (
+        Column(name="Run", kind="text"),
+        Column(name=speed),
+        Column(name="perplexity"),
+        Column(name="source"),
+        Column(name="ratio", meaning="perplexity / perplexity of the source model"),
+        Column(name="KL, nats/token", meaning="mean KL divergence from the source model"),
+        Column(name="top-1", meaning="share of positions with the source model's most likely token"),
+        Column(name="over", kind="text"),
+    )
+    rows = []
+    for run in comparison.runs:
+        facts = run.validation
+        if facts is None:
+            continue
+        cell = next((cell for cell in place[1].cells if cell.run == run.id), None) if place else None
+        rows.append(
+            (
+                Entry(text=run.name, run=run.id),
+                _estimate(comparison, place[1], cell, "output_tok_s") if place and cell else Entry(text=text.ABSENT),
+                Entry(text=text.number(facts["ppl"])),
+                Entry(text=text.number(facts["ppl_source"])),
+                Entry(text=text.ratio(facts["ppl_ratio"])),
+                Entry(text=text.number(facts["kl"])),
+                Entry(text=text.share(facts["top1"])),
+                Entry(text=f"{facts.get('tokens', text.ABSENT)} tokens of {_text_name(facts.get('text'))}"),
+            )
+        )
+    return Table(id="quality", caption="Quality beside speed", columns=columns, rows=tuple(rows))
+
+
+def _text_name(facts: Any) -> str:
+    return str(facts.get("name", "a text")) if isinstance(facts, Mapping) else str(facts or "a text")
+
+
+def common_load(comparison: Comparison) -> tuple[Group, Level] | None:
+    """The first group's highest load that is valid in most runs."""
+    for group in comparison.groups:
+        valid = [(sum(cell.is_valid for cell in level.cells), level) for level in group.levels]
+        most = max((count for count, _ in valid), default=0)
+        if most:
+            return group, [level for count, level in valid if count == most][-1]
+    return None
+
+
+def validity_table(comparison: Comparison) -> Table:
+    """Points that are invalid or missing, each with its reason."""
+    rows: list[tuple[Entry, ...]] = []
+    for group in comparison.groups:
+        for level in group.levels:
+            for cell in level.cells:
+                name = Entry(text=comparison.facts(cell.run).name, run=cell.run)
+                where = (Entry(text=group.shape), Entry(text=str(level.concurrency)))
+                rows.extend(
+                    (name, *where, Entry(text="invalid", tone="invalid"), Entry(text=reason))
+                    for reason in cell.invalid_reasons
+                )
+    for run in comparison.runs:
+        for missing in run.missing:
+            shape, concurrency, rest = missing.split(" ", 2)
+            rows.append(
+                (
+                    Entry(text=run.name, run=run.id),
+                    Entry(text=shape),
+                    Entry(text=concurrency.removeprefix("C=")),
+                    Entry(text="missing", tone="absent"),
+                    Entry(text=f"{rest} of the grid has no readable result"),
+                )
+            )
+    columns = (*_text("Run", "Shape"), Column(name="C"), *_text("State", "Reason"))
+    return Table(id="validity", caption="Points that do not count", columns=columns, rows=tuple(rows))
+
+
+def left_out_table(comparison: Comparison) -> Table:
+    rows = tuple((Entry(text=left.path), Entry(text=left.reason)) for left in comparison.left_out)
+    return Table(id="left-out", caption="Directories left out", columns=_text("Directory", "Reason"), rows=rows)
+
+
+def stalls_table(points: Mapping[str, Point], comparison: Comparison) -> Table:
+    """The longest gaps between chunks of one point per run."""
+    columns = (
+        Column(name="Run", kind="text"),
+        Column(name="C"),
+        Column(name="gap, ms", meaning=METRICS["chunk_gap"][1]),
+        Column(name="request"),
+        Column(name="sent at, s", meaning="since the first request of the point"),
+    )
+    rows: list[tuple[Entry, ...]] = []
+    for run_id, point in points.items():
+        sent: dict[float, float] = dict(zip(point.requests["id"], point.requests["sent_s"], strict=True))
+        for request, gap in point.chunk_gaps.nlargest(MAX_STALLS, "gap").itertuples(index=False):
+            rows.append(
+                (
+                    Entry(text=comparison.facts(run_id).name, run=run_id),
+                    Entry(text=str(point.summary.concurrency)),
+                    Entry(text=text.number(gap)),
+                    Entry(text=str(int(request))),
+                    Entry(text=text.number(sent.get(request))),
+                )
+            )
+    return Table(id="stalls", caption="Longest stalls", columns=columns, rows=tuple(rows))
+
+
+def definitions_table() -> Table:
+    rows = tuple((Entry(text=name), Entry(text=unit), Entry(text=meaning)) for name, (unit, meaning) in METRICS.items())
+    return Table(id="definitions", caption="Definitions", columns=_text("Metric", "Unit", "Meaning"), rows=rows)
+
+
+def identity_table(run: RunFacts) -> Table:
+    """What was measured, as the run told it."""
+    facts: list[tuple[str, str]] = [
+        ("run", run.run),
+        ("directory", run.directory),
+        ("started", run.started),
+        ("definitions", run.definitions),
+        ("url", run.url),
+        ("model", run.model),
+        *_flat(run.identity),
+    ]
+    if run.engine is not None:
+        facts[6:6] = [("engine", run.engine.name), ("engine key", run.engine.key)]
+    rows = tuple((Entry(text=name), Entry(text=value)) for name, value in facts)
+    return Table(
+        id=f"identity-{run.id}", caption=f"Identity of {run.id}", columns=_text("", ""), rows=rows, is_folded=True
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    facts: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            facts.extend(_flat(value, f"{prefix}{key}."))
+        else:
+            facts.append((f"{prefix}{key}", str(value)))
+    return facts
+
+
+def files_table(run: RunFacts) -> Table:
+    rows = tuple((Entry(text=name), Entry(text=digest)) for name, digest in run.files.items())
+    columns = (Column(name="File", kind="text"), Column(name="sha256", kind="code"))
+    return Table(id=f"files-{run.id}", caption=f"Files of {run.id}", columns=columns, rows=rows, is_folded=True)
+
+
+def commands_table(comparison: Comparison) -> Table:
+    """What to type to build and measure each run again."""
+    rows: list[tuple[Entry, ...]] = []
+    for run in comparison.runs:
+        if run.engine is not None:
+            rows.append((Entry(text=run.name, run=run.id), Entry(text="build"), Entry(text=run.engine.command)))
+        rows.append((Entry(text=run.name, run=run.id), Entry(text="measure"), Entry(text=run.command)))
+    columns = (*_text("Run", "Step"), Column(name="Command", kind="code"))
+    return Table(id="commands", caption="Commands to repeat it", columns=columns, rows=tuple(rows))
+
+
+def group_id(comparison: Comparison, group: Group) -> str:
+    """The group in an HTML id."""
+    return f"{group.shape.replace('/', 'x')}-{comparison.groups.index(group)}"
+
+
+def _time(iso: str) -> str:
+    """`2025-06-01 12:00` of an ISO 8601 time, whatever it says about seconds and zone: they are UTC."""
+    return iso[:16].replace("T", " ")

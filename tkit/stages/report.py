@@ -1,0 +1,153 @@
+"""Report: run directories -> report.html, report.md, report.csv, report.json in one directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tkit import __version__
+from tkit.errors import InputError
+from tkit.files import sync_directory, to_json
+from tkit.report.compare import Comparison, compare, find_baseline
+from tkit.report.plots import render_png
+from tkit.report.read import LeftOut, Run, newest_runs, read_runs
+from tkit.report.render_csv import render_csv
+from tkit.report.render_html import render_html
+from tkit.report.render_markdown import render_markdown
+from tkit.report.sections import sections
+from tkit.report.verdict import verdicts
+from tkit.specs.progress import Progress
+
+REPORTS_DIR = Path("reports")
+HTML_FILE = "report.html"
+
+
+def report(
+    runs: Sequence[Path],
+    progress: Progress,
+    *,
+    out: Path | None = None,
+    baseline: str | None = None,
+    with_png: bool = False,
+    reports_dir: Path = REPORTS_DIR,
+) -> tuple[Path, Comparison]:
+    """(path of report.html, what report.json holds). Without `runs`: the newest readable one of every engine."""
+    found, left_out, chosen = _read(runs, baseline, reports_dir, progress)
+    now = datetime.now(UTC)
+    comparison = compare(
+        found,
+        baseline=chosen,
+        left_out=left_out,
+        created=now.isoformat(timespec="seconds"),
+        tkit=__version__,
+    )
+    comparison = replace(comparison, verdict=verdicts(comparison))
+    progress.step("rendering", 0, 1)
+    parts = sections(comparison, found)
+    files: dict[str, str | bytes] = {
+        "report.json": to_json(comparison),
+        "report.csv": render_csv(comparison),
+        "report.md": render_markdown(comparison, parts),
+        HTML_FILE: render_html(comparison, parts),
+    }
+    if with_png:
+        plot = next(part for part in parts if part.id == "pareto").plots[0]
+        files["pareto.png"] = render_png(plot, comparison)
+    directory = out or _free_name(reports_dir / f"report-{now:%Y%m%dT%H%M%SZ}")
+    _publish(directory, files)
+    progress.step("rendering", 1, 1)
+    return directory / HTML_FILE, comparison
+
+
+def _read(
+    paths: Sequence[Path], baseline: str | None, reports_dir: Path, progress: Progress
+) -> tuple[tuple[Run, ...], tuple[LeftOut, ...], Run | None]:
+    """The runs in the order they are shown, what was left out, and the baseline when there is something to compare."""
+    if paths:
+        named = list(paths)
+        if baseline is not None and Path(baseline).is_dir() and Path(baseline).resolve() not in _resolved(named):
+            named.insert(0, Path(baseline))
+        found, left_out = read_runs(named, progress)
+    else:
+        found, left_out = _read_newest(reports_dir, progress)
+    if not found:
+        raise InputError(
+            "none of the runs can be reported",
+            problems=[f"{left.path}: {left.reason}" for left in left_out],
+            hint="measure again: tkit sweep",
+        )
+    if baseline is not None:
+        chosen = find_baseline(found, baseline)
+    elif paths:
+        chosen = found[0]
+    else:
+        chosen = next((run for run in found if run.engine is not None and run.engine.quant == "none"), found[0])
+        found = (chosen, *(run for run in found if run is not chosen))
+    return found, left_out, chosen if len(found) > 1 else None
+
+
+def _read_newest(reports_dir: Path, progress: Progress) -> tuple[tuple[Run, ...], tuple[LeftOut, ...]]:
+    """Per engine the newest run that can be read; oldest first."""
+    engines = newest_runs(reports_dir)
+    if not engines:
+        raise InputError(f"{reports_dir}: no sweep to report", hint="measure a server first: tkit sweep")
+    paths: list[Path] = []
+    unreadable: list[LeftOut] = []
+    for candidates in engines:
+        for path in candidates:
+            readable, left_out = read_runs([path])
+            if readable:
+                paths.append(path)
+                break
+            unreadable.extend(left_out)
+    found, left_out = read_runs(paths, progress)
+    found = tuple(sorted(found, key=lambda run: (run.manifest.started, run.name)))
+    for run in found:
+        progress.note(f"{run.directory}: {run.name}, {run.manifest.started}")
+    return found, (*left_out, *unreadable)
+
+
+def _resolved(paths: Sequence[Path]) -> set[Path]:
+    return {path.resolve() for path in paths}
+
+
+def _free_name(directory: Path) -> Path:
+    """The directory, or with a number behind it when another report of the same second has it."""
+    number = 2
+    candidate = directory
+    while candidate.exists():
+        candidate = directory.with_name(f"{directory.name}-{number}")
+        number += 1
+    return candidate
+
+
+def _publish(directory: Path, files: dict[str, str | bytes]) -> None:
+    """All files at once: a new directory appears complete; in an existing one each file is replaced whole."""
+    work = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir()
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            with open(work / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_directory(work)
+        if directory.exists():
+            for name in files:
+                (work / name).replace(directory / name)
+            sync_directory(directory)
+        else:
+            work.rename(directory)
+        sync_directory(directory.parent)
+    except OSError as error:
+        raise InputError(
+            f"{directory}: cannot write the report: {error.strerror}", hint="choose another --out"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
