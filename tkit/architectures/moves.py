@@ -120,7 +120,7 @@ def _rule_violations(spec: ModelSpec, quant: QuantFormat, parallel: Parallel) ->
         for module in ARCHITECTURES[spec.architecture].layer:
             if not module.is_quantized or module.in_ is None:
                 continue
-            sizes = {"out": sum(axis_size(axis, spec) for axis in module.out), "in": axis_size(module.in_, spec)}
+            sizes = {"out": sum(_module_size(axis, spec, tp) for axis in module.out), "in": axis_size(module.in_, spec)}
             problems += [
                 f"{module.name}: {side} size {size} is not a multiple of {multiple}"
                 f" ({quant.size_multiple} x tp {tp}), as {quant.name} kernels need"
@@ -128,6 +128,13 @@ def _rule_violations(spec: ModelSpec, quant: QuantFormat, parallel: Parallel) ->
                 if size % multiple
             ]
     return problems
+
+
+def _module_size(axis: str, spec: ModelSpec, tp_size: int) -> int:
+    """The size TensorRT-LLM gives a layer's axis before it splits it: repeated KV heads count."""
+    if axis == "kv_heads":
+        return max(spec.num_kv_heads, tp_size) * spec.head_size
+    return axis_size(axis, spec)
 
 
 def _module_moves(

@@ -1,0 +1,58 @@
+"""Small models made here, and the command as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they give, and tests run in parallel
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tkit import demo
+from tkit.cli.main import cli
+
+MakeLlama = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_llama(tmp_path_factory: pytest.TempPathFactory) -> MakeLlama:
+    """make_llama(**config) -> directory of a tiny random Llama with the demo tokenizer; equal arguments, one model."""
+    made: dict[str, Path] = {}
+
+    def make(dtype: str = "bfloat16", **overrides: Any) -> Path:
+        key = json.dumps([dtype, overrides], sort_keys=True)
+        if key not in made:
+            directory = tmp_path_factory.mktemp("llama")
+            sizes = {
+                "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+                "initializer_range": 0.2,  # large enough that logits differ from token to token
+            }  # fmt: skip
+            torch.manual_seed(len(made))
+            model = LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides}))
+            model.to(getattr(torch, dtype)).save_pretrained(directory)
+            for path in demo.MODEL_DIR.glob("tokenizer*"):
+                shutil.copyfile(path, directory / path.name)
+            made[key] = directory
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def tkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """tkit("build", "--tp", "2") in an empty directory; stdout and stderr apart."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+    return run

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tkit.quantize import int4
+
+GENERATOR = torch.Generator().manual_seed(3)
+
+
+def round_half_even(value: float) -> int:
+    return round(value)  # Python's own rule
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_and_scales_equal_a_slow_recomputation(dtype):
+    weight = torch.randn(6, 256, generator=GENERATOR)
+    codes, scales = int4.quantize(weight, 128, dtype)
+    for row in range(6):
+        for group in range(2):
+            values = weight[row, group * 128 : (group + 1) * 128]
+            scale = (values.abs().max() / 7).to(dtype).float()
+            assert scales[row, group] == scale
+            expected = [min(max(round_half_even((value / scale).item()), -8), 7) for value in values]
+            assert codes[row, group * 128 : (group + 1) * 128].tolist() == expected
+
+
+def test_packing_puts_the_even_row_in_the_low_nibble():
+    codes = torch.randint(-8, 8, (8, 5), generator=GENERATOR, dtype=torch.int8)
+    packed = int4.pack(codes)
+    for row in range(4):
+        for column in range(5):
+            byte = (int(codes[2 * row, column]) & 15) | (int(codes[2 * row + 1, column]) & 15) << 4
+            assert int(packed[row, column]) & 255 == byte
+    assert torch.equal(int4.unpack(packed), codes)
+
+
+def test_error_stays_within_half_a_step():
+    weight = torch.randn(32, 256, generator=GENERATOR)
+    codes, scales = int4.quantize(weight, 128, torch.bfloat16)
+    error = (int4.dequantize(codes, scales) - weight).abs().reshape(32, 2, 128)
+    # the scale is rounded to bfloat16 first, which can push the largest value up to 2^-9 * 7 beyond the last code
+    assert (error <= scales[..., None] * (0.5 + 7 * 2**-8)).all()
+
+
+def test_scales_survive_the_loaders_cast_to_the_models_dtype():
+    _, scales = int4.quantize(torch.randn(8, 128, generator=GENERATOR), 128, torch.bfloat16)
+    assert torch.equal(scales.to(torch.bfloat16).float(), scales)

@@ -1,0 +1,5 @@
+"""`python -m tkit`."""
+
+from tkit.cli.main import main
+
+main()
