@@ -17,8 +17,8 @@ import numpy as np
 
 from tkit.architectures.moves import Move, Output
 from tkit.checkpoints.rank_file import RankFile, layout
-from tkit.checkpoints.reader import SourceCheckpoint
-from tkit.checkpoints.tensors import FLOAT_DTYPES, ITEM_BYTES, SAFETENSORS_DTYPE, cast, count_nonfinite, raw_dtype
+from tkit.checkpoints.reader import TensorFiles
+from tkit.checkpoints.tensors import FLOAT_DTYPES, SAFETENSORS_DTYPE, cast, count_nonfinite, raw_dtype
 from tkit.errors import InputError
 from tkit.specs.progress import Progress
 
@@ -52,7 +52,7 @@ def checkpoint_bytes(moves: Sequence[Move], dtype: str) -> int:
     return sum(len(header) + data for header, data in map(layout, rank_layouts(moves, dtype).values()))
 
 
-def check_sources(source: SourceCheckpoint, moves: Sequence[Move], ignored: Sequence[str]) -> None:
+def check_sources(source: TensorFiles, moves: Sequence[Move], ignored: Sequence[str]) -> None:
     """Compares the source's headers with what the moves will read. Raises InputError with the whole list."""
     problems, used = [], set()
     for name, shape in ((n, s) for move in moves for n, s in zip(move.sources, move.source_shapes, strict=True)):
@@ -75,7 +75,7 @@ def check_sources(source: SourceCheckpoint, moves: Sequence[Move], ignored: Sequ
 
 
 def convert(
-    source: SourceCheckpoint,
+    source: TensorFiles,
     moves: Sequence[Move],
     dtype: str,
     directory: Path,

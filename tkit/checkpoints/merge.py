@@ -7,30 +7,17 @@ are (codes and scales); `quantize.dequantize` makes weights of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from tkit.architectures.moves import Move
-from tkit.checkpoints.reader import SourceCheckpoint, read_header
+from tkit.checkpoints.reader import TensorFiles
 from tkit.checkpoints.tensors import raw_dtype
 from tkit.errors import InputError
 
 
-class RankFiles(SourceCheckpoint):
-    """All `rank{r}.safetensors` of a checkpoint directory; tensors are named `{rank}/{name}`."""
-
-    def __init__(self, directory: Path, world_size: int):
-        self.directory = directory
-        self.entries = {}
-        self._descriptors = {}
-        for rank in range(world_size):
-            for name, entry in read_header(directory / f"rank{rank}.safetensors").items():
-                self.entries[f"{rank}/{name}"] = entry
-
-
-def merge(files: RankFiles, moves: Sequence[Move]) -> Iterator[tuple[Move, dict[str, tuple[np.ndarray, str]]]]:
-    """Yields each move with {part: (bits, dtype)} of its whole tensors, vocabulary padding removed.
+def merge(files: TensorFiles, moves: Sequence[Move]) -> Iterator[tuple[Move, dict[str, tuple[np.ndarray, str]]]]:
+    """Yields each move of an `open_ranks` checkpoint with {part: (bits, dtype)} of its whole tensors, vocabulary padding removed.
 
     Memory: one module. Raises InputError listing every tensor that is absent or has another shape than planned.
     """
@@ -54,12 +41,12 @@ def split_sources(whole: np.ndarray, move: Move) -> dict[str, np.ndarray]:
     return dict(zip(move.sources, np.split(whole, starts), strict=True))
 
 
-def _shape(files: RankFiles, rank: int, name: str) -> tuple[int, ...] | None:
+def _shape(files: TensorFiles, rank: int, name: str) -> tuple[int, ...] | None:
     entry = files.entries.get(f"{rank}/{name}")
     return None if entry is None else entry.shape
 
 
-def _whole(files: RankFiles, move: Move, part: str) -> tuple[np.ndarray, str]:
+def _whole(files: TensorFiles, move: Move, part: str) -> tuple[np.ndarray, str]:
     outputs = [output for output in move.outputs if output.part == part]
     num_rows = max(stop for output in outputs for _, stop in output.rows)
     first = outputs[0]

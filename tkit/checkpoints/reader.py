@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -76,27 +76,15 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-class SourceCheckpoint:
-    """The tensors of a Hugging Face model directory, whatever number of files they lie in.
+class TensorFiles:
+    """Tensors by name, whatever number of safetensors files they lie in.
 
     Memory: one tensor at a time, the one being read.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, entries: Mapping[str, TensorEntry]):
         self.directory = directory
-        self.entries: dict[str, TensorEntry] = {}
-        problems = []
-        for path in _shards(directory):
-            try:
-                header = read_header(path)
-            except InputError as error:
-                problems.append(str(error))
-                continue
-            for name in header.keys() & self.entries.keys():
-                problems.append(f"{name} stands in {self.entries[name].file.name} and in {path.name}")
-            self.entries.update(header)
-        if problems:
-            raise InputError(f"{directory}: unreadable checkpoint", problems=problems)
+        self.entries = entries
         self._descriptors: dict[Path, int] = {}
 
     @property
@@ -130,14 +118,37 @@ class SourceCheckpoint:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def __enter__(self) -> SourceCheckpoint:
+    def __enter__(self) -> TensorFiles:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
+
+def open_source(directory: Path) -> TensorFiles:
+    """The tensors of a Hugging Face model directory under their own names. Reads headers only."""
+    entries: dict[str, TensorEntry] = {}
+    problems = []
+    for path in _shards(directory):
+        try:
+            header = read_header(path)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        problems += [f"{name} stands in {entries[name].file.name} and in {path.name}" for name in header if name in entries]
+        entries.update(header)
+    if problems:
+        raise InputError(f"{directory}: unreadable checkpoint", problems=problems)
+    return TensorFiles(directory, entries)
+
+
+def open_ranks(directory: Path, world_size: int) -> TensorFiles:
+    """The tensors of all `rank{r}.safetensors` in `directory`, named `{rank}/{name}`."""
+    entries = {}
+    for rank in range(world_size):
+        for name, entry in read_header(directory / f"rank{rank}.safetensors").items():
+            entries[f"{rank}/{name}"] = entry
+    return TensorFiles(directory, entries)
 
 
 def _shards(directory: Path) -> list[Path]:
