@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they give, and tests run in parallel
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny models: threads cost more than they give, and tests run in parallel
 
 import pytest
 import torch

@@ -77,11 +77,19 @@ def test_everything_wrong_with_a_config_is_listed_at_once():
     with pytest.raises(InputError) as error:
         spec_from_hf(broken, "m/config.json")
     text = str(error.value)
-    for part in ('"num_hidden_layers" is missing', '"vocab_size" is missing', "auto_map", '"awq"', 'did you mean "llama3"'):
+    for part in (
+        '"num_hidden_layers" is missing',
+        '"vocab_size" is missing',
+        "auto_map",
+        '"awq"',
+        'did you mean "llama3"',
+    ):
         assert part in text
     assert error.value.exit_code == 2
 
 
 def test_unknown_architecture_names_the_near_one():
-    with pytest.raises(InputError, match=r'unknown architecture "LLamaForCausalLM" \(did you mean "LlamaForCausalLM"\?\)'):
+    with pytest.raises(
+        InputError, match=r'unknown architecture "LLamaForCausalLM" \(did you mean "LlamaForCausalLM"\?\)'
+    ):
         spec_from_hf({"architectures": ["LLamaForCausalLM"]}, "config.json")

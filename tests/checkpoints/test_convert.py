@@ -60,7 +60,9 @@ def expected_rank(source, config, tp_size, pp_size, rank):
         tensors[ours + "mlp.proj.weight"] = columns(theirs + "mlp.down_proj")
         tensors[ours + "input_layernorm.weight"] = source[theirs + "input_layernorm.weight"]
         tensors[ours + "post_layernorm.weight"] = source[theirs + "post_attention_layernorm.weight"]
-        assert tensors[ours + "attention.qkv.weight"].shape[0] == (heads // tp_size + 2 * -(-kv_heads // tp_size)) * head
+        assert (
+            tensors[ours + "attention.qkv.weight"].shape[0] == (heads // tp_size + 2 * -(-kv_heads // tp_size)) * head
+        )
     if pp_rank == pp_size - 1:
         tensors["transformer.ln_f.weight"] = source["model.norm.weight"]
         head_weight = source.get("lm_head.weight", source["model.embed_tokens.weight"])
@@ -146,5 +148,8 @@ def test_a_tensor_without_a_place_is_named(make_llama):
     model_dir = make_llama()
     config = json.loads((model_dir / "config.json").read_text())
     spec = spec_from_hf({**config, "num_hidden_layers": 2}, "config.json")
-    with open_source(model_dir) as source, pytest.raises(InputError, match="model.layers.2.mlp.up_proj.weight .* no place"):
+    with (
+        open_source(model_dir) as source,
+        pytest.raises(InputError, match="model.layers.2.mlp.up_proj.weight .* no place"),
+    ):
         check_sources(source, plan_moves(spec, QUANT_FORMATS["none"], Parallel()), ())

@@ -11,7 +11,13 @@ from tkit.quantize import int4, int8
 from tkit.runtime.load import load_model
 
 TOKENS = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(7))
-SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
@@ -54,7 +60,7 @@ def test_plain_checkpoint_gives_transformers_own_logits(make_llama, build, shape
 def test_int8_is_rounded_as_the_build_on_the_gpu_will(make_llama, build):
     model_dir = make_llama()
     source = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    for name, module in source.model.layers.named_modules():
+    for module in source.model.layers.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.data = int8.rounded(module.weight.data.to(torch.bfloat16))
     engine = build(model_dir, "int8", 1)
@@ -71,7 +77,10 @@ def test_int4_awq_runs_the_stored_codes(make_llama, build, tp_size):
 
     def weight(rank, name):
         scale = rank[name + ".weights_scaling_factor"]
-        return int4.dequantize(int4.unpack(rank[name + ".weight"]), scale) * rank[name + ".prequant_scaling_factor"].float()
+        return (
+            int4.dequantize(int4.unpack(rank[name + ".weight"]), scale)
+            * rank[name + ".prequant_scaling_factor"].float()
+        )
 
     for index, layer in enumerate(source.model.layers):
         name = f"transformer.layers.{index}."
@@ -80,7 +89,9 @@ def test_int4_awq_runs_the_stored_codes(make_llama, build, tp_size):
         layer.self_attn.q_proj.weight.data = torch.cat([part[0] for part in qkv])
         layer.self_attn.k_proj.weight.data = torch.cat([part[1] for part in qkv])
         layer.self_attn.v_proj.weight.data = torch.cat([part[2] for part in qkv])
-        layer.self_attn.o_proj.weight.data = torch.cat([weight(rank, name + "attention.dense") for rank in ranks], dim=1)
+        layer.self_attn.o_proj.weight.data = torch.cat(
+            [weight(rank, name + "attention.dense") for rank in ranks], dim=1
+        )
         layer.mlp.gate_proj.weight.data = torch.cat([weight(rank, name + "mlp.fc") for rank in ranks])
         layer.mlp.up_proj.weight.data = torch.cat([weight(rank, name + "mlp.gate") for rank in ranks])
         layer.mlp.down_proj.weight.data = torch.cat([weight(rank, name + "mlp.proj") for rank in ranks], dim=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,13 @@ from safetensors.torch import load_file, save_file
 from tkit.files import sha256_file
 from tkit.quantize import int4
 
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
 
 
 @pytest.fixture
@@ -47,7 +52,9 @@ def test_with_nothing_but_options_it_builds_the_demo_model(tkit):
         assert (engine / name).stat().st_size == facts["bytes"]
         assert sha256_file(engine / name) == facts["sha256"]
     assert (card["tp_size"], card["quant"], card["quant_algo"]) == (2, "int4_awq", "W4A16_AWQ")
-    assert card["num_params"] == sum(p.numel() for p in load_file(Path(card["source"]["path"]) / "model.safetensors").values())
+    assert card["num_params"] == sum(
+        p.numel() for p in load_file(Path(card["source"]["path"]) / "model.safetensors").values()
+    )
     assert "peak memory" in result.stderr
 
 
@@ -88,7 +95,9 @@ def test_dry_run_prints_every_tensor_and_writes_nothing(tkit, make_llama):
     assert Path(built.stdout.strip()).name == plan["name"]
     for name, tensors in plan["ranks"].items():
         written = load_file(Path(built.stdout.strip()) / "checkpoint" / name)
-        assert {key: list(tensor.shape) for key, tensor in written.items()} == {k: v["shape"] for k, v in tensors.items()}
+        assert {key: list(tensor.shape) for key, tensor in written.items()} == {
+            k: v["shape"] for k, v in tensors.items()
+        }
 
 
 def test_fp8_tensors_equal_a_direct_recomputation(tkit, make_llama):
@@ -226,7 +235,17 @@ def test_the_command_in_the_card_builds_the_same_engine(tkit, make_llama):
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_an_interrupted_build_publishes_nothing_and_the_next_one_succeeds(make_llama, tmp_path, number, exit_code):
-    command = [sys.executable, "-m", "tkit", "build", str(make_llama(**WIDE)), "--quant", "int4_awq", "--calib-samples", "400"]
+    command = [
+        sys.executable,
+        "-m",
+        "tkit",
+        "build",
+        str(make_llama(**WIDE)),
+        "--quant",
+        "int4_awq",
+        "--calib-samples",
+        "400",
+    ]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "engines").glob(".tmp-*/checkpoint/rank0.safetensors")):
@@ -249,4 +268,4 @@ def test_the_same_engine_built_twice_at_once_is_published_once(make_llama, tmp_p
     outputs = {process.communicate(timeout=120)[0] for process in running}
     assert [process.returncode for process in running] == [0] * 4
     assert len(outputs) == 1
-    assert os.listdir(tmp_path / "engines") == [Path(outputs.pop().strip()).name]
+    assert [path.name for path in (tmp_path / "engines").iterdir()] == [Path(outputs.pop().strip()).name]

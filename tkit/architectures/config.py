@@ -39,7 +39,9 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
         problems.append(f"{where}: auto_map asks to run code that ships with the model; tkit never runs it")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method")
-        problems.append(f'{where}: the checkpoint is quantized already (quant_method "{method}"), expected 16-bit weights')
+        problems.append(
+            f'{where}: the checkpoint is quantized already (quant_method "{method}"), expected 16-bit weights'
+        )
     rope = rope_parameters(config)
     rope_type = rope.get("rope_type", "default")
     if rope_type not in _ROPE_TYPES:

@@ -182,7 +182,13 @@ def _module_moves(
 
 
 def _output(
-    tensor: StoredTensor, stored_name: str, module: Module, spec: ModelSpec, parallel: Parallel, pp_rank: int, tp_rank: int
+    tensor: StoredTensor,
+    stored_name: str,
+    module: Module,
+    spec: ModelSpec,
+    parallel: Parallel,
+    pp_rank: int,
+    tp_rank: int,
 ) -> Output:
     """Where the axes of `tensor` lie decides which of its two dimensions the rank's out and in features cut."""
     out_ranges, offset = [], 0

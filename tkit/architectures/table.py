@@ -82,7 +82,9 @@ class Architecture:
     embedding: Module = Module("transformer.vocab_embedding", ("model.embed_tokens",), ("vocab",), "hidden")
     final_norm: Module = Module("transformer.ln_f", ("model.norm",), ("hidden",))
     lm_head: Module = Module("lm_head", ("lm_head",), ("vocab_tp",), "hidden")
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # endings of source tensors that are recomputed, never converted
+    ignored: tuple[str, ...] = (
+        "rotary_emb.inv_freq",
+    )  # endings of source tensors that are recomputed, never converted
 
 
 ARCHITECTURES: dict[str, Architecture] = {

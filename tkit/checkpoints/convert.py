@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def convert(
     directory: Path,
     quantizer: LayerQuantizer | None,
     progress: Progress,
-) -> dict[str, dict[str, object]]:
+) -> dict[str, dict[str, Any]]:
     """Writes `rank{r}.safetensors` into `directory`; returns {file name: {"bytes", "sha256"}}.
 
     Raises InputError naming every tensor that holds NaN or infinite values.
@@ -108,9 +108,7 @@ def convert(
             if nonfinite:
                 raise InputError(f"{source.directory}: weights are not finite", problems=nonfinite)
         progress.step("convert", len(steps), len(steps))
-        return {
-            file.path.name: {"bytes": file.num_bytes, "sha256": file.finish()} for _, file in sorted(files.items())
-        }
+        return {file.path.name: {"bytes": file.num_bytes, "sha256": file.finish()} for _, file in sorted(files.items())}
 
 
 def _write_step(

@@ -17,7 +17,7 @@ from tkit.errors import InputError
 
 
 def merge(files: TensorFiles, moves: Sequence[Move]) -> Iterator[tuple[Move, dict[str, tuple[np.ndarray, str]]]]:
-    """Yields each move of an `open_ranks` checkpoint with {part: (bits, dtype)} of its whole tensors, vocabulary padding removed.
+    """Yields each move of an `open_ranks` checkpoint with {part: (bits, dtype)} of its whole tensors, padding removed.
 
     Memory: one module. Raises InputError listing every tensor that is absent or has another shape than planned.
     """
@@ -29,7 +29,9 @@ def merge(files: TensorFiles, moves: Sequence[Move]) -> Iterator[tuple[Move, dic
     ]
     if problems:
         raise InputError(
-            f"{files.directory}: the rank files contradict config.json", problems=problems, hint="rebuild with tkit build"
+            f"{files.directory}: the rank files contradict config.json",
+            problems=problems,
+            hint="rebuild with tkit build",
         )
     for move in moves:
         yield move, {part: _whole(files, move, part) for part in dict.fromkeys(output.part for output in move.outputs)}

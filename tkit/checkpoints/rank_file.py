@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tkit.checkpoints.tensors import ITEM_BYTES
+from tkit.checkpoints.tensors import ITEM_BYTES, raw_bytes
 
 
 def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, int]:
@@ -41,7 +41,7 @@ class RankFile:
         header, self.data_bytes = layout(tensors)
         self.num_bytes = len(header) + self.data_bytes
         self._hash = hashlib.sha256(header)
-        self._file = open(path, "xb", buffering=0)
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by `finish` or `close`
         os.posix_fallocate(self._file.fileno(), 0, self.num_bytes)  # a full disk shows now, not after an hour
         self._write_all(memoryview(header))
 
@@ -50,11 +50,13 @@ class RankFile:
         assert name == expected_name, f"{self.path}: {name} came, {expected_name} was next"
         written = 0
         for chunk in chunks:
-            view = memoryview(np.ascontiguousarray(chunk).reshape(-1)).cast("B")
+            view = raw_bytes(np.ascontiguousarray(chunk))
             self._hash.update(view)
             self._write_all(view)
             written += len(view)
-        assert written == math.prod(shape) * ITEM_BYTES[dtype], f"{self.path}: {name} is {written} bytes, not {shape} {dtype}"
+        assert written == math.prod(shape) * ITEM_BYTES[dtype], (
+            f"{self.path}: {name} is {written} bytes, not {shape} {dtype}"
+        )
         self._next += 1
 
     def finish(self) -> str:

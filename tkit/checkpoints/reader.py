@@ -17,7 +17,7 @@ from types import TracebackType
 
 import numpy as np
 
-from tkit.checkpoints.tensors import ITEM_BYTES, raw_dtype
+from tkit.checkpoints.tensors import ITEM_BYTES, raw_bytes, raw_dtype
 from tkit.errors import InputError
 from tkit.files import read_json, unique_keys
 
@@ -58,7 +58,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
             entry = TensorEntry(path, dtype, shape, 8 + length + start)
             if entry.num_bytes != stop - start or min(shape, default=1) < 0:
-                problems.append(f"{name}: {dtype} {shape} needs {entry.num_bytes} bytes, the header gives {stop - start}")
+                problems.append(
+                    f"{name}: {dtype} {shape} needs {entry.num_bytes} bytes, the header gives {stop - start}"
+                )
         except (KeyError, TypeError, ValueError):
             problems.append(f"{name}: malformed entry {value!r}")
             continue
@@ -99,7 +101,7 @@ class TensorFiles:
         """The raw bits of one tensor, in its shape."""
         entry = self.entries[name]
         raw = np.empty(entry.shape, raw_dtype(entry.dtype))
-        buffer = memoryview(raw.reshape(-1)).cast("B") if raw.size else memoryview(b"")
+        buffer = raw_bytes(raw)
         done = 0
         while done < len(buffer):
             count = os.preadv(self._descriptor(entry.file), [buffer[done:]], entry.offset + done)
@@ -135,7 +137,9 @@ def open_source(directory: Path) -> TensorFiles:
         except InputError as error:
             problems.append(str(error))
             continue
-        problems += [f"{name} stands in {entries[name].file.name} and in {path.name}" for name in header if name in entries]
+        problems += [
+            f"{name} stands in {entries[name].file.name} and in {path.name}" for name in header if name in entries
+        ]
         entries.update(header)
     if problems:
         raise InputError(f"{directory}: unreadable checkpoint", problems=problems)

@@ -13,11 +13,16 @@ ITEM_BYTES = {
 }  # fmt: skip
 FLOAT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors name -> config.json name
 SAFETENSORS_DTYPE = {name: code for code, name in FLOAT_DTYPES.items()}
-RAW_DTYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+RAW_DTYPES: dict[int, type[np.unsignedinteger]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def raw_dtype(dtype: str) -> type[np.unsignedinteger]:
     return RAW_DTYPES[ITEM_BYTES[dtype]]
+
+
+def raw_bytes(contiguous: np.ndarray) -> memoryview:
+    """The array's memory, not a copy."""
+    return contiguous.reshape(-1).view(np.uint8).data
 
 
 def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:

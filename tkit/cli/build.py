@@ -17,7 +17,9 @@ from tkit.units import format_bytes, format_seconds
 @click.option("--tp", "tp_size", type=click.IntRange(min=1), help="Tensor-parallel size, in GPUs.  [default: 1]")
 @click.option("--pp", "pp_size", type=click.IntRange(min=1), help="Pipeline-parallel size, in GPUs.  [default: 1]")
 @click.option("--quant", help="none, int8, fp8 or int4_awq.  [default: none]")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What will run the engine.")
+@click.option(
+    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What will run the engine."
+)
 @click.option("--calib", type=click.Path(), help="Calibration text, .txt or .jsonl.  [default: ships with tkit]")
 @click.option("--calib-samples", type=click.IntRange(min=1), help="Calibration samples.  [default: 16]")
 @click.option("--calib-len", type=click.IntRange(min=1), help="Tokens per calibration sample.  [default: 256]")
@@ -30,7 +32,14 @@ from tkit.units import format_bytes, format_seconds
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @output_options
 def command(
-    output: Output, model: str | None, backend: str, device: str, out: Path, force: bool, dry_run: bool, **overrides: object
+    output: Output,
+    model: str | None,
+    backend: str,
+    device: str,
+    out: Path,
+    force: bool,
+    dry_run: bool,
+    **overrides: object,
 ) -> None:
     """Convert and quantize MODEL into an engine directory.
 
@@ -47,7 +56,9 @@ def command(
     plan = plan_build(fetch_model(recipe, name), engine_recipe, output)
     if dry_run:
         tensors = sum(len(files) for files in plan.record()["ranks"].values())
-        text = f"{plan.name}: {tensors} tensors, {format_bytes(plan.num_bytes)} in {plan.recipe.parallel.world_size} files"
+        text = (
+            f"{plan.name}: {tensors} tensors, {format_bytes(plan.num_bytes)} in {plan.recipe.parallel.world_size} files"
+        )
         output.record(plan.record(), text)
         return
     directory, card, existed = build(plan, output, out=out, device=device, force=force)
@@ -55,7 +66,9 @@ def command(
         text = f"{card.name} exists, built from the same inputs"
     else:
         seconds, peak = card.build["seconds"], card.build["peak_memory_bytes"]
-        ratio = card.weight_bytes / sum(f["bytes"] for n, f in card.source["files"].items() if n.endswith(".safetensors"))
+        ratio = card.weight_bytes / sum(
+            f["bytes"] for n, f in card.source["files"].items() if n.endswith(".safetensors")
+        )
         text = (
             f"{card.name}: {format_bytes(card.weight_bytes)} of weights ({ratio:.2f} x the source), "
             f"{card.num_params / 1e6:.1f} M parameters, {card.quant_algo or card.dtype}, "

@@ -33,7 +33,9 @@ class _CommandTable(click.Group):
             return None
         return importlib.import_module(COMMANDS[name][0]).command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS:
             ctx.fail(f'no such command "{args[0]}"{did_you_mean(args[0], COMMANDS)}')
         return super().resolve_command(ctx, args)
@@ -67,7 +69,7 @@ def main() -> None:
     """Entry point of the `tkit` script. Ctrl-C exits 130, SIGTERM 143, both after `finally` blocks have run."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        cli.main(standalone_mode=False)
+        sys.exit(cli.main(standalone_mode=False))  # the code that ctx.exit() was given
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:

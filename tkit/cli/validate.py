@@ -11,7 +11,9 @@ from tkit.cli.output import Output, output_options
 
 @click.command("validate")
 @click.argument("engine", required=False)
-@click.option("--source", type=click.Path(path_type=Path), help="Model directory to compare with.  [default: from the card]")
+@click.option(
+    "--source", type=click.Path(path_type=Path), help="Model directory to compare with.  [default: from the card]"
+)
 @click.option("--text", type=click.Path(path_type=Path), help="Held-out text.  [default: ships with tkit]")
 @click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="Windows of 512 tokens.")
 @click.option("--max-kl", type=float, help="Exit 3 when the mean KL divergence, in nats per token, is larger.")

@@ -45,9 +45,7 @@ def dequantize(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return weight * stored["prequant_scaling_factor"].float()
 
 
-def search_prequant(
-    weights: Mapping[str, torch.Tensor], inputs: InputStatistics, dtype: torch.dtype
-) -> torch.Tensor:
+def search_prequant(weights: Mapping[str, torch.Tensor], inputs: InputStatistics, dtype: torch.dtype) -> torch.Tensor:
     """The (in,) factor with the smallest output error, in `dtype`."""
     sample = inputs.sample  # (tokens, in)
     stacked = torch.cat(list(weights.values()))  # (sum of out, in)

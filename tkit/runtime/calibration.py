@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,20 +40,21 @@ class CalibratedQuantizer:
         self.tokens = tokens
         self.device = device
         self.hidden = torch.zeros(0)  # (samples, length, hidden), the input of the next layer
-        self._model: PreTrainedModel
+        self._layers = torch.nn.ModuleList()
         self._calls: list[dict[str, Any]] = []
 
     def embedding(self, weight: Raw) -> None:
         table = to_torch(*weight)
-        self._model = _empty_model(self.spec, self.device)
+        model = _empty_model(self.spec, self.device)
         embeddings = torch.nn.functional.embedding(self.tokens, table).float()
         with torch.inference_mode():
-            self.hidden, self._calls = _record_layer_calls(self._model, embeddings.to(self.device))
+            self.hidden, self._calls = _record_layer_calls(model, embeddings.to(self.device))
+        self._layers = cast(torch.nn.ModuleList, model.layers)
 
     def layer(self, index: int, sources: Mapping[str, Raw], moves: Sequence[Move]) -> dict[str, dict[str, Raw]]:
         prefix = f"model.layers.{index}."
         weights = {name.removeprefix(prefix): to_torch(*raw) for name, raw in sources.items()}
-        layer = self._model.layers[index]
+        layer = self._layers[index]
         layer.load_state_dict({name: w.float().to(self.device) for name, w in weights.items()}, assign=True)
         statistics = self._run(layer, self._calls[index], moves, prefix)
         layer.to("meta")
@@ -131,16 +132,14 @@ class _Recorder(torch.nn.Module):
         return hidden_states
 
 
-def _record_layer_calls(
-    model: PreTrainedModel, embeddings: torch.Tensor
-) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+def _record_layer_calls(model: PreTrainedModel, embeddings: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """The first layer's input for every sample, and the keyword arguments of each layer.
 
     One sample decides the arguments: tables and masks of one row broadcast over the batch.
     """
-    layers = model.layers
-    recorders = torch.nn.ModuleList(_Recorder() for _ in layers)
-    model.layers = recorders
+    layers = cast(torch.nn.ModuleList, model.layers)
+    recorders = [_Recorder() for _ in layers]
+    model.layers = torch.nn.ModuleList(recorders)
     try:
         first = []
         for sample in embeddings.split(1):

@@ -31,7 +31,9 @@ def compare_models(
     """Over `windows` (windows, length) int64; every window predicts its tokens 1..length-1. `done` counts windows."""
     nll = nll_source = kl = kl_max = same = 0.0
     for index, window in enumerate(windows.split(1)):
-        log_q = candidate(window.to(candidate.device)).logits[0, :-1].float().log_softmax(-1).cpu()  # (length - 1, vocab)
+        log_q = (
+            candidate(window.to(candidate.device)).logits[0, :-1].float().log_softmax(-1).cpu()
+        )  # (length - 1, vocab)
         log_p = source(window.to(source.device)).logits[0, :-1].float().log_softmax(-1).cpu()
         targets = window[0, 1:, None]
         nll -= log_q.gather(1, targets).sum(dtype=torch.float64).item()

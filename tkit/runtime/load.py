@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from tkit.architectures.config import hf_config, spec_from_trtllm
 from tkit.architectures.moves import Move, plan_moves
-from tkit.checkpoints.merge import merge, split_sources
+from tkit.checkpoints.merge import merge
 from tkit.checkpoints.reader import open_ranks
 from tkit.errors import InputError
 from tkit.files import read_json
@@ -55,7 +55,8 @@ def load_model(engine_dir: Path, device: str = "auto") -> tuple[PreTrainedModel,
                     input_scales[source.removesuffix(".weight")] = stored["activation_scaling_factor"]
     if spec.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    model = model_from_weights(spec, weights, dtype).to(device)
+    model = model_from_weights(spec, weights, dtype)
+    torch.nn.Module.to(model, device)
     for name, scale in input_scales.items():
         model.get_submodule(name).register_forward_pre_hook(_fp8_input(scale.to(device)))
     return model, spec
@@ -72,7 +73,8 @@ def model_from_weights(spec: ModelSpec, weights: dict[str, torch.Tensor], dtype:
     arguments = hf_config(spec)
     config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     model_class = getattr(transformers, spec.architecture)
-    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype).eval()
+    model: PreTrainedModel = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    return model.eval()
 
 
 def _hugging_face_weights(

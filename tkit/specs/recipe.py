@@ -69,5 +69,11 @@ class Recipe:
     report: ReportRecipe = field(default_factory=ReportRecipe)
 
     def __post_init__(self) -> None:
-        if not self.engines:
-            raise InputError("engines is empty, expected at least one")
+        problems = []
+        quants = [engine.quant for engine in self.engines]
+        if not quants:
+            problems.append("engines is empty, expected at least one")
+        elif self.report.baseline is not None and self.report.baseline not in quants:
+            problems.append(f'report: baseline is "{self.report.baseline}", expected one of {", ".join(quants)}')
+        if problems:
+            raise InputError("impossible recipe", problems=problems)

@@ -1,13 +1,13 @@
 """What a sweep leaves on disk, and what a report reads: schemas, columns, definitions. Files are listed in `docs/files.md`.
 
-    reports/<run>/
-      manifest.json                         Manifest: profile, identity, grid, seeds, client
-      points/<shape>-c<C>-r<k>/
-        requests.parquet                    one row per request, columns REQUEST_COLUMNS
-        chunks.parquet                      gaps between chunks, columns CHUNK_COLUMNS
-        point.json                          PointSummary
-      summary.csv  summary.json             one flat row per point
-      state.jsonl                           append-only journal
+reports/<run>/
+  manifest.json                         Manifest: profile, identity, grid, seeds, client
+  points/<shape>-c<C>-r<k>/
+    requests.parquet                    one row per request, columns REQUEST_COLUMNS
+    chunks.parquet                      gaps between chunks, columns CHUNK_COLUMNS
+    point.json                          PointSummary
+  summary.csv  summary.json             one flat row per point
+  state.jsonl                           append-only journal
 """
 
 from __future__ import annotations

@@ -83,7 +83,9 @@ class BuildPlan:
                 for move in self.moves
             ],
             "ranks": {
-                f"rank{rank}.safetensors": {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in files.items()}
+                f"rank{rank}.safetensors": {
+                    name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in files.items()
+                }
                 for rank, files in sorted(layouts.items())
             },
         }
@@ -217,7 +219,9 @@ def _publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineC
                 winner = read_card(target)
                 if winner.key == card.key:
                     return winner
-            raise InputError(f"{target}: in the way: {error.strerror}", hint="move it, or choose another --name") from error
+            raise InputError(
+                f"{target}: in the way: {error.strerror}", hint="move it, or choose another --name"
+            ) from error
     sync_directory(target.parent)
     return card
 

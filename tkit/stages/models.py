@@ -106,5 +106,7 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{source}: the tokenizer does not load: {error}") from error
     if tokenizer.get_vocab_size() > vocab_size:
-        raise InputError(f"{source}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model embeds {vocab_size}")
+        raise InputError(
+            f"{source}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model embeds {vocab_size}"
+        )
     return tokenizer

@@ -15,7 +15,7 @@ from tkit.files import sha256_file, write_json
 from tkit.specs.progress import Progress
 from tkit.specs.record import VALIDATION_FILE, VALIDATION_SCHEMA
 from tkit.stages.engines import read_card, verify_files
-from tkit.stages.models import find_recipe, fetch_model
+from tkit.stages.models import fetch_model, find_recipe
 
 WINDOW_TOKENS = 512
 
@@ -97,7 +97,11 @@ def validate(
 def check_gates(record: ValidationRecord, *, max_kl: float | None, max_ppl_ratio: float | None) -> None:
     """Raises GateFailed naming every threshold that the record exceeds."""
     limits = (("kl", record.kl, max_kl), ("ppl_ratio", record.ppl_ratio, max_ppl_ratio))
-    problems = [f"{name} {value:.4g} exceeds {limit:.4g}" for name, value, limit in limits if limit is not None and value > limit]
+    problems = [
+        f"{name} {value:.4g} exceeds {limit:.4g}"
+        for name, value, limit in limits
+        if limit is not None and value > limit
+    ]
     if problems:
         raise GateFailed(f"{record.engine}: validation gate failed", problems=problems)
 
