@@ -6,6 +6,7 @@ Prints its port and serves until its standard input closes. Answers are paced, 2
 from __future__ import annotations
 
 import asyncio
+import collections
 import os
 import struct
 import sys
@@ -55,21 +56,22 @@ def asked_tokens(request: pb.ModelInferRequest) -> int:
 class FakeTriton:
     def __init__(self, engine_dir: str):
         self.engine_dir = engine_dir
-        self.num_requests = 0
+        self.num_requests: collections.Counter[str] = collections.Counter()
 
     async def stream(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         request = pb.ModelInferRequest.FromString(data)
         model, asked = request.model_name, asked_tokens(request)
-        self.num_requests += 1
+        self.num_requests[model] += 1
+        number = self.num_requests[model]
         if model == "silent":
             await asyncio.sleep(3600)
-        if model == "overloaded" and self.num_requests > 1:
+        if model == "overloaded" and number > 1:
             yield failure("Exceeds maximum queue size")
             return
-        await asyncio.sleep(TTFT_S * (10 if model == "sluggish" and self.num_requests > 8 else 1))
+        await asyncio.sleep(TTFT_S * (10 if model == "sluggish" and number > 8 else 1))
         step = 4 if model == "coalescing" else 1
         for done in range(0, asked, step):
-            if done == asked // 2 and self.num_requests > 1:
+            if done == asked // 2 and number > 1:
                 match model:
                     case "truncated":
                         return
@@ -84,7 +86,7 @@ class FakeTriton:
                     case "short":
                         yield response("", done, is_final=True)
                         return
-                    case "dying" if self.num_requests > 6:
+                    case "dying" if number > 6:
                         os._exit(9)
             tokens = min(step, asked - done)
             text = " word" * (done + tokens if model == "so_far" else tokens)

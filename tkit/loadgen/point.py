@@ -10,6 +10,7 @@ import numpy as np
 from tkit.loadgen.closed_loop import LoadTrace
 from tkit.loadgen.exchange import RequestRecord
 from tkit.loadgen.metrics import (
+    TAIL_PERCENTILES,
     assign_phases,
     chunk_gaps,
     delivered_concurrency,
@@ -105,8 +106,8 @@ def _client_numbers(
         "cpu_share": trace.cpu_share,
         "rss_bytes": trace.rss_bytes,
         "delivered_concurrency": delivered_concurrency(records, trace),
-        "schedule_lag_p99_ms": _percentile(sent_lag, 99),
-        **{f"loop_lag_p{p}_ms": _percentile(np.asarray(trace.lags_ms), p) for p in (50, 90, 95, 99)},
+        **{f"schedule_lag_p{p}_ms": _percentile(sent_lag, p) for p in (50, *TAIL_PERCENTILES)},
+        **{f"loop_lag_p{p}_ms": _percentile(np.asarray(trace.lags_ms), p) for p in (50, *TAIL_PERCENTILES)},
     }
     # Waves of C requests: fewer than four say nothing about drift, and with few of them only a clear one is told apart
     # from chance. A run of a dozen requests is therefore judged by gross_drift alone.
@@ -174,12 +175,14 @@ def _failures(phase: str, records: Sequence[RequestRecord], limits: HealthLimits
 
 
 def _lag_reasons(client: dict[str, float], ttfts: np.ndarray, limits: HealthLimits, finest: int) -> list[str]:
+    percentile = limits.lag_percentile or finest
+    ttft = float(np.percentile(ttfts, percentile))
     reasons = []
-    lag = client["schedule_lag_p99_ms"]
-    if lag > limits.schedule_lag_ms and lag > limits.schedule_lag_share * np.median(ttfts):
-        reasons.append(f"requests were sent {lag:.1f} ms late at p99 (limit {limits.schedule_lag_ms:g} ms)")
-    percentile = limits.loop_lag_percentile or finest
-    lag = client[f"loop_lag_p{percentile}_ms"]
-    if lag > limits.loop_lag_ms and lag > limits.loop_lag_share * np.percentile(ttfts, percentile):
-        reasons.append(f"the client saw messages {lag:.1f} ms late at p{percentile} (limit {limits.loop_lag_ms:g} ms)")
+    for name, words, limit_ms, share in (
+        ("schedule", "requests were sent", limits.schedule_lag_ms, limits.schedule_lag_share),
+        ("loop", "messages were seen", limits.loop_lag_ms, limits.loop_lag_share),
+    ):
+        lag, limit = client[f"{name}_lag_p{percentile}_ms"], max(limit_ms, share * ttft)
+        if lag > limit:
+            reasons.append(f"{words} {lag:.1f} ms late at p{percentile} (limit {limit:.1f} ms)")
     return reasons

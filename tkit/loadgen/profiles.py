@@ -35,12 +35,12 @@ class HealthLimits:
     error_share: float = 0.001
     length_error: float = 0.01  # got tokens against asked, output and input
     delivered_concurrency: float = 0.98  # of asked, over the steady window
-    schedule_lag_ms: float = 1.0  # p99, and at the same time schedule_lag_share of the TTFT
+    # A lag counts when it is above the limit and above this share of the same percentile of TTFT.
+    schedule_lag_ms: float = 1.0
     schedule_lag_share: float = 0.01
     loop_lag_ms: float = 2.0
-    # The percentile of the loop lag that is judged. None: the finest that the point has requests enough to print.
-    loop_lag_percentile: int | None = 99
-    loop_lag_share: float = 0.0  # a lag below this share of the same percentile of TTFT is no fault; 0: it always is
+    loop_lag_share: float = 0.0
+    lag_percentile: int | None = 99  # None: the finest that the point has requests enough to print
     cpu_share: float = 0.70  # of one core per worker
     drift: float = 0.05  # between the halves of the steady window, when chance does not explain it
     gross_drift: float = 0.25  # whatever chance explains
@@ -82,9 +82,9 @@ class Profile:
 _CHAT, _RAG = Shape(isl=1024, osl=1024), Shape(isl=8192, osl=1024)
 
 # A laptop that serves and measures at once now and then delays the client by a whole scheduler slice (4 ms on Linux).
-# That moves a p99, which quick never has the requests for, and not the percentiles it prints: so the lag is judged
-# there, and against what it is added to.
-_QUICK_LIMITS = HealthLimits(loop_lag_percentile=None, loop_lag_share=0.05)
+# That moves a p99, which quick never has the requests for, and hardly the percentiles it prints: so lags are judged
+# there, and against the latency that they are added to.
+_QUICK_LIMITS = HealthLimits(lag_percentile=None, schedule_lag_share=0.05, loop_lag_share=0.05)
 
 PROFILES = {profile.name: profile for profile in (
     # Requests for C = 1, 4, 16: 20 + 40 + 160 measured, 2 + 4 + 16 to warm up, at most 2 C - 1 more in flight at the
@@ -119,6 +119,8 @@ def resolve_profile(recipe: SweepRecipe) -> Profile:
     profile = find_profile(recipe.profile)
     problems: list[str] = []
     changes: dict[str, Any] = {}
+    if recipe.shapes == ():
+        problems.append("shapes is empty, expected at least one")
     if recipe.shapes is not None:
         changes["shapes"] = tuple(shape for text in recipe.shapes if (shape := _shape(text, problems)))
     if recipe.concurrency is not None:

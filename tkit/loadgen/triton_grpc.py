@@ -276,7 +276,7 @@ def _is_running_total(counts: list[int], osl: int) -> bool:
 def _tokens_of_texts(texts: list[str], token_ends: Callable[[str], list[int]]) -> list[int]:
     """A token belongs to the response that brought its last character. Servers send deltas or the text so far."""
     spoken = [text for text in texts if text]
-    is_so_far = len(spoken) > 2 and all(
+    is_so_far = len(set(spoken)) > 2 and all(
         later.startswith(earlier) for earlier, later in zip(spoken, spoken[1:], strict=False)
     )
     lengths, length = [], 0

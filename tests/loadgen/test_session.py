@@ -1,0 +1,206 @@
+"""Points driven against real servers: Triton's times against the model's own record, and servers that misbehave."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tkit.errors import ServerError
+from tkit.loadgen.metrics import tpot_ms
+from tkit.loadgen.point import Place
+from tkit.loadgen.profiles import Profile, Shape, find_profile
+from tkit.loadgen.prompts import PromptMaker
+from tkit.loadgen.session import Measurement, Session
+
+MS = 1_000_000
+SHAPE = Shape(isl=24, osl=16)
+QUICK = dataclasses.replace(find_profile("quick"), shapes=(SHAPE,), max_duration_s=None)
+
+
+def profile(requests: int, **changes: Any) -> Profile:
+    return dataclasses.replace(QUICK, requests=requests, **changes)
+
+
+def measure(
+    url: str, model: str, tokenizer_dir: Path, used: Profile, concurrency: int, *, timeout_s: float = 10.0
+) -> Measurement:
+    with Session(
+        "triton-grpc", url, model, prompts=PromptMaker(tokenizer_dir, 0), profile=used, idle_timeout_s=timeout_s
+    ) as session:
+        session.probe(used.shapes[0])
+        return session.measure(
+            Place(shape=used.shapes[0], concurrency=concurrency, repeat=1), lambda done, total: None
+        )
+
+
+@pytest.fixture(scope="module")
+def point(paced: Any) -> Measurement:
+    return measure(paced.url, "ensemble", paced.tokenizer_dir, profile(24), 4)
+
+
+def test_every_request_arrives_as_it_was_meant(paced: Any, point: Measurement) -> None:
+    assert point.failures == []
+    assert [record.id for record in point.records] == list(range(len(point.records)))
+    sent = paced.sent()
+    for record in point.records:
+        line = sent[f"24x16-16-4-1-{record.id}"]
+        assert (line["isl"], line["asked"]) == (24, 16), "the server's own tokenizer counts the prompt"
+        assert (record.isl, record.osl, record.n_first, record.chunks) == (24, 16, 1, 16)
+        assert line["inputs"] == {
+            "max_tokens": "16", "min_tokens": "16", "end_id": "-1", "stream": "True", "top_k": "1", "temperature": "1.0",
+            "seed": "0", "exclude_input_in_output": "True", "return_num_input_tokens": "True",
+            "return_num_output_tokens": "True",
+        }  # fmt: skip
+
+
+def test_times_agree_with_the_servers_own(paced: Any, point: Measurement) -> None:
+    """Never before the server acted; the median a few milliseconds after, whatever else this machine does."""
+    sent = paced.sent()
+    to_server, to_client, tpot_ratio = [], [], []
+    for record in point.records:
+        line = sent[f"24x16-16-4-1-{record.id}"]
+        assert record.first_token_ns is not None
+        assert record.last_token_ns is not None
+        assert record.sent_ns < line["arrived_ns"]
+        assert all(seen > left for seen, left in zip(record.token_ns, line["sent_ns"], strict=True))
+        assert record.first_byte_ns == record.first_token_ns
+        assert record.last_token_ns <= record.end_ns
+        to_server.append((line["arrived_ns"] - record.sent_ns) / MS)
+        to_client += [(seen - left) / MS for seen, left in zip(record.token_ns, line["sent_ns"], strict=True)]
+        own = (line["sent_ns"][-1] - line["sent_ns"][0]) / MS / 15
+        tpot = tpot_ms(record)
+        assert tpot is not None
+        tpot_ratio.append(tpot / own)
+    assert statistics.median(to_server) < 10
+    assert statistics.median(to_client) < 5
+    assert statistics.median(tpot_ratio) == pytest.approx(1, abs=0.05)
+    assert point.summary.ttft.p50 == pytest.approx(paced.ttft_ms, rel=0.3)
+    assert point.summary.tpot.p50 == pytest.approx(paced.itl_ms, rel=0.1)
+
+
+def test_the_load_is_closed_and_steady(point: Measurement) -> None:
+    summary = point.summary
+    assert summary.requests == 24
+    phases = [record.phase for record in point.records]
+    assert phases.count("warmup") >= 4
+    assert 0 < phases.count("drain") < 4
+    assert summary.token_source == "server_usage"
+    assert summary.client["delivered_concurrency"] == pytest.approx(4, rel=0.05)
+    starts = sorted(record.sent_ns for record in point.records)[:4]
+    assert (starts[-1] - starts[0]) / MS > 100, "the first wave is spread over one request's duration of 200 ms"
+    e2e_s = (50 + 15 * 10) / 1000
+    assert summary.output_tok_s == pytest.approx(4 * 16 / e2e_s, rel=0.15)
+    assert summary.window_s == pytest.approx(24 / 4 * e2e_s, rel=0.25)
+
+
+def test_a_model_without_counts_and_options_is_counted_by_the_tokenizer(paced: Any) -> None:
+    """Its stream ends apart from the last token, with an empty final response that is no token."""
+    point = measure(paced.url, "bare", paced.tokenizer_dir, profile(4), 2)
+    assert point.failures == []
+    assert point.summary.token_source == "tokenizer"
+    assert {(record.osl, record.chunks, record.n_first) for record in point.records} == {(16, 16, 1)}
+    line = paced.sent()[f"24x16-16-2-1-{point.records[0].id}"]
+    assert line["inputs"] == {"max_tokens": "16"}
+
+
+def test_a_duration_ends_a_point(paced: Any) -> None:
+    timed = dataclasses.replace(QUICK, min_duration_s=1.0, max_duration_s=1.0)
+    point = measure(paced.url, "ensemble", paced.tokenizer_dir, timed, 2)
+    assert 1.0 <= point.summary.window_s < 1.6
+    assert 6 <= point.summary.requests <= 12
+
+
+@pytest.mark.parametrize("model", ["coalescing", "so_far", "deltas"])
+def test_other_ways_to_count(fake_url: str, tokenizer_dir: Path, model: str) -> None:
+    point = measure(fake_url, model, tokenizer_dir, profile(3), 1)
+    assert point.failures == []
+    (shape,) = {(record.osl, record.chunks, record.n_first) for record in point.records}
+    assert shape == ((16, 4, 4) if model == "coalescing" else (16, 16, 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "detail"),
+    [
+        ("truncated", "truncated", "ended after 8 responses, none of them final"),
+        ("failing", "server", "out of memory"),
+        ("overloaded", "server", "Exceeds maximum queue size"),
+        ("garbled", "unreadable", "not a ModelStreamInferResponse: "),
+        ("short", "short", "8 tokens, asked for 16"),
+        ("stalled", "timeout", "no message for 0.3 s"),
+    ],
+)
+def test_failures_have_names(fake_url: str, tokenizer_dir: Path, model: str, error: str, detail: str) -> None:
+    point = measure(fake_url, model, tokenizer_dir, profile(4), 2, timeout_s=0.3)
+    assert {record.error for record in point.records} == {error}
+    assert all(record.detail.startswith(detail) for record in point.records)
+    assert all(record.status == "error" for record in point.records)
+    assert not point.summary.is_valid
+    assert f" {error}), the first: {detail}" in point.summary.invalid_reasons[0]
+
+
+def test_a_slow_but_living_stream_ends_by_the_total_limit(fake_url: str, tokenizer_dir: Path) -> None:
+    """0.1 s of idle timeout allow 16 tokens 0.127 s; the fake takes 0.2 s after its eighth request."""
+    point = measure(fake_url, "sluggish", tokenizer_dir, profile(12), 2, timeout_s=0.1)
+    assert {record.error for record in point.records} == {None, "timeout"}
+    assert point.summary.errors["timeout"] > 0
+
+
+def test_a_silent_server_fails_the_first_request(fake_url: str, tokenizer_dir: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(ServerError) as caught:
+        measure(fake_url, "silent", tokenizer_dir, profile(4), 2, timeout_s=0.3)
+    assert "the first request (24/16) failed: no message, or no end, within the limit: no message for 0.3 s" in str(
+        caught.value
+    )
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("unknown", 'model "unknown" is not ready'),
+        ("not_ready", 'model "not_ready" is not ready'),
+        ("unary", "not decoupled, so it cannot stream"),
+        ("untypical", 'no input "text_input"'),
+    ],
+)
+def test_models_that_cannot_be_measured(fake_url: str, tokenizer_dir: Path, model: str, message: str) -> None:
+    with pytest.raises(ServerError) as caught:
+        measure(fake_url, model, tokenizer_dir, profile(4), 2)
+    assert message in str(caught.value)
+    assert "--model NAME" in (caught.value.hint or "")
+
+
+def test_nobody_answers(tokenizer_dir: Path) -> None:
+    with pytest.raises(ServerError, match="127.0.0.1:9: no Triton server answers over gRPC: UNAVAILABLE") as caught:
+        measure("127.0.0.1:9", "ensemble", tokenizer_dir, profile(4), 2)
+    assert "tkit serve" in (caught.value.hint or "")
+
+
+@pytest.fixture
+def dying_url() -> Iterator[str]:
+    import servers
+
+    with servers.fake_server() as url:
+        yield url
+
+
+def test_a_server_that_dies_ends_the_point(dying_url: str, tokenizer_dir: Path) -> None:
+    """Its seventh request kills it, so that the rest of the point finds nobody."""
+    used = profile(200)
+    with Session(
+        "triton-grpc", dying_url, "dying", prompts=PromptMaker(tokenizer_dir, 0), profile=used, idle_timeout_s=5.0
+    ) as session:
+        session.probe(SHAPE)
+        point = session.measure(Place(shape=SHAPE, concurrency=2, repeat=1), lambda done, total: None)
+        assert not session.is_ready()
+    errors = [record.error for record in point.records if record.error]
+    assert set(errors) <= {"disconnected", "refused"}
+    assert errors[0] == "disconnected"
+    assert 3 <= len(errors) < 20, "given up, not run through"
+    assert sum(record.is_ok for record in point.records) >= 3
