@@ -6,50 +6,15 @@ Pure names and shapes. `checkpoints.convert` carries the moves out; `checkpoints
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from tkit.architectures.table import ARCHITECTURES, SHARDED_AXES, Module
 from tkit.errors import InputError
 from tkit.specs.model import ModelSpec
+from tkit.specs.moves import Move, Output, Range
 from tkit.specs.parallel import Parallel
 from tkit.specs.quantization import QUANT_FORMATS, QuantFormat, StoredTensor
 
-Range = tuple[int, int]  # [start, stop)
-
 _PLAIN = QUANT_FORMATS["none"].tensors
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """One tensor of one rank file: `rows` and `columns` of the whole (unsharded) stored tensor called `part`.
-
-    Rows are listed in order; a range may repeat (KV heads) and may pass the end (vocabulary padding, filled with zeros).
-    `columns` is None where the tensor is not cut along its second axis.
-    """
-
-    rank: int
-    name: str
-    part: str  # the name within the module: weight, bias, weights_scaling_factor, ...
-    dtype: str  # "model" or a safetensors name
-    shape: tuple[int, ...]
-    rows: tuple[Range, ...]
-    columns: Range | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Move:
-    """One TensorRT-LLM module (or its bias): the sources, stacked along dim 0 in order, become the outputs.
-
-    `format` is None where the values are only moved, never changed.
-    """
-
-    module: str  # with the global layer index: transformer.layers.7.attention.qkv
-    layer: int | None
-    sources: tuple[str, ...]
-    source_shapes: tuple[tuple[int, ...], ...]
-    outputs: tuple[Output, ...]
-    format: QuantFormat | None = None
-    input: str | None = None
 
 
 def plan_moves(spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> list[Move]:

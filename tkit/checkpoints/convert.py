@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tkit.architectures.moves import Move, Output
 from tkit.checkpoints.rank_file import RankFile, layout
 from tkit.checkpoints.reader import TensorFiles
 from tkit.checkpoints.tensors import FLOAT_DTYPES, SAFETENSORS_DTYPE, cast, count_nonfinite, raw_dtype
 from tkit.errors import InputError
+from tkit.specs.moves import Move, Output
 from tkit.specs.progress import Progress
 
 Raw = tuple[np.ndarray, str]  # bits and their safetensors dtype

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tkit.architectures.moves import Move
 from tkit.checkpoints.reader import TensorFiles
 from tkit.checkpoints.tensors import raw_dtype
 from tkit.errors import InputError
+from tkit.specs.moves import Move
 
 
 def merge(files: TensorFiles, moves: Sequence[Move]) -> Iterator[tuple[Move, dict[str, tuple[np.ndarray, str]]]]:

@@ -19,13 +19,13 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tkit.architectures.config import hf_config
-from tkit.architectures.moves import Move
 from tkit.errors import InputError
 from tkit.files import read_jsonl_texts
 from tkit.quantize.statistics import InputStatistics
 from tkit.quantize.table import quantize
 from tkit.runtime.bits import to_raw, to_torch
 from tkit.specs.model import ModelSpec
+from tkit.specs.moves import Move
 
 Raw = tuple[np.ndarray, str]
 

@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from tkit.architectures.config import hf_config, spec_from_trtllm
-from tkit.architectures.moves import Move, plan_moves
+from tkit.architectures.moves import plan_moves
 from tkit.checkpoints.merge import merge
 from tkit.checkpoints.reader import open_ranks
 from tkit.errors import InputError
@@ -23,6 +23,7 @@ from tkit.quantize import fp8, int8
 from tkit.quantize.table import DEQUANTIZE
 from tkit.runtime.bits import to_torch
 from tkit.specs.model import ModelSpec
+from tkit.specs.moves import Move
 from tkit.specs.parallel import Parallel
 from tkit.specs.quantization import QUANT_FORMATS, QuantFormat
 

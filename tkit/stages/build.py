@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 
 from tkit import __version__, demo
 from tkit.architectures.config import spec_from_hf, trtllm_config
-from tkit.architectures.moves import Move, plan_moves
+from tkit.architectures.moves import plan_moves
 from tkit.architectures.table import ARCHITECTURES
 from tkit.checkpoints.convert import LayerQuantizer, check_sources, checkpoint_bytes, convert, rank_layouts
 from tkit.checkpoints.reader import TensorFiles, open_source
@@ -38,6 +38,7 @@ from tkit.errors import InputError
 from tkit.files import read_json, sha256_file, sync_directory, write_json
 from tkit.specs.engine import CARD_FILE, EngineCard
 from tkit.specs.model import ModelSpec
+from tkit.specs.moves import Move
 from tkit.specs.progress import Progress
 from tkit.specs.quantization import QuantFormat, quant_format
 from tkit.specs.recipe import EngineRecipe

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from tkit.errors import InputError
+from tkit.files import from_mapping, read_json, read_yaml, write_atomic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    size: int = 1
+    ratio: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    name: str
+    inner: Inner = field(default_factory=Inner)
+    many: tuple[Inner, ...] = ()
+    maybe: int | None = None
+
+
+def test_nested_values_become_dataclasses():
+    values = {"name": "a", "inner": {"size": 3, "ratio": 2}, "many": [{"size": 4}], "maybe": None}
+    assert from_mapping(Outer, values, "x") == Outer(name="a", inner=Inner(size=3, ratio=2.0), many=(Inner(size=4),))
+
+
+def test_every_problem_is_listed_with_its_place():
+    with pytest.raises(InputError) as error:
+        from_mapping(Outer, {"nam": "a", "inner": {"sise": 3}, "many": [{"size": "x"}, 5], "maybe": True}, "file.yaml")
+    assert set(error.value.problems) == {
+        'file.yaml: unknown key "nam" (did you mean "name"?)',
+        'file.yaml: key "name" is missing',
+        'file.yaml: inner: unknown key "sise" (did you mean "size"?)',
+        "file.yaml: many[0]: size: expected int, found 'x'",
+        "file.yaml: many[1]: expected keys of Inner, found 5",
+        "file.yaml: maybe: expected int, found True",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\na: 2\n", 'key "a" stands twice'),
+        ("- 1\n- 2\n", "expected a mapping"),
+        ("", "expected a mapping"),
+        ("a: [1\n", "not readable as YAML"),
+        ("a: !!python/object/apply:os.system [true]\n", "not readable as YAML"),
+    ],
+)
+def test_bad_yaml_is_named(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        read_yaml(path)
+    assert "x.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [('{"a": 1, "a": 2}', 'key "a" stands twice'), ("{", "not readable as JSON")]
+)
+def test_bad_json_is_named(tmp_path, text, message):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_json(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "card.json"
+    write_atomic(path, "old")
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["card.json"]

@@ -1,0 +1,45 @@
+"""The plan of a conversion: for every tensor of every rank file, which rows and columns of which source it holds.
+
+`architectures` makes moves, `checkpoints` carries them out, forwards (convert) and backwards (merge).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tkit.specs.quantization import QuantFormat
+
+Range = tuple[int, int]  # [start, stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One tensor of one rank file: `rows` and `columns` of the whole (unsharded) stored tensor called `part`.
+
+    Rows are listed in order; a range may repeat (KV heads) and may pass the end (vocabulary padding, filled with zeros).
+    `columns` is None where the tensor is not cut along its second axis.
+    """
+
+    rank: int
+    name: str
+    part: str  # the name within the module: weight, bias, weights_scaling_factor, ...
+    dtype: str  # "model" or a safetensors name
+    shape: tuple[int, ...]
+    rows: tuple[Range, ...]
+    columns: Range | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """One TensorRT-LLM module (or its bias): the sources, stacked along dim 0 in order, become the outputs.
+
+    `format` is None where the values are only moved, never changed.
+    """
+
+    module: str  # with the global layer index: transformer.layers.7.attention.qkv
+    layer: int | None
+    sources: tuple[str, ...]
+    source_shapes: tuple[tuple[int, ...], ...]
+    outputs: tuple[Output, ...]
+    format: QuantFormat | None = None
+    input: str | None = None
