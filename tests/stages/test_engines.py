@@ -4,30 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
+from fake_backend import write_engine
 
 from tkit.errors import InputError
-from tkit.files import sha256_file, write_json
-from tkit.specs.engine import EngineCard
 from tkit.stages.engines import complete_engines, find_engine, read_card, verify_files
-
-
-def write_engine(directory: Path, *, created: str = "2026-01-01T00:00:00Z", **changes: Any) -> EngineCard:
-    weights = directory / "checkpoint" / "rank0.safetensors"
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    weights.write_bytes(b"weights")
-    files = {"checkpoint/rank0.safetensors": {"bytes": 7, "sha256": sha256_file(weights)}}
-    values = dict(
-        name=directory.name, key="0" * 64, created=created, backend="reference", architecture="LlamaForCausalLM",
-        dtype="float32", quant="none", quant_algo=None, tp_size=1, pp_size=1, num_params=1, weight_bytes=4,
-        max_position_embeddings=128, vocab_size=256, recipe={}, source={}, files=files, versions={},
-        command="tkit build", build={},
-    )  # fmt: skip
-    card = EngineCard(**{**values, **changes})
-    write_json(directory / "engine.json", card)
-    return card
 
 
 def test_newest_engine_is_the_default(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ request still waiting for its first token is given up as soon as one that stream
 from __future__ import annotations
 
 import json
+import os
 import queue
 import threading
 import time
@@ -26,14 +27,17 @@ from tkit.specs.generation import GenerationChunk
 from tkit.units import NS_PER_S
 
 CANCEL_PERIOD_S = 0.1  # TensorRT-LLM's cancellation_check_period_ms
+PARENT_PERIOD_S = 0.5
 SECONDS_BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        server_pid = os.getppid()
+        threading.Thread(target=_die_with_server, args=(server_pid,), daemon=True).start()
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
-        self._metrics = _Metrics()
+        self._metrics = _Metrics(server_pid)
         self._engine, self._queue_full = self.load_engine(parameters)
         self._chunks: queue.SimpleQueue[tuple[_Stream, GenerationChunk | None] | None] = queue.SimpleQueue()
         self._delivery = threading.Thread(target=self._deliver, name="delivery", daemon=True)
@@ -160,15 +164,29 @@ class _Stream:
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()])
 
 
+def _die_with_server(server_pid: int) -> None:
+    """Left to itself this process outlives a killed server, with its memory and GPU. (A parent-death signal would not
+    do: it comes when the server's thread that started this process ends, which may be at any time.)"""
+    while os.getppid() == server_pid:
+        time.sleep(PARENT_PERIOD_S)
+    os._exit(1)
+
+
 def _one_line(error: InputError) -> str:
     return ": ".join(filter(None, (error.message, "; ".join(error.problems))))
 
 
 class _Metrics:
     """On Triton's metrics port. Triton's own counters end with execute(), before the first token, and call a cancelled
-    request a success."""
+    request a success.
 
-    def __init__(self) -> None:
+    Each update is a question to the server that is waited for with Python's lock held: asking a dead server would keep
+    this process from noticing that it is dead.
+    """
+
+    def __init__(self, server_pid: int) -> None:
+        self._server_pid = server_pid
+        self._num_open = 0
         family = pb_utils.MetricFamily
         counter, gauge, histogram = family.COUNTER, family.GAUGE, family.HISTOGRAM
         families = {
@@ -193,9 +211,13 @@ class _Metrics:
         }
 
     def open(self, num_requests: int) -> None:
-        self._open_requests.set(num_requests)
+        if num_requests != self._num_open and os.getppid() == self._server_pid:
+            self._num_open = num_requests
+            self._open_requests.set(num_requests)
 
     def finished(self, outcome: str, chunk: GenerationChunk | None = None) -> None:
+        if os.getppid() != self._server_pid:
+            return
         if outcome not in self._outcomes:
             self._outcomes[outcome] = self._families["requests_total"].Metric(labels={"outcome": outcome})
         self._outcomes[outcome].increment(1)

@@ -24,7 +24,7 @@ def _option(name: str, default: Any, text: str, **more: Any) -> Callable[[Callab
 @_option("--metrics-port", ServeOptions.metrics_port, "Prometheus metrics; 0 = any free port.")
 @_option("--device", ServeOptions.device, "Where the model runs.", type=click.Choice(DEVICES))
 @_option("--max-batch-size", ServeOptions.max_batch_size, "Requests that run at once.")
-@_option("--max-queue-size", ServeOptions.max_queue_size, "Requests that may wait; more are refused with 503.")
+@_option("--max-queue-size", ServeOptions.max_queue_size, "Requests that may wait; more are refused.")
 @_option("--timeout", ServeOptions.timeout_s, "Seconds until the server must have generated a first token.")
 @click.option("--detach", is_flag=True, help="Return when it is ready; end it with tkit stop.")
 @output_options

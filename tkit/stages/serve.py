@@ -32,7 +32,7 @@ from tkit.triton.install import (
     port_problems,
     shared_memory_problems,
 )
-from tkit.triton.launcher import LaunchSpec, ServerProcess, describe_exit, stop_group
+from tkit.triton.launcher import GRACE_S, LaunchSpec, ServerProcess, describe_exit, kill_group, stop_group
 from tkit.triton.repository import write_repository
 
 SMOKE_PROMPT = "Hello"
@@ -117,12 +117,16 @@ def stop_server(engine: str | None = None, *, engines_dir: Path = ENGINES_DIR) -
 
 def _stop(files: ServerFiles) -> StoppedServer:
     pid, was_running, was_killed = files.pid(), files.is_running(), False
+    if pid is None and was_running:
+        raise ServerError(f"{files.name}: its server is about to be started", hint="end that tkit serve")
     try:
-        if was_running and pid is not None:
-            was_killed = stop_group(pid, ServeOptions.exit_timeout_s)
+        if pid is not None and was_running:
+            was_killed = stop_group(pid, ServeOptions.exit_timeout_s + GRACE_S)
+        elif pid is not None and files.is_locked():
+            kill_group(pid)
     finally:
         files.remove_leftovers()
-        if not files.is_running():
+        if not files.is_locked():
             files.lock.unlink(missing_ok=True)
     return StoppedServer(engine=files.name, pid=pid, was_running=was_running, was_killed=was_killed)
 
@@ -153,11 +157,14 @@ class _Server:
         """Returns when the server was stopped in an orderly way; raises when it or its model's process died."""
         while (code := self._process.wait(1.0)) is None:
             if not self._model_pids <= self._process.child_pids() and self._process.wait(1.0) is None:
-                raise self._process.failure("the model's process died (killed, or out of memory)")
+                error = self._process.failure("the model's process died (killed, or out of memory)")
+                self._process.kill()  # asked to end, it would wait for the dead model
+                raise error
         if code != 0:
             raise self._process.failure(f"the server died: {describe_exit(code)}")
 
     def leave(self) -> None:
+        self._process.leave()
         self._launch.lock.leave_to_server()
 
     def close(self) -> None:
@@ -178,7 +185,6 @@ def _start(
     files = server_files(engine_dir.name, engines_dir)
     lock = ServerLock(files)
     try:
-        files.remove_leftovers()
         install = _checked_install(backend, options)
         progress.note(f"{install.binary} ({install.origin})")
         _warn_about_host(options.host, install, progress)
@@ -243,7 +249,7 @@ def _launch_until_it_generates(launch: _Launch, options: ServeOptions) -> tuple[
             return process, fixed
         except BaseException as error:
             is_port_lost = isinstance(error, ServerError) and process.log_contains("already in use")
-            process.stop()
+            process.kill()
             launch.files.remove_leftovers()
             if not is_port_lost or fixed == options or attempt == PORT_ATTEMPTS - 1:
                 raise

@@ -22,7 +22,7 @@ from tkit.errors import ServerError
 from tkit.files import from_mapping, read_json
 from tkit.specs.server import SERVER_RECORDS, ServerRecord
 from tkit.stages.engines import ENGINES_DIR
-from tkit.triton.launcher import remove_shared_memory
+from tkit.triton.launcher import is_running, kill_group, remove_shared_memory
 
 # A reader holds the lock for microseconds to see whether it is free, a foreground server while it cleans up.
 LOCK_PATIENCE_S = 2.0
@@ -61,11 +61,16 @@ class ServerFiles:
     def read_record(self) -> ServerRecord | None:
         return from_mapping(ServerRecord, read_json(self.record), str(self.record)) if self.record.is_file() else None
 
-    def is_running(self) -> bool:
+    def is_locked(self) -> bool:
         descriptor = _try_lock(self.lock, fcntl.LOCK_SH)
         if descriptor is not None:
             os.close(descriptor)
         return descriptor is None and self.lock.is_file()
+
+    def is_running(self) -> bool:
+        """The server itself; not what a killed one may have left, which holds its lock."""
+        pid = self.pid()
+        return self.is_locked() and (pid is None or is_running(pid))
 
     def remove_leftovers(self) -> None:
         """Everything of a server that has ended, but its log. The lock stays with whoever holds it."""
@@ -80,7 +85,7 @@ class ServerLock:
     """Held from before a server starts until after everything of it is gone."""
 
     def __init__(self, files: ServerFiles):
-        """Raises ServerError when the engine is being served."""
+        """Takes the lock and removes what a dead server left; raises ServerError when the engine is being served."""
         files.directory.mkdir(parents=True, exist_ok=True)
         self._path = files.lock
         deadline = time.monotonic() + LOCK_PATIENCE_S
@@ -88,10 +93,15 @@ class ServerLock:
             descriptor = _try_lock(files.lock, fcntl.LOCK_EX, os.O_CREAT)
             if descriptor is not None:
                 break
+            pid = files.pid()
+            if pid is not None and not is_running(pid):
+                kill_group(pid)
             if time.monotonic() > deadline:
                 raise _already_served(files)
             time.sleep(0.05)
         self.descriptor = descriptor
+        files.remove_leftovers()
+        os.ftruncate(descriptor, 0)  # the dead server's process id may become anybody's
 
     def write_pid(self, pid: int) -> None:
         os.ftruncate(self.descriptor, 0)
@@ -126,8 +136,8 @@ def _already_served(files: ServerFiles) -> ServerError:
     record = files.read_record()
     if record is None:
         return ServerError(
-            f"{files.name} is being started by another tkit serve (pid {files.pid()})",
-            hint=f"wait for it, or end it: tkit stop {files.name}",
+            f"{files.name} is being started by another tkit serve",
+            hint="wait for it, or end that command",
         )
     return ServerError(
         f"{record.engine} is already served: http {record.http_port}, grpc {record.grpc_port}, pid {record.pid}",

@@ -25,8 +25,11 @@ from tkit.triton.install import SHARED_MEMORY, TritonInstall, library_directory
 STACK_BYTES = 64 * 1024 * 1024
 # What a client has no business with. The key is made up and thrown away, so nobody has access.
 RESTRICTED_APIS = "model-repository,shared-memory,trace,logging"
-GRACE_S = 5  # after the exit timeout; a client that keeps an idle stream open blocks the server's own exit for ever
+# After the exit timeout. Then the server has failed to end by itself: a client that keeps an idle gRPC stream open blocks
+# it for ever, a gRPC request that was refused for an unknown input until its exit timeout.
+GRACE_S = 5
 LOG_LINES = 15
+LINE_CHARACTERS = 400
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
 
@@ -84,7 +87,7 @@ class ServerProcess:
     def __init__(self, popen: subprocess.Popen[bytes], log: Path, exit_timeout_s: int):
         self._popen = popen
         self.log = log
-        self.exit_timeout_s = exit_timeout_s
+        self._exit_timeout_s = exit_timeout_s
 
     @classmethod
     def start(
@@ -134,7 +137,7 @@ class ServerProcess:
             children = psutil.Process(self.pid).children()
         except psutil.NoSuchProcess:
             return set()
-        return {process.pid for process in children if _is_running(process.pid)}
+        return {process.pid for process in children if is_running(process.pid)}
 
     def log_contains(self, text: str) -> bool:
         return text in self.log.read_text("utf-8", "replace")
@@ -150,28 +153,45 @@ class ServerProcess:
 
     def stop(self) -> bool:
         """Ends the server and its models' processes; true when it had to be killed."""
+        return self._end(self._exit_timeout_s + GRACE_S)
+
+    def kill(self) -> None:
+        """Ends a server that serves nobody."""
+        self._end(patience_s=0)
+
+    def _end(self, patience_s: float) -> bool:
         try:
-            return stop_group(self.pid, self.exit_timeout_s)
+            return stop_group(self.pid, patience_s)
         finally:
             self.exit_code()  # reaps it
 
+    def leave(self) -> None:
+        """The server outlives this object, which is what Popen would otherwise warn about."""
+        self._popen.returncode = 0
 
-def stop_group(pid: int, exit_timeout_s: int) -> bool:
+
+def stop_group(pid: int, patience_s: float) -> bool:
     """SIGTERM to the leader, a bounded wait, SIGKILL to what is left of its process group; true when that was needed.
 
-    Running requests may finish within the exit timeout. An exception (a second Ctrl-C) ends the wait, not the killing.
+    An exception (a second Ctrl-C) ends the wait, not the killing.
     """
     try:
         _signal(os.kill, pid, signal.SIGTERM)
-        _wait_for_none(lambda: [pid] if _is_running(pid) else [], exit_timeout_s + GRACE_S)
-        if not _is_running(pid):
+        _wait_for_none(lambda: [pid] if is_running(pid) else [], patience_s)
+        if not is_running(pid):
             _wait_for_none(lambda: _members(pid), 1)  # a model's process leaves by itself when its server has
     finally:
-        is_forced = bool(_members(pid))
-        if is_forced:
-            _signal(os.killpg, pid, signal.SIGKILL)
-            _wait_for_none(lambda: _members(pid), GRACE_S)
+        is_forced = kill_group(pid)
     return is_forced
+
+
+def kill_group(pid: int) -> bool:
+    """Kills what lives of the process group that `pid` led; true when there was something."""
+    has_members = bool(_members(pid))
+    if has_members:
+        _signal(os.killpg, pid, signal.SIGKILL)
+        _wait_for_none(lambda: _members(pid), GRACE_S)
+    return has_members
 
 
 def _wait_for_none(running: Callable[[], Sequence[int]], timeout_s: float) -> None:
@@ -189,12 +209,12 @@ def _members(group: int) -> list[int]:
     members = []
     for pid in psutil.pids():
         with contextlib.suppress(ProcessLookupError):
-            if os.getpgid(pid) == group and _is_running(pid):
+            if os.getpgid(pid) == group and is_running(pid):
                 members.append(pid)
     return members
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """A zombie has ended: nothing but its parent's curiosity keeps it."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -215,8 +235,9 @@ def describe_exit(code: int) -> str:
 
 
 def last_lines(log: Path, count: int = LOG_LINES) -> list[str]:
-    """The end of a log, without the frames of Triton's tables."""
+    """The end of a log without Triton's tables, which bury the reason and repeat what the lines say."""
     with open(log, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 32_768))
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 65_536))
         lines = file.read().decode("utf-8", "replace").splitlines()
-    return [line.rstrip() for line in lines if line.strip(" +-|\t")][-count:]
+    lines = [line.rstrip()[:LINE_CHARACTERS] for line in lines if not line.startswith(("+", "|"))]
+    return [line for line in lines if line and not line.endswith("]")][-count:]

@@ -1,0 +1,70 @@
+"""Backends for tests of serving: the real model.py and Triton around the fake engine; one fails, one hangs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tkit.files import sha256_file, write_json
+from tkit.specs.engine import EngineCard
+from tkit.specs.server import ServeOptions
+from tkit.triton.ensemble import ensemble_config
+from tkit.triton.probe import INSTANCE_PARAMETER
+from tkit.triton.repository import ServedModel
+
+SOURCE = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import time
+from fake_engine import FakeEngine, QueueFull
+from tkit.backends.reference_model import TritonPythonModel as ReferenceModel
+
+class TritonPythonModel(ReferenceModel):
+    def load_engine(self, parameters):
+        %s
+        sizes = {{name: int(parameters[name]) for name in ("max_batch_size", "max_queue_size")}}
+        return FakeEngine(gap_s=0.01, **sizes), QueueFull
+"""
+
+
+class Fake:
+    first_line = "pass"
+
+    def problems(self, device: str) -> list[str]:
+        return []
+
+    def served_model(self, engine_dir: Path, options: ServeOptions, instance: str) -> ServedModel:
+        parameters = {
+            INSTANCE_PARAMETER: instance,
+            "max_batch_size": str(options.max_batch_size),
+            "max_queue_size": str(options.max_queue_size),
+        }
+        return ServedModel(config=ensemble_config(parameters), source=SOURCE % self.first_line)
+
+
+class Failing(Fake):
+    first_line = 'raise ValueError("checkpoint says 7 layers, found 6")'
+
+
+class Hanging(Fake):
+    first_line = "time.sleep(3600)"
+
+
+ROWS = {backend.__name__.lower(): f"{__name__}:{backend.__name__}" for backend in (Fake, Failing, Hanging)}
+
+
+def write_engine(directory: Path, *, created: str = "2026-01-01T00:00:00Z", **changes: Any) -> EngineCard:
+    """A complete engine directory with one file of weights."""
+    weights = directory / "checkpoint" / "rank0.safetensors"
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    weights.write_bytes(b"weights")
+    files = {"checkpoint/rank0.safetensors": {"bytes": 7, "sha256": sha256_file(weights)}}
+    values = dict(
+        name=directory.name, key="0" * 64, created=created, backend="fake", architecture="LlamaForCausalLM",
+        dtype="float32", quant="none", quant_algo=None, tp_size=1, pp_size=1, num_params=1, weight_bytes=4,
+        max_position_embeddings=128, vocab_size=256, recipe={}, source={}, files=files, versions={},
+        command="tkit build", build={},
+    )  # fmt: skip
+    card = EngineCard(**{**values, **changes})
+    write_json(directory / "engine.json", card)
+    return card

@@ -1,0 +1,328 @@
+"""The life of a server: started, refused, crashed, stopped, killed; nothing of it is left in any case."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tritonclient.grpc as triton
+from click.testing import CliRunner, Result
+from fake_backend import ROWS, write_engine
+
+from tkit.backends.table import BACKENDS
+from tkit.cli.main import cli
+from tkit.errors import InputError, ServerError
+from tkit.specs.progress import Progress
+from tkit.specs.server import ServeOptions
+from tkit.stages.serve import running_server, serve_detached, stop_server
+from tkit.stages.servers import running_servers, server_files
+from tkit.triton import launcher, probe
+from tkit.triton.install import free_ports
+
+FREE = ServeOptions(http_port=0, grpc_port=0, metrics_port=0)
+FREE_PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+# `tkit` in a process of its own, which knows the fake backends
+TKIT = (
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'backends')!r});"
+    "from fake_backend import ROWS; from tkit.backends.table import BACKENDS; BACKENDS.update(ROWS);"
+    "from tkit.cli.main import main; main()"
+)
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """engines/tiny in the current directory; whatever still serves it is ended after the test."""
+    monkeypatch.chdir(tmp_path)
+    for name, row in ROWS.items():
+        monkeypatch.setitem(BACKENDS, name, row)
+    write_engine(tmp_path / "engines" / "tiny")
+    yield tmp_path / "engines" / "tiny"
+    files = server_files("tiny")
+    if files.is_running():
+        launcher.stop_group(files.pid() or 0, 0)
+    files.remove_leftovers()
+
+
+@pytest.fixture
+def quick_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle server takes 2.5 s to end; where that is not the subject, it is killed."""
+    monkeypatch.setattr(launcher.ServerProcess, "stop", launcher.ServerProcess.kill)
+
+
+def tkit(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, arguments)
+
+
+class Foreground:
+    """`tkit serve` as a process, ready to be signalled."""
+
+    def __init__(self, *arguments: str, **environment: str):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", TKIT, "serve", "--json", *FREE_PORTS, *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        lines = []
+        while not lines or lines[-1] != "}\n":
+            line = self.process.stdout.readline()
+            assert line, f"ended before it was ready: {self.process.communicate()}"
+            lines.append(line)
+        self.record: dict[str, Any] = json.loads("".join(lines))
+        self.processes = processes_of(self.record["pid"])
+
+    def end(self, timeout_s: float = 20) -> tuple[int, str]:
+        _, errors = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, errors
+
+
+def processes_of(pid: int) -> list[psutil.Process]:
+    server = psutil.Process(pid)
+    return [server, *server.children(recursive=True)]
+
+
+def is_running(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def assert_nothing_left(engine: Path, pid: int, processes: list[psutil.Process] = []) -> None:  # noqa: B006
+    assert not [process for process in processes if is_running(process)]
+    assert not list(Path("/dev/shm").glob(f"tkit{pid}_*"))
+    left = [path.name for path in (engine.parent / ".servers").iterdir()]
+    assert left == [f"{engine.name}.log"]
+
+
+def test_a_server_lives_as_long_as_its_block(engine: Path) -> None:
+    with running_server(engine, FREE) as record:
+        processes = processes_of(record.pid)
+        assert len(processes) == 2  # the server and the model's stub
+        assert os.getsid(record.pid) == os.getpgid(record.pid) == record.pid
+        assert probe.generate("127.0.0.1", record.grpc_port, "a b", 3, 5) == "a b a "
+        assert running_servers() == [record]
+        listening = {c.laddr for c in processes[0].net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+        ports = (record.http_port, record.grpc_port, record.metrics_port)
+        assert {address.port for address in listening} == set(ports)
+        assert all(address.ip in ("127.0.0.1", "::ffff:127.0.0.1") for address in listening)
+        config = (engine.parent / ".servers" / "tiny" / "repository" / "ensemble" / "config.pbtxt").read_text()
+        assert 'name: "ensemble"' in config
+
+        with pytest.raises(ServerError) as twice, running_server(engine, FREE):
+            pass
+        assert str(twice.value) == (
+            f"{engine} is already served: http {record.http_port}, grpc {record.grpc_port}, pid {record.pid}\n"
+            "hint: use that server, or end it first: tkit stop tiny"
+        )
+        write_engine(engine.parent / "other")
+        taken = ServeOptions(http_port=record.http_port, grpc_port=record.grpc_port, metrics_port=0)
+        with pytest.raises(ServerError) as busy, running_server(engine.parent / "other", taken):
+            pass
+        assert busy.value.problems == (
+            f"--http-port {record.http_port} is in use by tritonserver (pid {record.pid})",
+            f"--grpc-port {record.grpc_port} is in use by tritonserver (pid {record.pid})",
+        )
+    assert_nothing_left(engine, record.pid, processes)
+    assert running_servers() == []
+
+
+def test_detached_server_is_stopped_by_name(engine: Path) -> None:
+    started = tkit("serve", "--detach", "--json", *FREE_PORTS)
+    assert started.exit_code == 0, started.output
+    record = json.loads(started.stdout)
+    assert record == json.loads((engine.parent / ".servers" / "tiny.json").read_text())
+    processes = processes_of(record["pid"])
+    assert probe.generate("127.0.0.1", record["grpc_port"], "a b", 1, 5) == "a "
+
+    stopped = tkit("stop", "tiny")
+    assert (stopped.exit_code, stopped.stdout) == (0, f"tiny: stopped (pid {record['pid']})\n")
+    assert_nothing_left(engine, record["pid"], processes)
+
+    again = tkit("stop")
+    assert (again.exit_code, again.stderr) == (1, "error: no server is running\nhint: start one: tkit serve\n")
+
+
+def test_stop_cleans_up_after_a_crash(engine: Path) -> None:
+    record = serve_detached(engine, FREE)
+    processes = processes_of(record.pid)
+    os.kill(record.pid, signal.SIGKILL)
+    assert wait_for(lambda: not any(map(is_running, processes)))
+    assert list(Path("/dev/shm").glob(f"tkit{record.pid}_*"))
+    assert running_servers() == []
+    assert tkit("stop").stdout == "tiny: had ended already; removed what it left behind\n"
+    assert_nothing_left(engine, record.pid, processes)
+
+
+def test_stop_kills_a_server_that_does_not_end(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tkit.stages.serve.GRACE_S", 0)
+    monkeypatch.setattr(ServeOptions, "exit_timeout_s", 1)
+    record = serve_detached(engine, FREE)
+    processes = processes_of(record.pid)
+    client = triton.InferenceServerClient(f"127.0.0.1:{record.grpc_port}")
+    client.start_stream(lambda result, error: None)  # an idle stream: the server would wait for it without end
+    os.kill(record.pid, signal.SIGSTOP)
+    assert tkit("stop").stdout == f"tiny: killed, it did not end in time (pid {record.pid})\n"
+    client.close()
+    assert_nothing_left(engine, record.pid, processes)
+
+
+def test_a_model_that_fails_to_load_is_told_with_its_reason(engine: Path) -> None:
+    write_engine(engine, backend="failing")
+    result = tkit("serve", *FREE_PORTS)
+    assert result.exit_code == 1
+    assert "error: the server ended with exit code 1; its last lines:\n" in result.stderr
+    assert "ValueError: checkpoint says 7 layers, found 6" in result.stderr
+    assert f"hint: the whole log: {engine.parent}/.servers/tiny.log\n" in result.stderr
+    assert [path.name for path in (engine.parent / ".servers").iterdir()] == ["tiny.log"]
+
+
+def test_a_model_that_hangs_ends_within_the_timeout(engine: Path) -> None:
+    write_engine(engine, backend="hanging")
+    before = set(psutil.pids())
+    started = time.monotonic()
+    result = tkit("serve", *FREE_PORTS, "--timeout", "2")
+    assert time.monotonic() - started < 8
+    assert result.exit_code == 1
+    assert "error: the server was not ready within 2 s; its last lines:\n" in result.stderr
+    new = [psutil.Process(pid) for pid in set(psutil.pids()) - before if psutil.pid_exists(pid)]
+    assert not [process for process in new if process.name().startswith("triton") and is_running(process)]
+    assert [path.name for path in (engine.parent / ".servers").iterdir()] == ["tiny.log"]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_foreground_and_everything_it_started(engine: Path, signum: int, code: int) -> None:
+    serving = Foreground()
+    serving.process.send_signal(signum)
+    assert serving.end()[0] == code
+    assert_nothing_left(engine, serving.record["pid"], serving.processes)
+
+
+def test_the_foreground_notices_a_killed_server_and_then_a_killed_model(engine: Path) -> None:
+    serving = Foreground()
+    os.kill(serving.record["pid"], signal.SIGKILL)
+    code, errors = serving.end()
+    assert (code, "error: the server died: signal SIGKILL; its last lines:" in errors) == (1, True)
+    assert_nothing_left(engine, serving.record["pid"], serving.processes)
+
+    serving = Foreground()
+    serving.processes[1].kill()
+    code, errors = serving.end()
+    assert (code, "error: the model's process died (killed, or out of memory)" in errors) == (1, True)
+    assert_nothing_left(engine, serving.record["pid"], serving.processes)
+
+
+def test_the_foreground_ends_when_its_server_is_stopped_elsewhere(engine: Path) -> None:
+    serving = Foreground()
+    [stopped] = stop_server()
+    assert (stopped.engine, stopped.was_running, stopped.was_killed) == ("tiny", True, False)
+    code, errors = serving.end()
+    assert (code, errors.endswith("the server was stopped\n")) == (0, True)
+    assert_nothing_left(engine, serving.record["pid"], serving.processes)
+
+
+@pytest.mark.usefixtures("quick_stop")
+def test_a_server_dies_with_a_killed_foreground_and_the_next_one_starts(engine: Path) -> None:
+    serving = Foreground()
+    serving.process.kill()
+    serving.end()
+    assert wait_for(lambda: not any(map(is_running, serving.processes)))
+    with running_server(engine, FREE) as record:
+        assert not list(Path("/dev/shm").glob(f"tkit{serving.record['pid']}_*"))
+    assert_nothing_left(engine, record.pid)
+
+
+def test_a_changed_file_is_refused_before_anything_starts(engine: Path) -> None:
+    (engine / "checkpoint" / "rank0.safetensors").write_bytes(b"weightz")
+    result = tkit("serve", *FREE_PORTS)
+    assert result.exit_code == 2
+    assert f"error: {engine}: 1 of 1 files are not as built\n  - checkpoint/rank0.safetensors: sha256" in result.stderr
+    assert list((engine.parent / ".servers").iterdir()) == []
+
+
+def test_no_engine_and_unknown_engines(engine: Path) -> None:
+    unknown = tkit("serve", "tinny")
+    assert (unknown.exit_code, unknown.stderr) == (
+        2, 'error: no engine "tinny" (did you mean "tiny"?)\nhint: engines in engines: tiny\n',
+    )  # fmt: skip
+    (engine / "engine.json").unlink()
+    none = tkit("serve")
+    assert (none.exit_code, none.stderr) == (2, "error: no engine in engines\nhint: build one: tkit build\n")
+
+
+def test_everything_that_keeps_a_server_from_starting_is_listed(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tkit.stages.serve.install_problems", lambda install: ["no Triton"])
+    monkeypatch.setattr("tkit.stages.serve.shared_memory_problems", lambda: ["no memory"])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = tkit("serve", "--http-port", port, "--grpc-port", "0", "--metrics-port", "0")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "error: the server cannot start here\n  - no Triton\n"
+        f"  - --http-port {port} is in use by {psutil.Process().name()} (pid {os.getpid()})\n  - no memory\n",
+    )
+
+
+@pytest.mark.usefixtures("quick_stop")
+def test_a_port_that_is_lost_between_choosing_and_binding_is_chosen_again(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        answers = [[taken.getsockname()[1], *free_ports("127.0.0.1", 2)]]
+        monkeypatch.setattr(
+            "tkit.stages.serve.free_ports", lambda host, count: answers.pop() if answers else free_ports(host, count)
+        )
+        with running_server(engine, FREE) as record:
+            assert record.http_port != taken.getsockname()[1]
+    assert answers == []
+    assert_nothing_left(engine, record.pid)
+
+
+@pytest.mark.usefixtures("quick_stop")
+def test_several_servers_want_a_name(engine: Path) -> None:
+    write_engine(engine.parent / "other")
+    with running_server(engine, FREE), running_server(engine.parent / "other", FREE):
+        result = tkit("stop")
+        unknown = tkit("stop", "third")
+    assert (result.exit_code, result.stderr) == (
+        2, "error: several servers are running\n  - other\n  - tiny\nhint: name one: tkit stop ENGINE\n",
+    )  # fmt: skip
+    assert (unknown.exit_code, unknown.stderr) == (
+        1, 'error: no server is running for "third"\nhint: running: other, tiny\n',
+    )  # fmt: skip
+
+
+def test_an_open_address_is_warned_about(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Notes(Progress):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    progress = Notes()
+    (engine / "checkpoint" / "rank0.safetensors").unlink()  # it ends before it starts
+    options = ServeOptions(host="0.0.0.0", http_port=0, grpc_port=0, metrics_port=0)
+    with pytest.raises(InputError), running_server(engine, options, progress=progress):
+        pass
+    assert any("opens the server to the network" in note for note in progress.notes)
+    assert any("CVE-2025-23310" in note for note in progress.notes)
+
+
+def test_impossible_options_are_listed() -> None:
+    with pytest.raises(InputError) as error:
+        ServeOptions(http_port=70000, grpc_port=9, metrics_port=9, device="tpu", timeout_s=0)
+    assert len(error.value.problems) == 4
