@@ -1,0 +1,129 @@
+"""The whole sentence on real parts: checkpoint -> engine -> Triton -> sweep -> report, typed as a user types it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import tritonclient.grpc as triton
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tkit import demo
+
+Tkit = Callable[..., subprocess.CompletedProcess[str]]
+PORTS = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+PROMPTS = [
+    text[start : start + length]
+    for text in [demo.HELD_OUT.read_text()]
+    for start, length in zip(range(1000, 90000, 5000), [20, 700, 150, 60] * 4, strict=False)
+]  # 16 prompts of mixed lengths
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty directory in which everything happens."""
+    return tmp_path_factory.mktemp("checkout")
+
+
+@pytest.fixture(scope="module")
+def tkit(checkout: Path) -> Tkit:
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tkit", *map(str, arguments)]
+        result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def engine(tkit: Tkit, checkout: Path) -> Path:
+    return checkout / tkit("build", "--tp", "2").stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def server(tkit: Tkit, engine: Path) -> Iterator[dict]:
+    """The record of a detached server of the `none` engine, two shards."""
+    record = json.loads(tkit("serve", "--detach", "--json", *PORTS).stdout)
+    yield record
+    tkit("stop")
+    with contextlib.suppress(psutil.NoSuchProcess):  # ended, and perhaps not yet reaped by whoever inherited it
+        assert psutil.Process(record["pid"]).status() == psutil.STATUS_ZOMBIE
+    assert not list(Path("/dev/shm").glob(f"tkit{record['pid']}_*"))
+
+
+@pytest.fixture(scope="module")
+def expected() -> Callable[[str, int], str]:
+    """transformers' own greedy continuation on the source checkpoint."""
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    model = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, dtype=torch.float32).eval()
+
+    def generate(prompt: str, max_tokens: int) -> str:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.inference_mode():
+            output = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
+        new = output[0, inputs["input_ids"].shape[1] :].tolist()
+        if tokenizer.eos_token_id in new:
+            new = new[: new.index(tokenizer.eos_token_id)]
+        return tokenizer.decode(new, skip_special_tokens=True)
+
+    return generate
+
+
+def stream(server: dict, prompt: str, max_tokens: int) -> str:
+    """The text of one greedy streaming request, by NVIDIA's own client."""
+    inputs = []
+    for name, dtype, value in (
+        ("text_input", "BYTES", np.array([[prompt.encode()]], dtype=object)),
+        ("max_tokens", "INT32", np.array([[max_tokens]], dtype=np.int32)),
+        ("temperature", "FP32", np.array([[0.0]], dtype=np.float32)),
+        ("stream", "BOOL", np.array([[True]])),
+    ):
+        inputs.append(triton.InferInput(name, value.shape, dtype))
+        inputs[-1].set_data_from_numpy(value)
+    answers: list[tuple[triton.InferResult | None, Exception | None]] = []
+    with triton.InferenceServerClient(f"127.0.0.1:{server['grpc_port']}") as client:
+        client.start_stream(callback=lambda result, error: answers.append((result, error)))
+        client.async_stream_infer(server["model"], inputs, outputs=[triton.InferRequestedOutput("text_output")])
+        client.stop_stream()
+    text = b""
+    for result, error in answers:
+        assert error is None, error
+        part = result.as_numpy("text_output")
+        text += b"" if part is None else part.reshape(-1)[0]
+    return text.decode()
+
+
+def test_greedy_text_through_triton_is_transformers_own(server, expected):
+    for prompt in PROMPTS[:6]:
+        assert stream(server, prompt, 24) == expected(prompt, 24)
+
+
+def test_sixteen_at_once_answer_as_one_by_one(server):
+    alone = [stream(server, prompt, 32) for prompt in PROMPTS[:16]]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda prompt: stream(server, prompt, 32), PROMPTS[:16]))
+    assert together == alone
+    assert len(set(alone)) > 8  # the prompts do lead to different texts
+
+
+def test_sweep_and_report_need_nothing_but_their_names(tkit, checkout, server, engine):
+    run = (
+        checkout / tkit("sweep", "--shape", "32/16", "--concurrency", "1,4", "--requests", "8").stdout.splitlines()[-1]
+    )
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["engine"]["name"] == engine.name
+    points = [json.loads(path.read_text()) for path in sorted(run.glob("points/*/point.json"))]
+    assert [point["concurrency"] for point in points] == [1, 4]
+    assert all(point["errors"] == {} and point["output_tok_s"] > 0 for point in points)
+    html = checkout / tkit("report").stdout.splitlines()[-1]
+    assert engine.name in html.read_text()
