@@ -98,7 +98,8 @@ class FakeEngine:
         is_end = word == "</s>" and request.end_id is None
         is_last = is_stop or is_end or handle.num_tokens == request.max_tokens
         reason = ("stop" if is_stop or is_end else "length") if is_last else None
-        self._emit(handle, "" if is_end else f"{word} ", (handle.num_tokens,), reason)
+        echo = "" if request.exclude_input_in_output or handle.num_tokens > 1 else f"{request.prompt} "
+        self._emit(handle, echo + ("" if is_end else f"{word} "), (handle.num_tokens,), reason)
         return is_last
 
     def _emit(

@@ -126,7 +126,7 @@ def test_grpc_without_stream_gives_one_response(server: ServerRecord) -> None:
     in_order = [started, *times, time.time_ns()]
     assert in_order == sorted(in_order)
     assert outputs == {
-        "text_output": [b"a b ca b c a "],
+        "text_output": [b"a b c a b c a "],
         "num_input_tokens": [3],
         "num_output_tokens": [4],
         "cum_log_probs": [-2.0],

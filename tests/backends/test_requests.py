@@ -162,10 +162,3 @@ def test_without_a_stream_one_response_holds_the_whole() -> None:
         "first_token_time_ns": [[3]],
         "last_token_time_ns": [[4]],
     }
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_the_prompt_precedes_the_text_once(stream: bool) -> None:
-    answer = Answer(read_request(arrays(stream=stream, exclude_input_in_output=False)))
-    outputs = [answer.outputs(chunk(" a", 1, total=1)), answer.outputs(chunk(" b", 2, total=2, reason="length"))]
-    assert b"".join(item["text_output"].item() for item in outputs if item) == b"hello world a b"

@@ -326,3 +326,25 @@ def test_impossible_options_are_listed() -> None:
     with pytest.raises(InputError) as error:
         ServeOptions(http_port=70000, grpc_port=9, metrics_port=9, device="tpu", timeout_s=0)
     assert len(error.value.problems) == 4
+
+
+def test_the_demo_engine_generates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference engine behind Triton answers as it does without."""
+    from tkit.runtime.engine import Engine
+    from tkit.specs.generation import GenerationRequest
+
+    monkeypatch.chdir(tmp_path)
+    assert tkit("build").exit_code == 0
+    started = tkit("serve", "--detach", "--json", "--device", "cpu", *FREE_PORTS)
+    assert started.exit_code == 0, started.output
+    record = json.loads(started.stdout)
+    served = probe.generate("127.0.0.1", record["grpc_port"], "The history of", 8, 30)
+    stopped = tkit("stop", "--json")
+    assert json.loads(stopped.stdout)[0]["was_killed"] is False
+    assert_nothing_left(Path(record["engine"]), record["pid"])
+
+    chunks = []
+    with Engine.load(Path(record["engine"]), device="cpu") as direct:
+        direct.submit(GenerationRequest(prompt="The history of", max_tokens=8, top_k=1), chunks.append)
+        assert wait_for(lambda: bool(chunks) and chunks[-1].finish_reason is not None, 30)
+    assert served == "".join(chunk.text for chunk in chunks)

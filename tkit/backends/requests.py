@@ -40,11 +40,6 @@ class EnsembleRequest:
     return_num_output_tokens: bool = False
     return_perf_metrics: bool = False
 
-    @property
-    def echo(self) -> str:
-        """What precedes the generated text."""
-        return "" if self.generation.exclude_input_in_output else self.generation.prompt
-
 
 def read_request(inputs: Mapping[str, np.ndarray], parameters: Iterable[str] = ()) -> EnsembleRequest:
     """Raises InputError with everything that is wrong with the request, by input name.
@@ -120,7 +115,7 @@ class Answer:
 
     def __init__(self, request: EnsembleRequest):
         self._request = request
-        self._text = [request.echo]
+        self._text: list[str] = []
         self._log_probs: list[float] = []
         self._num_tokens = 0
         self._cum_log_prob = 0.0
