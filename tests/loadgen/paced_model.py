@@ -9,6 +9,7 @@ import asyncio
 import json
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -21,7 +22,7 @@ class TritonPythonModel:
         self.settings = {name: value["string_value"] for name, value in config["parameters"].items()}
         self.outputs = [output["name"] for output in config["output"]]
         self.tokenizer = Tokenizer.from_file(self.settings["tokenizer"])
-        self.log = open(self.settings["log"], "a", buffering=1)
+        self.log = Path(self.settings["log"]).open("a", buffering=1)  # noqa: SIM115
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()

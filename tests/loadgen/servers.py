@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
 from tkit.triton import probe
 from tkit.triton.ensemble import ensemble_config
 from tkit.triton.install import find_install, free_ports, install_problems, link_backends

@@ -6,6 +6,7 @@ from array import array
 
 import numpy as np
 import pytest
+
 from tkit.loadgen.closed_loop import LoadTrace
 from tkit.loadgen.exchange import RequestRecord
 from tkit.loadgen.metrics import (
@@ -26,7 +27,7 @@ from tkit.loadgen.metrics import (
 MS = 1_000_000
 
 
-def record(sent_ms: float, token_ms: list[float], *, counts: list[int] | None = None, error: str | None = None, id: int = 0):
+def record(sent_ms: float, token_ms: list[float], *, counts: list[int] | None = None, error: str = "", id: int = 0):
     counts = counts or [1] * len(token_ms)
     times = array("q", [round(when * MS) for when in token_ms])
     return RequestRecord(
@@ -34,7 +35,7 @@ def record(sent_ms: float, token_ms: list[float], *, counts: list[int] | None = 
         first_token_ns=times[0] if times else None, last_token_ns=times[-1] if times else None,
         end_ns=(times[-1] if times else round(sent_ms * MS)) + 1, isl_asked=8, isl=8, osl_asked=sum(counts),
         osl=sum(counts), n_first=counts[0] if times else None, chunks=len(times), status="error" if error else "ok",
-        error=error, detail=error or "", token_ns=times, token_counts=array("q", counts),
+        error=error or None, detail=error, token_ns=times, token_counts=array("q", counts),
     )  # fmt: skip
 
 
@@ -145,3 +146,4 @@ def test_drift_is_told_apart_from_chance() -> None:
     assert drift([100, 130]) == (pytest.approx(0.3), False), "two samples say nothing about chance"
     assert drift([100, 90, 115, 105]) == (pytest.approx(220 / 190 - 1), False)
     assert drift([100]) == (0.0, False)
+    assert drift([100, 100, 100, 100, 100, 20])[0] == 0, "a stall is no drift"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
 from tkit.errors import InputError
 from tkit.loadgen.prompts import OPENING, PromptMaker
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXT = [" ".join(f"{a}{b}{c}" for b in ("an", "ol", "ise", "u") for c in ("d", "ta", "m", "rk")) for a in "bcdfghklmn"]
 
@@ -50,7 +51,8 @@ def digits() -> Tokenizer:
 def any_tokenizer_dir(request: pytest.FixtureRequest, tokenizer_dir: Path, tmp_path: Path) -> Path:
     if request.param == "byte_level":
         return tokenizer_dir
-    {"unigram": unigram, "word_piece": word_piece, "digits": digits}[request.param]().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = {"unigram": unigram, "word_piece": word_piece, "digits": digits}[request.param]()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path
 
 

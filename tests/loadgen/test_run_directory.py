@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
 from tkit.errors import InputError
 from tkit.files import from_mapping, read_json
 from tkit.loadgen.closed_loop import LoadTrace
@@ -73,7 +74,7 @@ def test_summaries_are_flat_and_harmless(tmp_path: Path) -> None:
     summary, _ = measured()
     run.write_summary(MANIFEST, [summary])
     (row,) = read_json(tmp_path / "r/summary.json")
-    assert (row["label"], row["isl"], row["osl"], row["conc"], row["repeat"], row["errors"]) == ("=cmd()", 8, 3, 1, 2, 1)
+    assert [row[name] for name in ("label", "isl", "osl", "conc", "repeat", "errors")] == ["=cmd()", 8, 3, 1, 2, 1]
     assert row["ttft_p50_ms"] == summary.ttft.p50
     with open(tmp_path / "r/summary.csv", newline="") as file:
         (cells,) = csv.DictReader(file)

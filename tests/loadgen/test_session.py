@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tkit.errors import ServerError
 from tkit.loadgen.metrics import tpot_ms
 from tkit.loadgen.point import Place
@@ -33,9 +34,7 @@ def measure(
         "triton-grpc", url, model, prompts=PromptMaker(tokenizer_dir, 0), profile=used, idle_timeout_s=timeout_s
     ) as session:
         session.probe(used.shapes[0])
-        return session.measure(
-            Place(shape=used.shapes[0], concurrency=concurrency, repeat=1), lambda done, total: None
-        )
+        return session.measure(Place(shape=used.shapes[0], concurrency=concurrency, repeat=1), lambda done, total: None)
 
 
 @pytest.fixture(scope="module")
