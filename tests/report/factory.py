@@ -102,11 +102,11 @@ def make_run(
     label = label or (engine["name"] if engine else "demo-model")
     for shape in shapes:
         for level in concurrency:
-            for repeat in range(repeats):
+            for repeat in range(1, repeats + 1):
                 count = requests or max(10 * level, 40)
                 table, gaps = simulate(generator, shape, level, count, speed, noise, error_rate)
                 write_point(
-                    directory / "points" / f"{shape.replace('/', '-')}-c{level}-r{repeat}",
+                    directory / "points" / f"{shape.replace('/', 'x')}-c{level}-r{repeat}",
                     table,
                     gaps,
                     shape=shape,

@@ -27,6 +27,9 @@ def command(output: Output, runs: tuple[Path, ...], out: Path | None, baseline: 
     from tkit.stages.report import report
 
     path, comparison = report(runs, output, out=out, baseline=baseline, with_png=with_png)
-    lines = [line for verdict in comparison.verdict for line in (verdict.text, *verdict.details)]
+    lines = []
+    for verdict in comparison.verdict:
+        lines += [f"{claim.text} {claim.over_loads}".strip() for claim in verdict.claims]
+        lines += verdict.details
     lines += [f"left out: {left.path}: {left.reason}" for left in comparison.left_out]
     output.record(comparison, "\n".join(lines), last_line=str(path))

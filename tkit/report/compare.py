@@ -60,6 +60,13 @@ MEASURES = {
 }
 # fmt: on
 
+# Comparison.device -> what a rate per device is
+DEVICES = {
+    "GPU": "output tok/s / GPUs of the engine",
+    "device": "output tok/s / GPUs of the engine; an engine without GPUs is one device",
+    "server": "output tok/s; how many GPUs are behind the server was not told",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Goodput:
@@ -135,6 +142,7 @@ class RunFacts:
     num_points: int
     num_invalid: int
     missing: tuple[str, ...]  # grid points without a readable result
+    ended_early: str | None  # the sweep's own reason for them
     num_devices: int
     engine: EngineCard | None
     validation: Mapping[str, Any] | None
@@ -144,12 +152,23 @@ class RunFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A sentence about one load of one group, and how the other loads agree."""
+
+    text: str
+    over_loads: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """`tone`: better, worse, mixed, same or undecided against the baseline; "none" without one."""
+    """`tone`: better, worse, mixed, same or undecided against the baseline; "none" without one.
+
+    `claims`: one per comparable group. `details`: quality and validity.
+    """
 
     run: str
     tone: str
-    text: str
+    claims: tuple[Claim, ...]
     details: tuple[str, ...]
 
 
@@ -158,7 +177,7 @@ class Comparison:
     schema: str = REPORT_SCHEMA
     created: str  # UTC, ISO 8601
     tkit: str
-    device: str  # "GPU", or "device" when an engine ran without one
+    device: str  # what a rate per device is divided by: a key of DEVICES
     threshold: float  # smaller changes are never called
     baseline: str | None  # run id
     verdict: tuple[Verdict, ...] = ()
@@ -176,17 +195,18 @@ def compare(
 ) -> Comparison:
     """Everything a report says, except the verdict's words. `baseline` is one of `runs`; one run has none."""
     ids = {run.name: run_id for run, run_id in zip(runs, run_ids(len(runs)), strict=True)}
-    points = [point for run in runs for point in run.points]
+    by_id = {ids[run.name]: run for run in runs}
     baseline_id = ids[baseline.name] if baseline is not None else None
+    device = _device(runs)
     return Comparison(
         created=created,
         tkit=tkit,
-        device="GPU" if all(point.summary.tok_s_gpu is not None for point in points) else "device",
+        device=device,
         threshold=PRACTICAL,
         baseline=baseline_id,
-        runs=tuple(_facts(run, ids[run.name]) for run in runs),
-        differences=_differences({ids[run.name]: run for run in runs}),
-        groups=_groups({ids[run.name]: run for run in runs}, baseline_id),
+        runs=tuple(_facts(run, ids[run.name], device) for run in runs),
+        differences=_differences(by_id),
+        groups=_groups(by_id, baseline_id, device),
         left_out=tuple(left_out),
     )
 
@@ -223,14 +243,14 @@ def _same_path(name: str, directory: Path) -> bool:
     return Path(name).is_dir() and Path(name).resolve() == directory.resolve()
 
 
-def _facts(run: Run, run_id: str) -> RunFacts:
+def _facts(run: Run, run_id: str, device: str) -> RunFacts:
     manifest = run.manifest
     there = {(point.summary.shape, point.summary.concurrency, point.summary.repeat) for point in run.points}
     grid = [
         (shape, concurrency, repeat)
         for shape in manifest.shapes
         for concurrency in manifest.concurrency
-        for repeat in range(manifest.repeats)
+        for repeat in range(1, manifest.repeats + 1)
     ]
     return RunFacts(
         id=run_id,
@@ -247,7 +267,8 @@ def _facts(run: Run, run_id: str) -> RunFacts:
         num_points=len(run.points),
         num_invalid=sum(not point.summary.is_valid for point in run.points),
         missing=tuple(f"{shape} C={c} repeat {repeat}" for shape, c, repeat in grid if (shape, c, repeat) not in there),
-        num_devices=_num_devices(run),
+        ended_early=run.ended_early,
+        num_devices=_num_devices(run, device),
         engine=run.engine,
         validation=manifest.validation,
         identity=manifest.identity,
@@ -259,14 +280,30 @@ def _facts(run: Run, run_id: str) -> RunFacts:
     )
 
 
-def _num_devices(run: Run) -> int:
-    return run.engine.tp_size * run.engine.pp_size if run.engine else 1
+def _device(runs: Sequence[Run]) -> str:
+    counted = [_num_gpus(run) is not None for run in runs]
+    if all(counted):
+        return "GPU"
+    embedded = [run.engine is not None and run.engine.backend == "reference" for run in runs]  # all ranks on one device
+    return "device" if all(map(any, zip(counted, embedded, strict=True))) else "server"
+
+
+def _num_gpus(run: Run) -> int | None:
+    """As the sweep counted them."""
+    for point in run.points:
+        if point.summary.tok_s_gpu:
+            return round(point.summary.output_tok_s / point.summary.tok_s_gpu)
+    return None
+
+
+def _num_devices(run: Run, device: str) -> int:
+    return 1 if device == "server" else _num_gpus(run) or 1
 
 
 # ---- groups -------------------------------------------------------------------------------------------------------
 
 
-def _groups(runs: Mapping[str, Run], baseline: str | None) -> tuple[Group, ...]:
+def _groups(runs: Mapping[str, Run], baseline: str | None, device: str) -> tuple[Group, ...]:
     keys: dict[tuple[str, str, str], dict[str, list[Point]]] = {}
     for run_id, run in runs.items():
         for point in run.points:
@@ -281,7 +318,7 @@ def _groups(runs: Mapping[str, Run], baseline: str | None) -> tuple[Group, ...]:
                 f"tokens counted by {token_source} under {definitions}: "
                 f"not comparable with the other {shape} {'group' if shapes[shape] == 2 else 'groups'}"
             )
-        levels = _levels(points, runs, baseline if baseline in points else None)
+        levels = _levels(points, runs, baseline if baseline in points else None, device)
         groups.append(
             Group(
                 shape=shape,
@@ -299,7 +336,9 @@ def _tokens(shape: str) -> tuple[int, ...]:
     return tuple(int(part) for part in shape.split("/"))
 
 
-def _levels(points: Mapping[str, Sequence[Point]], runs: Mapping[str, Run], baseline: str | None) -> tuple[Level, ...]:
+def _levels(
+    points: Mapping[str, Sequence[Point]], runs: Mapping[str, Run], baseline: str | None, device: str
+) -> tuple[Level, ...]:
     levels = []
     asked = {level for run_id in points for level in runs[run_id].manifest.concurrency}
     measured = {point.summary.concurrency for some in points.values() for point in some}
@@ -308,10 +347,14 @@ def _levels(points: Mapping[str, Sequence[Point]], runs: Mapping[str, Run], base
             run_id: _usable([point for point in some if point.summary.concurrency == concurrency])
             for run_id, some in points.items()
         }
-        counts = [sum(len(point.measured) for point in some) for some in here.values() if some]
+        counts = [
+            sum(len(point.measured) for point in some)
+            for some in here.values()
+            if some and all(point.summary.is_valid for point in some)
+        ]
         tail = supported_tail(min(counts)) if counts else None
         cells = {
-            run_id: _cell(run_id, concurrency, points[run_id], some, tail, _num_devices(runs[run_id]))
+            run_id: _cell(run_id, concurrency, points[run_id], some, tail, _num_devices(runs[run_id], device))
             for run_id, some in here.items()
             if some
         }
@@ -439,19 +482,21 @@ def _with_frontier(levels: Sequence[Level]) -> tuple[Level, ...]:
 
 # ---- what differs -------------------------------------------------------------------------------------------------
 
-# facts of the card that change what is served, in the order a reader asks for them
+# facts of the card that change what is served, in the order a reader asks for them; sizes have a table of their own
 ENGINE_FACTS = (
-    "quant", "quant_algo", "tp_size", "pp_size", "backend", "dtype", "architecture", "num_params", "weight_bytes",
+    "quant", "quant_algo", "tp_size", "pp_size", "backend", "dtype", "architecture", "num_params",
     "max_position_embeddings", "vocab_size", "recipe", "versions",
 )  # fmt: skip
 CONDITIONS = (
-    "profile", "profile_digest", "seed", "protocol", "url", "model", "shapes", "concurrency", "repeats", "requests",
-    "duration_s", "definitions", "identity",
+    "profile", "profile_digest", "seed", "protocol", "model", "shapes", "concurrency", "repeats", "requests",
+    "duration_s", "definitions",
 )  # fmt: skip
+# parts of the identity that differ between any two engines or any two starts of a server
+NOT_CONDITIONS = {"engine_card_sha256", "server.parameters.engine_dir", "server.parameters.instance"}
 
 
 def _differences(runs: Mapping[str, Run]) -> tuple[Difference, ...]:
-    """The facts in which the runs are not all equal."""
+    """The facts in which the runs are known not to be equal: what a run does not tell is not a difference."""
     found: list[Difference] = []
     sources: tuple[tuple[str, Callable[[Run], dict[str, str]]], ...] = (
         ("engine", _engine_facts),
@@ -462,7 +507,7 @@ def _differences(runs: Mapping[str, Run]) -> tuple[Difference, ...]:
         facts = {run_id: facts_of(run) for run_id, run in runs.items()}
         for name in dict.fromkeys(name for values in facts.values() for name in values):
             values = {run_id: facts[run_id].get(name) for run_id in runs}
-            if len(set(values.values())) > 1:
+            if len(set(values.values()) - {None}) > 1:
                 found.append(Difference(kind=kind, name=name, values=values))
     return tuple(found)
 
@@ -486,8 +531,9 @@ def _model_facts(run: Run) -> dict[str, str]:
 
 def _condition_facts(run: Run) -> dict[str, str]:
     facts = dict(_flat({key: getattr(run.manifest, key) for key in CONDITIONS}))
-    facts["token source"] = ", ".join(sorted({point.summary.token_source for point in run.points}))
-    return facts
+    facts["host"] = run.manifest.url.rpartition(":")[0] or run.manifest.url  # ports are handed out as they come
+    facts["token_source"] = ", ".join(sorted({point.summary.token_source for point in run.points}))
+    return facts | {name: value for name, value in _flat(run.manifest.identity) if name not in NOT_CONDITIONS}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

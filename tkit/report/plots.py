@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tkit.report import text
-from tkit.report.compare import Cell, Comparison, Group
+from tkit.report.compare import DEVICES, Cell, Comparison, Group
 from tkit.report.read import Point
 from tkit.specs.record import SLO_TIERS
 
@@ -95,12 +95,7 @@ def pareto(comparison: Comparison, group: Group, plot_id: str) -> Plot:
                 "color": _color(comparison),
                 "fill": _color(comparison),
                 "shape": _shape(comparison),
-                "fillOpacity": {
-                    "field": "state",
-                    "type": "nominal",
-                    "scale": {"domain": ["frontier", "behind", "invalid"], "range": [1, 0.25, 0]},
-                    "legend": None,
-                },
+                "fillOpacity": _fill({"frontier": 1, "behind": 0.4}),
                 "tooltip": tooltip,
             },
         },
@@ -111,7 +106,7 @@ def pareto(comparison: Comparison, group: Group, plot_id: str) -> Plot:
     ]
     caption = (
         f"Up and to the right is better. Right: tok/s per user, 1 / median TPOT, how fast one answer streams. "
-        f"Up: tok/s per {device_name}, output tok/s / {device_name}s of the engine, what the hardware yields. "
+        f"Up: tok/s per {device_name}, what the hardware yields: {DEVICES[device_name]}. "
         f"A line per configuration, points labelled by requests in flight (C). "
         f"Filled: on the frontier, no other point is better in both. "
         f"Pale: behind it. Hollow: invalid. Gaps in a line: no valid result."
@@ -157,14 +152,15 @@ def latency_against_throughput(comparison: Comparison, group: Group, metric: str
         _tip("state", "state"),
     ]
     limits = {tier: limit[metric] for tier, limit in SLO_TIERS.items() if metric in limit}
+    bar = {
+        "transform": [{"filter": "isValid(datum.tail)"}],
+        "mark": {"type": "rule", "strokeWidth": 5, "opacity": 0.3},
+        "encoding": {"x": x, "y": y, "y2": {"field": "tail"}, "color": _color(comparison), "tooltip": tooltip},
+    }
     spread = [value for row in rows for value in (row["y"], row["tail"]) if value]
     layers = [
         *_slo_rules(spread, "y", limits),
-        {
-            "transform": [{"filter": "isValid(datum.tail)"}],
-            "mark": {"type": "rule", "strokeWidth": 5, "opacity": 0.3},
-            "encoding": {"x": x, "y": y, "y2": {"field": "tail"}, "color": _color(comparison), "tooltip": tooltip},
-        },
+        *([bar] if any(row["tail"] for row in rows) else []),
         _line(comparison, x, y),
         _points(comparison, x, y, tooltip),
         {
@@ -257,6 +253,7 @@ def in_flight(comparison: Comparison, points: Mapping[str, Point], where: str, p
         {"mark": mark, "encoding": {"x": x, "y": y, "color": _color(comparison), "strokeDash": _dash(comparison)}},
         {"mark": {"type": "point", "size": 60, "opacity": 0}, "encoding": {"x": x, "y": y, "tooltip": tooltip}},
     ]
+    y["axis"] = {"tickMinStep": 1, "tickCount": 6, "format": "d"}
     return Plot(
         id=plot_id,
         title=f"Requests in flight, {where}",
@@ -278,7 +275,7 @@ def ttft_over_time(comparison: Comparison, points: Mapping[str, Point], where: s
                 "id": int(request),
                 "x": round(float(sent), 4),
                 "y": round(max(float(ttft), MIN_MS), 4),
-                "state": "warm-up" if phase == "warmup" else "measured" if status == "ok" else "error",
+                "state": "error" if status != "ok" else str(phase),
             }
             for request, sent, ttft, phase, status in kept[["id", "sent_s", "ttft", "phase", "status"]].itertuples(
                 index=False
@@ -296,7 +293,7 @@ def ttft_over_time(comparison: Comparison, points: Mapping[str, Point], where: s
         id=plot_id,
         title=f"TTFT over time, {where}",
         caption=f"A point per request, at most {SCATTER_POINTS} per run and always its {TAIL_POINTS} slowest. "
-        f"Hollow: warm-up or error, not counted.",
+        f"Hollow: warm-up, drain or error; not counted.",
         spec=_spec(
             rows,
             [_points(comparison, x, y, tooltip, size=28, counted="measured")],
@@ -322,16 +319,13 @@ def render_png(plot: Plot, comparison: Comparison, *, width: int = 860, scale: f
 
 
 def _show_legend(layers: Iterable[Spec], names: Mapping[str, str]) -> None:
-    """Once, on the first layer of points; the page has a legend of its own."""
+    """One legend for every channel that tells runs apart; the page has a legend of its own."""
+    legend = {"title": None, "orient": "bottom", "columns": 2, "labelLimit": 400, "symbolOpacity": 1}
+    legend["labelExpr"] = f"({json.dumps(names)})[datum.label]"
     for layer in layers:
-        if layer["mark"]["type"] == "point":
-            labels = json.dumps(names)
-            legend = {"title": None, "orient": "bottom", "columns": 2, "labelLimit": 400}
-            legend["labelExpr"] = f"({labels})[datum.label]"
-            for channel in ("color", "fill", "shape"):
-                if channel in layer["encoding"]:
-                    layer["encoding"][channel]["legend"] = legend
-            return
+        for channel in ("color", "fill", "shape"):
+            if channel in layer["encoding"]:
+                layer["encoding"][channel]["legend"] = legend
 
 
 # ---- parts --------------------------------------------------------------------------------------------------------
@@ -405,12 +399,13 @@ def _shape(comparison: Comparison) -> Spec:
 
 
 def _dash(comparison: Comparison) -> Spec:
-    dashes = [[1, 0], [6, 2], [2, 2], [8, 2, 2, 2], [4, 4], [1, 2], [10, 3], [3, 1]]
+    dashes = [[1, 0], [9, 3], [4, 3], [9, 3, 2, 3], [2, 2], [14, 3], [6, 6], [4, 2, 1, 2]]
     return {"field": "run", "type": "nominal", "scale": _scale(comparison, dashes), "legend": None}
 
 
 def _quantitative(name: str, title: str, *, zero: bool = False) -> Spec:
-    return {"field": name, "type": "quantitative", "title": title, "scale": {"zero": zero, "nice": True}}
+    scale, axis = {"zero": zero, "nice": True}, {"tickCount": 6}
+    return {"field": name, "type": "quantitative", "title": title, "scale": scale, "axis": axis}
 
 
 def _logarithmic(name: str, title: str) -> Spec:
@@ -443,7 +438,6 @@ def _points(
     comparison: Comparison, x: Spec, y: Spec, tooltip: list[Spec], *, size: int = 70, counted: str = "valid"
 ) -> Spec:
     """Filled when the state is `counted`, else hollow."""
-    filled = {"condition": {"test": f"datum.state === '{counted}'", "value": 1}, "value": 0}
     return {
         "mark": {"type": "point", "size": size, "strokeWidth": 1.4, "opacity": 1},
         "encoding": {
@@ -452,10 +446,16 @@ def _points(
             "color": _color(comparison),
             "fill": _color(comparison),
             "shape": _shape(comparison),
-            "fillOpacity": filled,
+            "fillOpacity": _fill({counted: 1}),
             "tooltip": tooltip,
         },
     }
+
+
+def _fill(opacities: Mapping[str, float]) -> Spec:
+    """How full a point is by its state; every other state is hollow."""
+    conditions = [{"test": f"datum.state === '{state}'", "value": value} for state, value in opacities.items()]
+    return {"condition": conditions, "value": 0}
 
 
 def _tpot_limits() -> list[tuple[str, Mapping[str, float]]]:
@@ -471,7 +471,7 @@ def _slo_rules(values: Sequence[float], channel: str, limits: Mapping[str, float
     if not shown:
         return []
     at = {"field": "at", "type": "quantitative"}
-    place = {"x": at, "y": {"value": 4}} if channel == "x" else {"y": at, "x": {"value": 4}}
+    place = {"x": at, "y": {"value": "height"}} if channel == "x" else {"y": at, "x": {"value": 4}}
     return [
         {
             "data": {"values": shown},
@@ -480,7 +480,7 @@ def _slo_rules(values: Sequence[float], channel: str, limits: Mapping[str, float
         },
         {
             "data": {"values": shown},
-            "mark": {"type": "text", "align": "left", "dx": 4, "dy": -5, "fontSize": 10, "color": "var(--muted)"},
+            "mark": {"type": "text", "align": "left", "dx": 4, "dy": -6, "fontSize": 10, "color": "var(--muted)"},
             "encoding": place | {"text": {"field": "tier"}},
         },
     ]

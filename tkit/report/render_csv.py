@@ -78,6 +78,8 @@ def _row(comparison: Comparison, group: Group, level: Level, cell: Cell) -> dict
         row |= {
             f"goodput_{tier}": goodput.requests_s if goodput else None,
             f"attainment_{tier}": goodput.attainment if goodput else None,
+            f"attainment_{tier}_low": goodput.low if goodput else None,
+            f"attainment_{tier}_high": goodput.high if goodput else None,
         }
     facts = run.validation or {}
     return row | {name: facts.get(name) for name in ("ppl_ratio", "kl", "top1")}

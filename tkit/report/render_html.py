@@ -87,7 +87,7 @@ def _mark(comparison: Comparison, run_id: str) -> Markup:
     number = series(comparison, run_id)
     assert 0 <= number < NUM_SERIES
     return Markup(
-        '<svg class="mark" viewBox="-7 -7 14 14" aria-hidden="true">'
+        '<span class="run"><svg class="mark" viewBox="-7 -7 14 14" aria-hidden="true">'
         '<path d="{path}" fill="var(--series-{number})"/></svg>'
-        '<b class="id">{run_id}</b>'
+        '<b class="id">{run_id}</b></span>'
     ).format(path=MARK_PATHS[number], number=number, run_id=run_id)

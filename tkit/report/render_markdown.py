@@ -20,7 +20,8 @@ def render_markdown(comparison: Comparison, sections: Sequence[Section]) -> str:
     lines = ["# Comparison report" if len(comparison.runs) > 1 else "# Report", ""]
     for verdict in comparison.verdict:
         mark = f"{TONES[verdict.tone]} " if verdict.tone in TONES else ""
-        lines.append(f"- **{mark}{escape(verdict.text)}** {escape(' '.join(verdict.details))}")
+        claims = " ".join(f"**{escape(claim.text)}** {escape(claim.over_loads)}".strip() for claim in verdict.claims)
+        lines.append(f"- {mark}{claims} {escape(' '.join(verdict.details))}")
     for section in sections:
         if section.lead or section.tables:
             lines += ["", *_section(section)]
@@ -58,9 +59,10 @@ def _entry(entry: Entry) -> str:
     parts.append(escape(entry.text))
     if entry.qualifier:
         parts.append(entry.qualifier)
-    if entry.note:
-        note = f"{TONES[entry.tone]} {entry.note}" if entry.tone in TONES else entry.note
-        parts.append(f"<br>{escape(note)}")
+    under = [f"{TONES[entry.tone]} {entry.note}" if entry.tone in TONES else entry.note] if entry.note else []
+    under += [f"({entry.aside})"] if entry.aside else []
+    if under:
+        parts.append(f"<br>{escape(' '.join(under))}")
     return " ".join(parts)
 
 

@@ -12,15 +12,19 @@ from tkit.report import plots, tables, text
 from tkit.report.compare import Comparison
 from tkit.report.plots import Plot
 from tkit.report.read import Point, Run
+from tkit.report.statistics import REPEAT_NOISE
 from tkit.report.tables import Table
-from tkit.specs.record import DEFINITIONS
+from tkit.specs.record import DEFINITIONS, SLO_TIERS
 
 Runs = Mapping[str, Run]  # by run id
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """`lead` are plain sentences before the plots and tables. `is_brief`: stands open in a pull-request comment."""
+    """`lead` are plain sentences before the plots and tables. `is_brief`: stands open in a pull-request comment.
+
+    `has_legend`: runs are drawn by their marks.
+    """
 
     id: str
     title: str
@@ -28,6 +32,10 @@ class Section:
     plots: tuple[Plot, ...] = field(default=(), repr=False)
     tables: tuple[Table, ...] = ()
     is_brief: bool = False
+
+    @property
+    def has_legend(self) -> bool:
+        return bool(self.plots) or any(table.is_grouped for table in self.tables)
 
 
 def sections(comparison: Comparison, runs: Sequence[Run]) -> tuple[Section, ...]:
@@ -66,13 +74,15 @@ def numbers(comparison: Comparison, runs: Runs) -> Section:
         lead.append("Under a number: its 95 % interval.")
     if any(run.manifest.repeats == 1 for run in runs.values()):
         lead.append(
-            "Points measured once: an interval then holds the noise within that run, not between one run and the next. "
-            "Repeat the sweep (--repeats 3) before deciding on a small difference."
+            f"Points measured once do not show how one run scatters against the next: their intervals assume "
+            f"{REPEAT_NOISE * 100:.0f} %. Repeat the sweep (--repeats 3) before deciding on a small difference."
         )
     lead.append(
         "Tail: the highest of p99, p95 and p90 that the requests support "
         "(662, 130 and 64 of them, MLPerf's early-stopping bound)."
     )
+    tiers = "; ".join(f"{tier}: {tables.limits(tier)}" for tier in SLO_TIERS)
+    lead.append(f"Goodput: requests per second within a tier's limits, under it their share of all ({tiers}).")
     lead += [f"{group.shape}: {group.note}." for group in comparison.groups if group.note]
     found = [
         table
@@ -86,7 +96,7 @@ def pareto(comparison: Comparison, runs: Runs) -> Section:
     drawn = [
         plots.pareto(comparison, group, f"pareto-{tables.group_id(comparison, group)}") for group in comparison.groups
     ]
-    return Section(id="pareto", title="Throughput against interactivity", plots=tuple(drawn))
+    return _drawn("pareto", "Throughput against interactivity", drawn)
 
 
 def latency(comparison: Comparison, runs: Runs) -> Section:
@@ -95,7 +105,13 @@ def latency(comparison: Comparison, runs: Runs) -> Section:
         for group in comparison.groups
         for metric in ("ttft", "tpot")
     ]
-    return Section(id="latency", title="Latency against throughput", plots=tuple(drawn))
+    return _drawn("latency", "Latency against throughput", drawn)
+
+
+def _drawn(section_id: str, title: str, drawn: Sequence[Plot]) -> Section:
+    """Only plots that show something."""
+    shown = tuple(plot for plot in drawn if plot.spec["data"]["values"])
+    return Section(id=section_id, title=title, lead=() if shown else ("No point to draw.",), plots=shown)
 
 
 def distributions(comparison: Comparison, runs: Runs) -> Section:
@@ -134,7 +150,7 @@ def distributions(comparison: Comparison, runs: Runs) -> Section:
         id=section.id,
         title=section.title,
         lead=tuple(lead),
-        plots=tuple(drawn),
+        plots=tuple(plot for plot in drawn if plot.spec["data"]["values"]),
         tables=(stalls,) if stalls.rows else (),
     )
 

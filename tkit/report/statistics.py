@@ -2,17 +2,26 @@
 
 An estimate carries the standard error of its logarithm, so that ratios of latencies and of rates are treated alike.
 
-    within a repeat    circular block bootstrap over the requests in the order they were sent. Requests that ran
+    within a repeat    w: circular block bootstrap over the requests in the order they were sent. Requests that ran
                        together share the server's slow moments, so whole blocks are drawn, never single requests.
-    between repeats    standard deviation of the repeats' logarithms / sqrt(repeats)
-    together           the larger of the two: three repeats that agree by chance do not make a measurement exact
+    between repeats    s: standard deviation of the repeats' logarithms. A few repeats do not pin it down, so it is
+                       moderated (Smyth 2004) by what a repeat is expected to scatter, REPEAT_NOISE and w, which counts
+                       as much as PRIOR_DOF further repeats:
+                       variance = (PRIOR_DOF * (REPEAT_NOISE^2 + repeats * w^2) + (repeats - 1) * s^2) / dof
+                       dof      = PRIOR_DOF + repeats - 1
+    standard error     sqrt(variance / repeats)
 
-Intervals are Student's, with repeats - 1 degrees of freedom (blocks - 1 when there is one repeat); a difference has
-Welch's. A difference is *called* when its interval excludes zero and its size exceeds PRACTICAL: with many requests
-every difference is significant, and few of them matter.
+Intervals are Student's; a difference has Welch's degrees of freedom. A difference is *called* when its interval
+excludes zero and its size exceeds PRACTICAL: with many requests every difference is significant, and few of them matter.
 
-Pooling all requests of all repeats as if they were independent was tried: with 2 % of noise between repeats it called
-a difference between a server and itself in every fourth comparison.
+Simulated, a server against itself and against one 10 % slower, 160 requests per repeat, 2 % noise between repeats:
+
+                                         called though equal    called when 10 % slower
+    1 repeat                              3 %                   85 %
+    2 repeats                             4 %                   99 %
+    3 repeats                             3 %                   99 %
+    3 repeats, all requests pooled as    10 %                  100 %
+    if they were independent (1 repeat: 32 %)
 """
 
 from __future__ import annotations
@@ -32,6 +41,8 @@ DRAWS = 200  # the standard error itself is then known to 5 %
 MAX_DRAWN = 2_000_000  # numbers in memory at a time
 MIN_BLOCKS = 8  # fewer cannot show a spread; more would cut through moments that requests shared
 SEED = 20
+REPEAT_NOISE = 0.02  # of one deployment measured again, where nobody looked; more hides real losses of 10 %
+PRIOR_DOF = 3  # more repeats than this outweigh the expectation
 
 # fmt: off
 # Student's t, two-sided 95 %, by degrees of freedom 1..30; above, the next row down in the tables: never too narrow
@@ -48,11 +59,12 @@ Z_975 = 1.959964
 
 
 def t_quantile(dof: float) -> float:
-    """The 97.5 % quantile of Student's distribution, never too small."""
+    """The 97.5 % quantile of Student's distribution; never too small."""
     if dof < 1:
         return T_975[0]
-    if dof <= len(T_975):
-        return T_975[int(dof) - 1]
+    if dof < len(T_975):
+        row = int(dof)
+        return T_975[row - 1] + (dof - row) * (T_975[row] - T_975[row - 1])
     return next(quantile for above, quantile in T_975_ABOVE if dof >= above)
 
 
@@ -86,7 +98,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A positive number with its 95 % interval. Without an interval when the requests are too few to tell."""
+    """A positive number with its 95 % interval; without one when the requests are too few to tell."""
 
     value: float
     low: float | None = None
@@ -137,29 +149,26 @@ def estimate(
     center = float(np.median(reported)) if reported is not None else float(statistic(pooled))
     if not math.isfinite(center) or center <= 0:
         return None
-    within, num_blocks = _bootstrap_log_se(repeats, statistic, block, seed)
+    within = _bootstrap_log_se(repeats, statistic, block, seed)
     values = np.array(reported if reported is not None else [float(statistic(rows)) for rows in repeats])
-    log_se, dof = within, float(num_blocks - 1)
-    if len(values) > 1 and (values > 0).all():
-        widening = MEDIAN_OVER_MEAN.get(len(values), MEDIAN_OVER_MEAN_LARGE) if reported is not None else 1.0
-        between = float(np.log(values).std(ddof=1)) / math.sqrt(len(values)) * widening
-        log_se, dof = max(between, within or 0.0), float(len(values) - 1)
-    if log_se is None:
+    if within is None or not (values > 0).all():
         return Estimate(value=center, n=len(pooled))
-    half = t_quantile(dof) * log_se
-    return Estimate(
-        value=center, low=center * math.exp(-half), high=center * math.exp(half), log_se=log_se, dof=dof, n=len(pooled)
-    )
+    dof = PRIOR_DOF + len(values) - 1
+    expected = REPEAT_NOISE**2 + len(values) * within**2
+    between = float(np.log(values).var(ddof=1)) if len(values) > 1 else 0.0
+    log_se = math.sqrt((PRIOR_DOF * expected + (len(values) - 1) * between) / dof / len(values))
+    if reported is not None:
+        log_se *= MEDIAN_OVER_MEAN.get(len(values), MEDIAN_OVER_MEAN_LARGE)
+    spread = math.exp(t_quantile(dof) * log_se)
+    return Estimate(value=center, low=center / spread, high=center * spread, log_se=log_se, dof=dof, n=len(pooled))
 
 
-def _bootstrap_log_se(
-    repeats: Sequence[Floats], statistic: Statistic, block: int, seed: int
-) -> tuple[float | None, int]:
-    """Standard error of log(statistic) from resampled blocks, and the number of blocks; None with fewer than two."""
+def _bootstrap_log_se(repeats: Sequence[Floats], statistic: Statistic, block: int, seed: int) -> float | None:
+    """Standard error of log(statistic) over all repeats from resampled blocks; None with fewer than two blocks each."""
     lengths = [max(1, min(block, len(rows) // MIN_BLOCKS)) for rows in repeats]
     num_blocks = sum(len(rows) // length for rows, length in zip(repeats, lengths, strict=True))
-    if num_blocks < 2 + len(repeats) - 1:
-        return None, num_blocks
+    if any(len(rows) < 2 for rows in repeats):
+        return None
     pooled = np.concatenate(repeats)
     generator = np.random.default_rng(seed)
     batch = max(1, min(DRAWS, MAX_DRAWN // pooled.size))
@@ -170,10 +179,9 @@ def _bootstrap_log_se(
     values = np.concatenate(draws)
     values = values[np.isfinite(values) & (values > 0)]
     if len(values) < DRAWS // 2:
-        return None, num_blocks
-    # resampling m blocks shows (m - 1) / m of the variance
-    correction = math.sqrt(num_blocks / max(1, num_blocks - len(repeats)))
-    return float(np.log(values).std(ddof=1)) * correction, num_blocks
+        return None
+    correction = num_blocks / (num_blocks - len(repeats))  # resampling m blocks shows (m - 1) / m of the variance
+    return float(np.log(values).std(ddof=1)) * math.sqrt(correction)
 
 
 def _block_indices(
@@ -196,10 +204,8 @@ def change(candidate: Estimate, baseline: Estimate, threshold: float = PRACTICAL
         return Change(relative=relative, low=None, high=None, is_called=False)
     variances = (candidate.log_se**2, baseline.log_se**2)
     total = sum(variances)
-    if total == 0:
-        return Change(relative=relative, low=relative, high=relative, is_called=abs(relative) > threshold)
     dof = total**2 / sum(
-        variance**2 / max(side.dof, 1) for variance, side in zip(variances, (candidate, baseline), strict=True)
+        variance**2 / side.dof for variance, side in zip(variances, (candidate, baseline), strict=True)
     )
     half = t_quantile(dof) * math.sqrt(total)
     center = math.log(candidate.value / baseline.value)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tkit.report import text
-from tkit.report.compare import MEASURES, Cell, Comparison, Goodput, Group, Level, RunFacts
+from tkit.report.compare import DEVICES, MEASURES, Cell, Comparison, Goodput, Group, Level, RunFacts
 from tkit.report.read import Point
-from tkit.report.statistics import Estimate
 from tkit.report.verdict import judgement
 from tkit.specs.record import METRICS, SLO_TIERS
 from tkit.units import format_bytes, format_seconds
@@ -24,7 +23,7 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """`qualifier` belongs to the number (`p95`), `note` stands under it.
+    """`qualifier` belongs to the number (`p95`), `note` stands under it, and `aside`, an interval, behind the note.
 
     `tone`: better, worse, invalid, absent or "". `run`: the id of the run whose mark stands before it.
     """
@@ -32,6 +31,7 @@ class Entry:
     text: str
     qualifier: str = ""
     note: str = ""
+    aside: str = ""
     tone: str = ""
     run: str | None = None
 
@@ -108,22 +108,22 @@ def throughput_table(comparison: Comparison, group: Group) -> Table:
         Column(name="C", meaning="requests in flight"),
         Column(name="Run", kind="text"),
         Column(name="output tok/s", meaning=METRICS["output_tok_s"][1]),
-        Column(name=f"tok/s per {device}", meaning=f"output_tok_s / {device}s of the engine"),
+        Column(name=f"tok/s per {device}", meaning=DEVICES[device]),
         Column(name="tok/s per user", meaning=METRICS["tok_s_user"][1]),
-        *(
-            Column(name=f"goodput {tier} req/s", meaning=f"{METRICS['goodput'][1]}: {limits(tier)}")
-            for tier in SLO_TIERS
-        ),
+        *(Column(name=f"goodput, {tier}", meaning=f"{METRICS['goodput'][1]}: {limits(tier)}") for tier in SLO_TIERS),
         Column(name="errors"),
     )
 
     def entries(level: Level, cell: Cell) -> list[Entry]:
         errors = sum(cell.errors.values())
         named = ", ".join(f"{name} {count}" for name, count in sorted(cell.errors.items()) if count)
+        total = f"of {text.count(cell.requests)}"
         return [
             *(_estimate(comparison, level, cell, name) for name in ("output_tok_s", "tok_s_device", "tok_s_user")),
             *(_goodput(cell.goodput.get(tier)) for tier in SLO_TIERS),
-            Entry(text=str(errors), note=named or f"of {cell.requests}", tone="worse" if errors else ""),
+            Entry(
+                text=text.count(errors), note=f"{total}: {named}" if named else total, tone="worse" if errors else ""
+            ),
         ]
 
     return _per_load(
@@ -140,15 +140,10 @@ def latency_table(comparison: Comparison, group: Group) -> Table:
             Column(name=f"{metric.upper()} {percentile}, ms", meaning=METRICS[metric][1])
             for metric, percentile in ((MEASURES[name].metric, MEASURES[name].percentile) for name in names)
         ),
-        Column(name="requests"),
     )
 
     def entries(level: Level, cell: Cell) -> list[Entry]:
-        repeats = f"{cell.repeats} repeats" if cell.repeats > 1 else ""
-        return [
-            *(_estimate(comparison, level, cell, name) for name in names),
-            Entry(text=text.number(cell.requests), note=repeats),
-        ]
+        return [_estimate(comparison, level, cell, name) for name in names]
 
     return _per_load(
         comparison, group, f"latency-{group_id(comparison, group)}", f"Latency, {group.shape}", columns, entries
@@ -175,6 +170,8 @@ def _per_load(
                 continue
             if not cell.is_valid:
                 name = Entry(text=name.text, run=run_id, note="invalid", tone="invalid")
+            elif cell.repeats > 1:
+                name = Entry(text=name.text, run=run_id, note=f"{cell.repeats} repeats")
             rows.append((load, name, *entries(level, cell)))
     return Table(id=table_id, caption=caption, columns=columns, rows=tuple(rows), is_grouped=True)
 
@@ -187,25 +184,22 @@ def _estimate(comparison: Comparison, level: Level, cell: Cell, name: str) -> En
     qualifier = f"p{level.tail}" if MEASURES[name].percentile == "tail" else ""
     found = cell.changes.get(name)
     if found is None:
-        return Entry(text=text.number(value.value), qualifier=qualifier, note=_interval(value))
+        span = text.interval(value.low, value.high)
+        return Entry(text=text.number(value.value), qualifier=qualifier, aside=span)
     tone = judgement(name, found, comparison.threshold)
     return Entry(
         text=text.number(value.value),
         qualifier=qualifier,
-        note=text.change(found.relative, found.low, found.high),
+        note=text.percent(found.relative),
+        aside=text.change_interval(found.low, found.high),
         tone=tone if tone in ("better", "worse") else "",
     )
-
-
-def _interval(value: Estimate) -> str:
-    return text.interval(value.low, value.high)
 
 
 def _goodput(goodput: Goodput | None) -> Entry:
     if goodput is None:
         return Entry(text=text.ABSENT, tone="absent")
-    note = f"{text.share(goodput.attainment)} ({text.share(goodput.low)} to {text.share(goodput.high)})"
-    return Entry(text=text.number(goodput.requests_s), note=note)
+    return Entry(text=text.number(goodput.requests_s), note=text.share(goodput.attainment))
 
 
 def limits(tier: str) -> str:
@@ -240,7 +234,7 @@ def size_table(comparison: Comparison) -> Table:
                 Entry(text=per_rank, note=text.plural(len(ranks), "rank")),
                 _told(build.get("kv_bytes_per_token"), format_bytes),
                 Entry(text=format_bytes(sum(facts["bytes"] for facts in engine.files.values()))),
-                Entry(text=text.number(engine.num_params)),
+                Entry(text=text.count(engine.num_params)),
                 _told(build.get("seconds"), format_seconds),
                 _told(build.get("peak_memory_bytes"), format_bytes),
             )
@@ -285,9 +279,9 @@ def quality_table(comparison: Comparison) -> Table:
             (
                 Entry(text=run.name, run=run.id),
                 _estimate(comparison, place[1], cell, "output_tok_s") if place and cell else Entry(text=text.ABSENT),
-                Entry(text=text.number(facts["ppl"])),
-                Entry(text=text.number(facts["ppl_source"])),
-                Entry(text=text.ratio(facts["ppl_ratio"])),
+                Entry(text=text.fixed(facts["ppl"], 3)),
+                Entry(text=text.fixed(facts["ppl_source"], 3)),
+                Entry(text=text.fixed(facts["ppl_ratio"], 4)),
                 Entry(text=text.number(facts["kl"])),
                 Entry(text=text.share(facts["top1"])),
                 Entry(text=f"{facts.get('tokens', text.ABSENT)} tokens of {_text_name(facts.get('text'))}"),
@@ -325,13 +319,14 @@ def validity_table(comparison: Comparison) -> Table:
     for run in comparison.runs:
         for missing in run.missing:
             shape, concurrency, rest = missing.split(" ", 2)
+            reason = f"the sweep ended early: {run.ended_early}" if run.ended_early else "no readable result"
             rows.append(
                 (
                     Entry(text=run.name, run=run.id),
                     Entry(text=shape),
                     Entry(text=concurrency.removeprefix("C=")),
                     Entry(text="missing", tone="absent"),
-                    Entry(text=f"{rest} of the grid has no readable result"),
+                    Entry(text=f"{rest}: {reason}"),
                 )
             )
     columns = (*_text("Run", "Shape"), Column(name="C"), *_text("State", "Reason"))

@@ -50,10 +50,9 @@ def interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{number(low)} to {number(high)}"
 
 
-def change(relative: float, low: float | None, high: float | None) -> str:
-    """`+18.2 % (+15.1 to +21.3)`"""
-    span = "" if low is None or high is None else f" ({signed(low)} to {signed(high)})"
-    return percent(relative) + span
+def change_interval(low: float | None, high: float | None) -> str:
+    """`+15.1 to +21.3`, percent"""
+    return "" if low is None or high is None else f"{signed(low)} to {signed(high)}"
 
 
 def plural(count: int, noun: str) -> str:
@@ -71,11 +70,18 @@ def shorten(name: str, length: int = 60) -> str:
 
 def isolated(name: str) -> str:
     """Keeps a name with right-to-left letters or controls from turning the text around it."""
+    if "\N{FIRST STRONG ISOLATE}" in name:
+        return name  # a sentence whose names already are
     if any(unicodedata.bidirectional(character) in RIGHT_TO_LEFT for character in name):
         return f"\N{FIRST STRONG ISOLATE}{name}\N{POP DIRECTIONAL ISOLATE}"
     return name
 
 
-def ratio(value: float | None) -> str:
-    """Four decimals: `1.0093`; perplexity ratios differ in the third."""
-    return ABSENT if value is None else f"{value:.4f}"
+def fixed(value: float | None, decimals: int) -> str:
+    """`1.0093`: perplexities and their ratios differ late."""
+    return ABSENT if value is None else f"{value:.{decimals}f}"
+
+
+def count(value: int) -> str:
+    """`4 196 608`"""
+    return f"{value:,}".replace(",", THIN)

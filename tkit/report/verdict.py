@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from tkit.report import text
-from tkit.report.compare import MEASURES, Cell, Comparison, Group, RunFacts, Verdict
+from tkit.report.compare import MEASURES, Cell, Claim, Comparison, Group, RunFacts, Verdict
 from tkit.report.statistics import Change
 
+# what a claim is about
 HEADLINE = ("output_tok_s", "ttft_p50", "tpot_p50")
+JUDGED = {"better": "better", "worse": "worse", "same": "equal", "undecided": "not decided"}
 LABELS = {
     "output_tok_s": "output tok/s",
     "tok_s_device": "tok/s per device",
@@ -21,17 +23,23 @@ LABELS = {
 
 
 def verdicts(comparison: Comparison) -> tuple[Verdict, ...]:
-    """One per run and comparable shape; the baseline itself has none, unless it stands alone."""
-    found: list[Verdict] = []
-    for run in comparison.runs:
-        if run.id == comparison.baseline:
-            continue
-        groups = [group for group in comparison.groups if run.id in group.runs]
-        if comparison.baseline is None:
-            found.extend(_alone(run, group) for group in groups)
-        else:
-            found.extend(_against(comparison, run, comparison.facts(comparison.baseline), group) for group in groups)
-    return tuple(found)
+    """One per run; the baseline itself has none, unless it stands alone."""
+    runs = [run for run in comparison.runs if run.id != comparison.baseline]
+    return tuple(_verdict(comparison, run) for run in runs)
+
+
+def _verdict(comparison: Comparison, run: RunFacts) -> Verdict:
+    groups = [group for group in comparison.groups if run.id in group.runs]
+    details = (*_quality(comparison, run), _validity(run))
+    if comparison.baseline is None:
+        return Verdict(run=run.id, tone="none", claims=tuple(_alone(run, group) for group in groups), details=details)
+    found = [_against(comparison, run, group, is_first=group is groups[0]) for group in groups]
+    return Verdict(
+        run=run.id,
+        tone=_tone([judged for _, words in found for judged in words]),
+        claims=tuple(claim for claim, _ in found),
+        details=details,
+    )
 
 
 def judgement(name: str, change: Change, threshold: float) -> str:
@@ -43,35 +51,33 @@ def judgement(name: str, change: Change, threshold: float) -> str:
     return "undecided"
 
 
-def _against(comparison: Comparison, run: RunFacts, baseline: RunFacts, group: Group) -> Verdict:
-    pair = f"{text.shorten(run.name)} against {text.shorten(baseline.name)}, {group.shape}"
-    details = (*_quality(run, baseline), _validity(run))
+def _against(comparison: Comparison, run: RunFacts, group: Group, *, is_first: bool) -> tuple[Claim, list[str]]:
+    """The claim, and what each of its changes was judged. It is made at the highest load that is valid in both."""
+    assert comparison.baseline is not None
+    baseline = comparison.facts(comparison.baseline)
+    pair = f"{text.shorten(run.name)} against {text.shorten(baseline.name)}, " if is_first else ""
     cells = [cell for level in group.levels for cell in level.cells if cell.run == run.id and cell.changes]
     if not cells:
-        reason = (
-            "the baseline was not measured under the same definitions"
-            if comparison.baseline not in group.runs
-            else "no load is valid in both"
-        )
-        return Verdict(run=run.id, tone="undecided", text=f"{pair}: not comparable, {reason}.", details=details)
+        reason = "no load is valid in both"
+        if baseline.id not in group.runs:
+            reason = "the baseline was not measured so, or under other definitions"
+        return Claim(text=f"{pair}{group.shape}: not comparable, {reason}."), []
     last = cells[-1]
-    judged = {
-        name: judgement(name, last.changes[name], comparison.threshold) for name in HEADLINE if name in last.changes
-    }
-    clauses = [_clause(name, last.changes[name], judged[name], comparison.threshold) for name in judged]
-    return Verdict(
-        run=run.id,
-        tone=_tone(list(judged.values())),
-        text=f"{pair} at C = {last.concurrency}: {', '.join(clauses)}.",
-        details=(*_over_loads(cells, comparison.threshold), *details),
-    )
+    changes = {name: last.changes[name] for name in HEADLINE if name in last.changes}
+    judged = {name: judgement(name, found, comparison.threshold) for name, found in changes.items()}
+    clauses = [
+        _clause(name, found, judged[name], comparison.threshold, is_first=name == next(iter(changes)))
+        for name, found in changes.items()
+    ]
+    claim = f"{pair}{group.shape} at C = {last.concurrency}: {', '.join(clauses)}."
+    return Claim(text=claim, over_loads=_over_loads(cells, comparison.threshold)), list(judged.values())
 
 
-def _clause(name: str, change: Change, judged: str, threshold: float) -> str:
+def _clause(name: str, change: Change, judged: str, threshold: float, *, is_first: bool) -> str:
     if change.low is None or change.high is None:
         return f"{LABELS[name]} {text.percent(change.relative)} (too few requests for an interval)"
-    span = f"(95 % CI {text.signed(change.low)} to {text.signed(change.high)})"
-    words = {"same": f", equal within {threshold:.0%}".replace("%", " %"), "undecided": ", not decided"}.get(judged, "")
+    span = f"({'95 % CI ' if is_first else ''}{text.signed(change.low)} to {text.signed(change.high)})"
+    words = {"same": f" equal within {threshold * 100:.0f} %", "undecided": " not decided"}.get(judged, "")
     return f"{LABELS[name]} {text.percent(change.relative)} {span}{words}"
 
 
@@ -81,66 +87,58 @@ def _tone(judged: list[str]) -> str:
     return next((tone for tone in ("better", "worse", "undecided", "same") if tone in judged), "undecided")
 
 
-def _over_loads(cells: list[Cell], threshold: float) -> tuple[str, ...]:
+def _over_loads(cells: list[Cell], threshold: float) -> str:
     if len(cells) < 2:
-        return ()
+        return ""
     counts = []
+    seen = set()
     for name in HEADLINE:
         judged = [judgement(name, cell.changes[name], threshold) for cell in cells if name in cell.changes]
-        told = [f"{judged.count(word)} {word}" for word in ("better", "worse", "same", "undecided") if word in judged]
+        seen.update(judged)
+        told = [f"{words} at {judged.count(word)}" for word, words in JUDGED.items() if word in judged]
         counts.append(f"{LABELS[name]} {', '.join(told)}")
-    return (f"Over {len(cells)} loads: {'; '.join(counts)}.",)
+    if len(seen) == 1:
+        return f"All three are {JUDGED[seen.pop()]} at each of the {len(cells)} loads."
+    return f"Over {len(cells)} loads: {'; '.join(counts)}."
 
 
-def _alone(run: RunFacts, group: Group) -> Verdict:
+def _alone(run: RunFacts, group: Group) -> Claim:
     cells = [cell for level in group.levels for cell in level.cells if cell.run == run.id and cell.is_valid]
     name = text.shorten(run.name)
-    if not cells:
-        return Verdict(
-            run=run.id, tone="none", text=f"{name}, {group.shape}: no valid point.", details=(_validity(run),)
-        )
     rates = [(rate.value, cell) for cell in cells if (rate := cell.estimates["output_tok_s"]) is not None]
-    clauses = []
-    if rates:
-        peak, cell = max(rates, key=lambda pair: pair[0])
-        clauses.append(f"highest output rate {text.number(peak)} tok/s, at C = {cell.concurrency}")
-    first = cells[0]
+    if not rates:
+        return Claim(text=f"{name}, {group.shape}: no valid point.")
+    peak, cell = max(rates, key=lambda pair: pair[0])
+    clauses = [f"highest output rate {text.number(peak)} tok/s, at C = {cell.concurrency}"]
     latencies = [
         f"{LABELS[key]} {text.number(value.value)} ms"
         for key in ("ttft_p50", "tpot_p50")
-        if (value := first.estimates[key]) is not None
+        if (value := cells[0].estimates[key]) is not None
     ]
     if latencies:
-        clauses.append(f"{' and '.join(latencies)} at C = {first.concurrency}")
-    return Verdict(
-        run=run.id,
-        tone="none",
-        text=f"{name}, {group.shape}: {'; '.join(clauses)}.",
-        details=(*_quality(run, None), _validity(run)),
-    )
+        clauses.append(f"{' and '.join(latencies)} at C = {cells[0].concurrency}")
+    return Claim(text=f"{name}, {group.shape}: {'; '.join(clauses)}.")
 
 
-def _quality(run: RunFacts, baseline: RunFacts | None) -> tuple[str, ...]:
+def _quality(comparison: Comparison, run: RunFacts) -> tuple[str, ...]:
     if run.validation is None:
         return ("Quality: not validated.",) if run.engine is not None else ()
     facts = run.validation
     line = (
         f"Quality against its source: KL {text.number(facts['kl'])} nats per token, "
-        f"perplexity ratio {text.ratio(facts['ppl_ratio'])}, top-1 agreement {text.share(facts['top1'])}"
+        f"perplexity ratio {text.fixed(facts['ppl_ratio'], 4)}, top-1 agreement {text.share(facts['top1'])}"
     )
-    if baseline is not None and baseline.validation is not None:
-        line += f" (baseline: KL {text.number(baseline.validation['kl'])})"
+    if comparison.baseline is not None and (its := comparison.facts(comparison.baseline).validation) is not None:
+        line += f" (baseline: KL {text.number(its['kl'])})"
     return (line + ".",)
 
 
 def _validity(run: RunFacts) -> str:
     total = run.num_points + len(run.missing)
+    early = f" The sweep ended early: {text.isolated(run.ended_early)}." if run.ended_early else ""
     wrong = [
-        *([f"{run.num_invalid} invalid"] if run.num_invalid else []),
-        *([f"{len(run.missing)} missing"] if run.missing else []),
+        f"{count} {word}" for count, word in ((run.num_invalid, "invalid"), (len(run.missing), "missing")) if count
     ]
-    return f"{', '.join(wrong)} of {text.plural(total, 'point')}." if wrong else f"{_all(total)} valid."
-
-
-def _all(total: int) -> str:
-    return "The one point is" if total == 1 else f"All {total} points are"
+    if wrong:
+        return f"{', '.join(wrong)} of {text.plural(total, 'point')}.{early}"
+    return f"{'The one point is' if total == 1 else f'All {total} points are'} valid.{early}"

@@ -55,8 +55,8 @@ def report(
         HTML_FILE: render_html(comparison, parts),
     }
     if with_png:
-        plot = next(part for part in parts if part.id == "pareto").plots[0]
-        files["pareto.png"] = render_png(plot, comparison)
+        for plot in next(part for part in parts if part.id == "pareto").plots[:1]:
+            files["pareto.png"] = render_png(plot, comparison)
     directory = out or _free_name(reports_dir / f"report-{now:%Y%m%dT%H%M%SZ}")
     _publish(directory, files)
     progress.step("rendering", 1, 1)
