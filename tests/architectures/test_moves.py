@@ -51,7 +51,7 @@ def test_layers_are_numbered_per_stage_and_the_first_stages_take_the_extras():
 def test_every_rank_gets_the_kv_heads_its_query_heads_attend_to(num_kv_heads, tp_size):
     spec = dataclasses.replace(SPEC, num_kv_heads=num_kv_heads)
     for tp_rank in range(tp_size):
-        start, stop = shard_range("kv_heads", spec, tp_size, tp_rank)
+        start, stop = shard_range("kv_heads", spec, Parallel(tp_size=tp_size), tp_rank)
         held = set(range(start // 32, stop // 32))
         queries = range(tp_rank * 8 // tp_size, (tp_rank + 1) * 8 // tp_size)
         assert held == {query * num_kv_heads // 8 for query in queries}

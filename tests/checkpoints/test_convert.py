@@ -98,7 +98,7 @@ def test_merge_gives_back_every_bit(make_llama, tmp_path, tp_size, pp_size):
     with open_ranks(tmp_path, tp_size * pp_size) as files:
         for move, parts in merge(files, moves):
             raw, dtype = parts["weight"]
-            merged.update({name: to_torch(rows, dtype) for name, rows in split_sources(raw, move).items()})
+            merged.update({n: to_torch(rows, "BF16") for n, rows in split_sources(raw, dtype, move, "BF16").items()})
     assert merged.keys() == source.keys()
     for name, tensor in source.items():
         assert torch.equal(merged[name].view(torch.int16), tensor.view(torch.int16)), name

@@ -9,13 +9,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tkit.architectures.table import ARCHITECTURES
+from tkit.architectures.table import ARCHITECTURES, Architecture
 from tkit.errors import InputError, did_you_mean
 from tkit.specs.model import ModelSpec
 from tkit.specs.parallel import Parallel
 from tkit.specs.quantization import QuantFormat
 
-_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# ModelSpec field -> (config.json key, default); None = required, or computed below
+_FIELDS: dict[str, tuple[str, Any]] = {
+    "num_layers": ("num_hidden_layers", None),
+    "hidden_size": ("hidden_size", None),
+    "intermediate_size": ("intermediate_size", None),
+    "num_heads": ("num_attention_heads", None),
+    "num_kv_heads": ("num_key_value_heads", None),
+    "head_size": ("head_dim", None),
+    "vocab_size": ("vocab_size", None),
+    "max_position_embeddings": ("max_position_embeddings", 2048),
+    "hidden_act": ("hidden_act", "silu"),
+    "norm_epsilon": ("rms_norm_eps", 1e-6),
+    "tie_word_embeddings": ("tie_word_embeddings", False),
+    "attention_bias": ("attention_bias", False),
+    "mlp_bias": ("mlp_bias", False),
+    "num_experts": ("num_experts", 0),
+    "experts_per_token": ("num_experts_per_tok", 0),
+    "expert_size": ("moe_intermediate_size", 0),
+    "shared_expert_size": ("shared_expert_intermediate_size", 0),
+}
+_REQUIRED = ("num_layers", "hidden_size", "num_heads", "vocab_size")
+_OTHER_SPELLINGS = {"num_experts": "num_local_experts", "hidden_activation": "hidden_act"}
 _ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "longrope", "yarn")
 
 
@@ -34,7 +55,38 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
             f'{where}: unknown architecture "{architecture}"{did_you_mean(architecture, ARCHITECTURES)}',
             hint=f"known: {', '.join(ARCHITECTURES)}; docs/add-a-model.md shows how to add one",
         )
-    problems = [f'{where}: key "{key}" is missing' for key in _REQUIRED if config.get(key) is None]
+    row = ARCHITECTURES[architecture]
+    rope, local_base = rope_parameters(config)
+    problems = _problems(config, row, rope, where)
+    if problems:
+        raise InputError(f"{where}: not a config tkit can convert", problems=problems)
+    values = {name: _value(config, row, name) for name in _FIELDS}
+    values["intermediate_size"] = values["intermediate_size"] or 4 * values["hidden_size"]
+    values["num_kv_heads"] = _num_kv_heads(config, row, values)
+    values["head_size"] = values["head_size"] or values["hidden_size"] // values["num_heads"]
+    values["tie_word_embeddings"] = bool(values["tie_word_embeddings"])
+    extras = {name: config.get(name, default) for name, (_, default) in row.extras.items()}
+    if "partial_rotary_factor" in extras:
+        extras["partial_rotary_factor"] = rope.pop("partial_rotary_factor", extras["partial_rotary_factor"])
+    if "rope_local_base_freq" in extras and local_base is not None:
+        extras["rope_local_base_freq"] = local_base
+    if config.get("_sliding_window_pattern") and "sliding_window_pattern" in extras:
+        extras["sliding_window_pattern"] = config["_sliding_window_pattern"]
+    theta = rope.pop("rope_theta", row.defaults.get("rope_theta", 10000.0))
+    return ModelSpec(
+        architecture=architecture,
+        dtype=checkpoint_dtype(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        rope_theta=float(theta),
+        rope_scaling=rope if rope.get("rope_type", "default") != "default" else None,
+        extras=extras,
+        **values,
+    )
+
+
+def _problems(config: Mapping[str, Any], row: Architecture, rope: Mapping[str, Any], where: str) -> list[str]:
+    problems = [
+        f'{where}: key "{_key(row, name)}" is missing' for name in _REQUIRED if _value(config, row, name) is None
+    ]
     if config.get("auto_map"):
         problems.append(f"{where}: auto_map asks to run code that ships with the model; tkit never runs it")
     if config.get("quantization_config"):
@@ -42,54 +94,65 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
         problems.append(
             f'{where}: the checkpoint is quantized already (quant_method "{method}"), expected 16-bit weights'
         )
-    rope = rope_parameters(config)
     rope_type = rope.get("rope_type", "default")
     if rope_type not in _ROPE_TYPES:
         problems.append(f'{where}: unknown rope_type "{rope_type}"{did_you_mean(rope_type, _ROPE_TYPES)}')
-    if problems:
-        raise InputError(f"{where}: not a config tkit can convert", problems=problems)
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return ModelSpec(
-        architecture=architecture,
-        dtype=checkpoint_dtype(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config.get("intermediate_size") or 4 * config["hidden_size"],
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        head_size=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        vocab_size=config["vocab_size"],
-        max_position_embeddings=config.get("max_position_embeddings") or 2048,
-        hidden_act=config.get("hidden_act") or "silu",
-        norm_epsilon=config.get("rms_norm_eps") or 1e-6,
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
-        rope_scaling=scaling if scaling.get("rope_type", "default") != "default" else None,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=bool(config.get("attention_bias", False)),
-        mlp_bias=bool(config.get("mlp_bias", False)),
-    )
+    problems += [
+        f"{where}: {key} is {config[key]!r}, TensorRT-LLM's {row.trtllm} only knows {value!r}"
+        for key, value in row.unsupported.items()
+        if config.get(key, value) != value
+    ]
+    return problems
 
 
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta`, `rope_type` and the scaling's own keys, from either spelling."""
+def rope_parameters(config: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
+    """`rope_theta`, `rope_type` and the scaling's own keys, from either spelling; and the base of sliding-window layers
+    where the config has one of its own (Gemma 3)."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    local_base = config.get("rope_local_base_freq")
+    if "full_attention" in rope:
+        local_base = rope.get("sliding_attention", {}).get("rope_theta", local_base)
+        rope = dict(rope["full_attention"])
     if "type" in rope:  # the oldest spelling of rope_type
         rope.setdefault("rope_type", rope.pop("type"))
-    if config.get("rope_theta") is not None:
-        rope.setdefault("rope_theta", config["rope_theta"])
-    return rope
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if config.get(key) is not None:
+            rope.setdefault(key, config[key])
+    return rope, local_base
 
 
 def checkpoint_dtype(dtype: str) -> str:
-    """The dtype the checkpoint is written in: TensorRT-LLM serves 16-bit models, so float32 becomes float16 there too."""
+    """The dtype of the checkpoint: TensorRT-LLM serves 16-bit models, so float32 becomes float16, as it does there."""
     return "float16" if dtype == "float32" else dtype
+
+
+def _key(row: Architecture, name: str) -> str:
+    return row.keys.get(name, _FIELDS[name][0])
+
+
+def _value(config: Mapping[str, Any], row: Architecture, name: str) -> Any:
+    key = _key(row, name)
+    value = config.get(key)
+    if value is None and key in _OTHER_SPELLINGS:
+        value = config.get(_OTHER_SPELLINGS[key])
+    return row.defaults.get(name, _FIELDS[name][1]) if value is None else value
+
+
+def _num_kv_heads(config: Mapping[str, Any], row: Architecture, values: Mapping[str, Any]) -> int:
+    if row.model_type == "falcon" and not config.get("new_decoder_architecture", False):
+        return 1 if config.get("multi_query", True) else values["num_heads"]  # num_kv_heads is not read there
+    return values["num_kv_heads"] or values["num_heads"]
 
 
 def trtllm_config(spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> dict[str, Any]:
     """`config.json` of a TensorRT-LLM 1.0-1.2 checkpoint. `mapping` and `quantization` hold only the keys that every
     version knows: both reject unknown ones. Sizes are global, and the vocabulary unpadded."""
+    row = ARCHITECTURES[spec.architecture]
+    mapping = {"world_size": parallel.world_size, "tp_size": parallel.tp_size, "pp_size": parallel.pp_size}
+    if spec.num_experts:
+        mapping.update(moe_tp_size=parallel.moe_tp_size, moe_ep_size=parallel.moe_ep_size)
     return {
-        "architecture": ARCHITECTURES[spec.architecture].trtllm,
+        "architecture": row.trtllm,
         "dtype": spec.dtype,
         "logits_dtype": "float32",
         "num_hidden_layers": spec.num_layers,
@@ -100,7 +163,7 @@ def trtllm_config(spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> di
         "intermediate_size": spec.intermediate_size,
         "vocab_size": spec.vocab_size,
         "max_position_embeddings": spec.max_position_embeddings,
-        "hidden_act": spec.hidden_act,
+        "hidden_act": row.activations.get(spec.hidden_act, spec.hidden_act),
         "norm_epsilon": spec.norm_epsilon,
         "position_embedding_type": "rope_gpt_neox",
         "rotary_base": spec.rope_theta,
@@ -109,13 +172,12 @@ def trtllm_config(spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> di
         "mlp_bias": spec.mlp_bias,
         "qk_layernorm": False,
         "tie_word_embeddings": spec.tie_word_embeddings,
-        "use_parallel_embedding": False,
+        "use_parallel_embedding": row.shards_embedding and parallel.tp_size > 1,
         "embedding_sharding_dim": 0,
-        "mapping": {
-            "world_size": parallel.world_size,
-            "tp_size": parallel.tp_size,
-            "pp_size": parallel.pp_size,
-        },
+        **row.constants,
+        **{trtllm_name: spec.extras[name] for name, (trtllm_name, _) in row.extras.items()},
+        **row.config(spec),
+        "mapping": mapping,
         "quantization": {
             "quant_algo": quant.algo,
             "kv_cache_quant_algo": None,
@@ -132,8 +194,11 @@ def trtllm_config(spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> di
 
 def spec_from_trtllm(config: Mapping[str, Any]) -> ModelSpec:
     """The way back. Only reads what `trtllm_config` wrote."""
+    architecture, row = next(item for item in ARCHITECTURES.items() if item[1].trtllm == config["architecture"])
+    moe = config.get("moe") or {}
+    activations = {ours: theirs for theirs, ours in row.activations.items()}
     return ModelSpec(
-        architecture=next(name for name, row in ARCHITECTURES.items() if row.trtllm == config["architecture"]),
+        architecture=architecture,
         dtype=config["dtype"],
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
@@ -143,34 +208,44 @@ def spec_from_trtllm(config: Mapping[str, Any]) -> ModelSpec:
         head_size=config["head_size"],
         vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"],
-        hidden_act=config["hidden_act"],
+        hidden_act=activations.get(config["hidden_act"], config["hidden_act"]),
         norm_epsilon=config["norm_epsilon"],
         rope_theta=config["rotary_base"],
         rope_scaling=config["rotary_scaling"],
         tie_word_embeddings=config["tie_word_embeddings"],
-        attention_bias=config["attn_bias"],
+        attention_bias=config["attn_bias"] if "attn_bias" not in row.constants else False,
         mlp_bias=config["mlp_bias"],
+        num_experts=moe.get("num_experts", 0),
+        experts_per_token=moe.get("top_k", 0),
+        expert_size=config.get("moe_intermediate_size", config["intermediate_size"]) if moe else 0,
+        shared_expert_size=config.get("moe_shared_expert_intermediate_size", 0),
+        extras={name: config[trtllm_name] for name, (trtllm_name, _) in row.extras.items()},
     )
+
+
+def parallel_from_trtllm(config: Mapping[str, Any]) -> Parallel:
+    mapping = config["mapping"]
+    return Parallel(tp_size=mapping["tp_size"], pp_size=mapping["pp_size"], moe_ep_size=mapping.get("moe_ep_size", 1))
 
 
 def hf_config(spec: ModelSpec) -> dict[str, Any]:
     """Keyword arguments for transformers' config class of `model_type`."""
+    row = ARCHITECTURES[spec.architecture]
+    fields = {_key(row, name): getattr(spec, name) for name in _FIELDS if name not in row.derived}
+    rope: dict[str, Any] = {"rope_type": "default", **(spec.rope_scaling or {}), "rope_theta": spec.rope_theta}
+    if row.model_type == "falcon":
+        fields["multi_query"] = spec.num_kv_heads == 1
+    if "partial_rotary_factor" in spec.extras:
+        rope["partial_rotary_factor"] = spec.extras["partial_rotary_factor"]
+    if "rope_local_base_freq" in spec.extras:
+        local = {"rope_type": "default", "rope_theta": spec.extras["rope_local_base_freq"]}
+        rope = {"full_attention": rope, "sliding_attention": local}
     return {
+        **fields,
+        **spec.extras,
         "architectures": [spec.architecture],
-        "model_type": ARCHITECTURES[spec.architecture].model_type,
+        "model_type": row.model_type,
         "dtype": spec.dtype,
-        "num_hidden_layers": spec.num_layers,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_size,
-        "vocab_size": spec.vocab_size,
-        "max_position_embeddings": spec.max_position_embeddings,
-        "hidden_act": spec.hidden_act,
-        "rms_norm_eps": spec.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", **(spec.rope_scaling or {}), "rope_theta": spec.rope_theta},
-        "tie_word_embeddings": spec.tie_word_embeddings,
-        "attention_bias": spec.attention_bias,
-        "mlp_bias": spec.mlp_bias,
+        "rope_parameters": rope,
+        "pad_token_id": None,  # a class default beyond a small vocabulary would be refused
     }

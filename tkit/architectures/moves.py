@@ -1,13 +1,15 @@
-"""The plan of a conversion: for every tensor of every rank file, which rows and columns of which source it holds.
+"""Turns the architecture table into moves: for every tensor of every rank file, the rows and columns of its sources.
 
-Pure names and shapes. `checkpoints.convert` carries the moves out; `checkpoints.merge` carries them out backwards.
+Pure names and shapes. A weight is planned in *source rows*: all sources of a module stacked as they come. Splitting over
+ranks, repeating KV heads, swapping fused halves and undoing interleaved q/k/v are then nothing but lists of row ranges.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from tkit.architectures.table import ARCHITECTURES, SHARDED_AXES, Module
+from tkit.architectures.table import ARCHITECTURES, SHARDED_AXES, Architecture, Module, Source
 from tkit.errors import InputError
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move, Output, Range
@@ -15,6 +17,7 @@ from tkit.specs.parallel import Parallel
 from tkit.specs.quantization import QUANT_FORMATS, QuantFormat, StoredTensor
 
 _PLAIN = QUANT_FORMATS["none"].tensors
+_BIAS = (StoredTensor(name="bias", dtype="model", out_axis=(0, 1)),)
 
 
 def plan_moves(spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> list[Move]:
@@ -23,25 +26,26 @@ def plan_moves(spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> list[
     Raises InputError with the whole list of divisibility rules that `parallel` and `quant` break.
     """
     row = ARCHITECTURES[spec.architecture]
-    problems = _rule_violations(spec, quant, parallel)
+    problems = _rule_violations(row, spec, quant, parallel)
     if problems:
         raise InputError(
             f"{spec.architecture} cannot be split over tp {parallel.tp_size}, pp {parallel.pp_size} as {quant.name}",
             problems=problems,
             hint="choose a smaller --tp or another --quant",
         )
-    first_stage, last_stage = 0, parallel.pp_size - 1
-    moves = list(_module_moves(row.embedding, spec, None, parallel, first_stage))
+    planner = _Planner(row, spec, quant, parallel)
+    moves = [move for module in row.first for move in planner.outside(module, pp_rank=0)]
     for pp_rank, layers in enumerate(parallel.stage_layers(spec.num_layers)):
         for local_layer, layer in enumerate(layers):
-            for module in row.layer:
-                moves += _module_moves(
-                    module, spec, quant, parallel, pp_rank, layer, local_layer, row.layer_prefix.format(layer=layer)
-                )
-    moves += _module_moves(row.final_norm, spec, None, parallel, last_stage)
+            moves += planner.layer(layer, local_layer, pp_rank)
+    last = parallel.pp_size - 1
+    moves += planner.outside(row.final_norm, last)
     # lm_head stands on its own even when tied: TensorRT-LLM re-shares it where that is possible
-    lm_head = Module(row.lm_head.name, row.embedding.sources, row.lm_head.out, row.lm_head.in_)
-    moves += _module_moves(lm_head if spec.tie_word_embeddings else row.lm_head, spec, None, parallel, last_stage)
+    lm_head = row.lm_head
+    if spec.tie_word_embeddings:
+        tied = Source(row.first[0].sources[0].name, row.lm_head.sources[0].axes)
+        lm_head = Module(row.lm_head.name, (tied,), row.lm_head.in_)
+    moves += planner.outside(lm_head, last)
     return moves
 
 
@@ -51,136 +55,225 @@ def axis_size(axis: str, spec: ModelSpec) -> int:
         "hidden": spec.hidden_size,
         "heads": spec.num_heads * spec.head_size,
         "kv_heads": spec.num_kv_heads * spec.head_size,
+        "head": spec.head_size,
         "mlp": spec.intermediate_size,
+        "expert": spec.expert_size,
+        "shared": spec.shared_expert_size,
+        "experts": spec.num_experts,
+        "one": 1,
+        "positions": spec.max_position_embeddings,
         "vocab": spec.vocab_size,
         "vocab_tp": spec.vocab_size,
     }[axis]
 
 
-def shard_range(axis: str, spec: ModelSpec, tp_size: int, tp_rank: int) -> Range:
+def shard_range(axis: str, spec: ModelSpec, parallel: Parallel, tp_rank: int) -> Range:
     """The features of `axis` that `tp_rank` holds."""
     size = axis_size(axis, spec)
     if axis not in SHARDED_AXES:
         return (0, size)
     if axis == "kv_heads":
-        heads_per_rank = max(spec.num_kv_heads // tp_size, 1)
-        first_head = tp_rank * spec.num_kv_heads // tp_size  # ranks that share a head get the same one
+        heads_per_rank = max(spec.num_kv_heads // parallel.tp_size, 1)
+        first_head = tp_rank * spec.num_kv_heads // parallel.tp_size  # ranks that share a head get the same one
         return (first_head * spec.head_size, (first_head + heads_per_rank) * spec.head_size)
-    width = -(-size // tp_size)  # only the vocabulary does not divide: the last rank is padded
-    return (tp_rank * width, (tp_rank + 1) * width)
+    num_shards, shard = parallel.tp_size, tp_rank
+    if axis == "expert":
+        num_shards, shard = parallel.moe_tp_size, tp_rank // parallel.moe_ep_size
+    width = -(-size // num_shards)  # only the vocabulary does not divide: the last rank is padded
+    return (shard * width, (shard + 1) * width)
 
 
-def _rule_violations(spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> list[str]:
+def _rule_violations(row: Architecture, spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> list[str]:
     tp, problems = parallel.tp_size, []
     if spec.num_heads % tp:
         problems.append(f"num_attention_heads {spec.num_heads} is not a multiple of tp {tp}")
     if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
         problems.append(f"num_key_value_heads {spec.num_kv_heads} and tp {tp}: neither is a multiple of the other")
-    if spec.intermediate_size % tp:
-        problems.append(f"intermediate_size {spec.intermediate_size} is not a multiple of tp {tp}")
+    modules = [module for module in row.layer if any(module.when(spec, layer) for layer in range(spec.num_layers))]
+    used = {axis for module in modules for source in module.sources for axis in source.axes}
+    for axis, name in (("mlp", "intermediate_size"), ("shared", "shared_expert_intermediate_size")):
+        if axis in used and axis_size(axis, spec) % tp:
+            problems.append(f"{name} {axis_size(axis, spec)} is not a multiple of tp {tp}")
+    if "expert" in used and spec.expert_size % parallel.moe_tp_size:
+        problems.append(f"moe_intermediate_size {spec.expert_size} is not a multiple of MoE tp {parallel.moe_tp_size}")
+    if spec.num_experts % parallel.moe_ep_size:
+        problems.append(f"num_experts {spec.num_experts} is not a multiple of moe_ep_size {parallel.moe_ep_size}")
+    if parallel.moe_ep_size > 1 and not spec.num_experts:
+        problems.append(f"moe_ep_size is {parallel.moe_ep_size}, but the model has no experts")
+    if row.shards_embedding and spec.vocab_size % tp:
+        problems.append(
+            f"vocab_size {spec.vocab_size} is not a multiple of tp {tp}, and {row.trtllm} splits its embedding"
+        )
     if parallel.pp_size > spec.num_layers:
         problems.append(f"pp {parallel.pp_size} exceeds num_hidden_layers {spec.num_layers}")
-    if quant.size_multiple > 1:
-        multiple = quant.size_multiple * tp
-        for module in ARCHITECTURES[spec.architecture].layer:
-            if not module.is_quantized or module.in_ is None:
-                continue
-            sizes = {"out": sum(_module_size(axis, spec, tp) for axis in module.out), "in": axis_size(module.in_, spec)}
-            problems += [
-                f"{module.name}: {side} size {size} is not a multiple of {multiple}"
-                f" ({quant.size_multiple} x tp {tp}), as {quant.name} kernels need"
-                for side, size in sizes.items()
-                if size % multiple
-            ]
+    if parallel.pp_size > 1 and not row.has_pipeline:
+        problems.append(f"pp is {parallel.pp_size}, but {row.trtllm} has no pipeline parallelism in TensorRT-LLM")
+    if quant.needs_calibration and "expert" in used:
+        problems.append(f"{quant.name} cannot quantize experts yet, and they are most of the model; use none or int8")
+    problems += [problem for module in modules for problem in _size_violations(module, spec, quant, parallel)]
     return problems
 
 
-def _module_size(axis: str, spec: ModelSpec, tp_size: int) -> int:
-    """The size TensorRT-LLM gives a layer's axis before it splits it: repeated KV heads count."""
-    if axis == "kv_heads":
-        return max(spec.num_kv_heads, tp_size) * spec.head_size
-    return axis_size(axis, spec)
-
-
-def _module_moves(
-    module: Module,
-    spec: ModelSpec,
-    quant: QuantFormat | None,
-    parallel: Parallel,
-    pp_rank: int,
-    layer: int | None = None,
-    local_layer: int | None = None,
-    prefix: str = "",
-) -> Iterator[Move]:
-    name = module.name if layer is None else f"transformer.layers.{layer}.{module.name}"
-    stored_name = module.name if layer is None else f"transformer.layers.{local_layer}.{module.name}"
-    out_sizes = [axis_size(axis, spec) for axis in module.out]
-    in_size = None if module.in_ is None else axis_size(module.in_, spec)
-    is_quantized = quant is not None and module.is_quantized and not quant.is_stored_plain
-    tensors = quant.tensors if quant is not None and is_quantized else _PLAIN
-    outputs = [
-        _output(tensor, stored_name, module, spec, parallel, pp_rank, tp_rank)
-        for tensor in tensors
-        for tp_rank in range(parallel.tp_size)
-    ]
-    yield Move(
-        module=name,
-        layer=layer,
-        sources=tuple(f"{prefix}{source}.weight" for source in module.sources),
-        source_shapes=tuple((size,) if in_size is None else (size, in_size) for size in out_sizes),
-        outputs=tuple(outputs),
-        format=quant if is_quantized else None,
-        input=module.input,
+def _size_violations(module: Module, spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> Iterator[str]:
+    """The kernels' rule on both sides of a quantized layer."""
+    if quant.size_multiple == 1 or not module.is_quantized or module.in_ is None:
+        return
+    tp = parallel.tp_size
+    multiple = quant.size_multiple * tp
+    out = sum(
+        # the size TensorRT-LLM gives the layer before it splits it: repeated KV heads count
+        max(spec.num_kv_heads, tp) * spec.head_size if axis == "kv_heads" else axis_size(axis, spec)
+        for source in module.sources
+        for axis in source.axes
     )
-    if module.has_bias(spec):
-        bias = StoredTensor(name="bias", dtype="model", out_axis=(0, 1))
+    for side, size in (("out", out), ("in", axis_size(module.in_, spec))):
+        if size % multiple:
+            yield (
+                f"{module.name}: {side} size {size} is not a multiple of {multiple}"
+                f" ({quant.size_multiple} x tp {tp}), as {quant.name} kernels need"
+            )
+
+
+class _Planner:
+    """What stays the same over all modules of one plan."""
+
+    def __init__(self, row: Architecture, spec: ModelSpec, quant: QuantFormat, parallel: Parallel):
+        self.row, self.spec, self.quant, self.parallel = row, spec, quant, parallel
+
+    def outside(self, module: Module, pp_rank: int) -> list[Move]:
+        """The moves of a module before or after the layers."""
+        return list(self._moves(module, pp_rank, None, module.name, module.name, ""))
+
+    def layer(self, layer: int, local_layer: int, pp_rank: int) -> list[Move]:
+        prefix = self.row.layer_prefix.format(layer=layer)
+        moves: list[Move] = []
+        for module in self.row.layer:
+            if module.when(self.spec, layer):
+                name = f"transformer.layers.{layer}.{module.name}"
+                stored_name = f"transformer.layers.{local_layer}.{module.name}"
+                moves += self._moves(module, pp_rank, layer, name, stored_name, prefix)
+        return moves
+
+    def _moves(
+        self, module: Module, pp_rank: int, layer: int | None, name: str, stored_name: str, prefix: str
+    ) -> Iterator[Move]:
+        sources = self._sources(module)
+        rows = [sum(axis_size(axis, self.spec) for axis in source.axes) for source in sources]
+        columns = () if module.in_ is None else (axis_size(module.in_, self.spec),)
+        is_quantized = module.is_quantized and not self.quant.is_stored_plain
         yield Move(
-            module=f"{name}.bias",
+            module=name,
             layer=layer,
-            sources=tuple(f"{prefix}{source}.bias" for source in module.sources),
-            source_shapes=tuple((size,) for size in out_sizes),
-            outputs=tuple(
-                _output(bias, stored_name, module, spec, parallel, pp_rank, tp_rank)
-                for tp_rank in range(parallel.tp_size)
+            sources=tuple(f"{prefix}{source.name}.weight" for source in sources),
+            source_shapes=tuple(
+                (*columns, count) if module.transform == "transpose" else (count, *columns) for count in rows
             ),
+            source_rows=tuple(rows),
+            outputs=self._outputs(module, stored_name, self.quant.tensors if is_quantized else _PLAIN, pp_rank),
+            transform=module.transform,
+            format=self.quant if is_quantized else None,
+            input=module.input,
+        )
+        if module.bias(self.spec):
+            yield Move(
+                module=f"{name}.bias",
+                layer=layer,
+                sources=tuple(f"{prefix}{source.name}.bias" for source in sources),
+                source_shapes=tuple((count,) for count in rows),
+                source_rows=tuple(rows),
+                outputs=self._outputs(module, stored_name, _BIAS, pp_rank),
+            )
+
+    def _sources(self, module: Module) -> list[Source]:
+        """The module's sources; those of experts once per expert."""
+        if not any("{expert}" in source.name for source in module.sources):
+            return list(module.sources)
+        return [
+            Source(source.name.format(expert=expert), source.axes)
+            for expert in range(self.spec.num_experts)
+            for source in module.sources
+        ]
+
+    def _outputs(
+        self, module: Module, stored_name: str, tensors: tuple[StoredTensor, ...], pp_rank: int
+    ) -> tuple[Output, ...]:
+        return tuple(
+            self._output(module, stored_name, tensor, pp_rank, tp_rank)
+            for tensor in tensors
+            for tp_rank in range(self.parallel.tp_size)
         )
 
+    def _output(self, module: Module, stored_name: str, tensor: StoredTensor, pp_rank: int, tp_rank: int) -> Output:
+        """Where the axes of `tensor` lie decides which of its two dimensions the rank's out and in features cut."""
+        cuts: dict[int, tuple[Range, ...]] = {}
+        leading: tuple[int, ...] = ()
+        if tensor.out_axis is not None:
+            position, unit = tensor.out_axis
+            ranges = self._row_ranges(module, tp_rank)
+            cuts[position] = _joined([(start // unit, stop // unit) for start, stop in ranges])
+            if any("{expert}" in source.name for source in module.sources):
+                leading = (self.spec.num_experts // self.parallel.moe_ep_size,)
+        if tensor.in_axis is not None and module.in_ is not None:
+            position, unit = tensor.in_axis
+            start, stop = shard_range(module.in_, self.spec, self.parallel, tp_rank)
+            cuts[position] = ((start // unit, stop // unit),)
+        rows = cuts.get(0, ((0, 1),))
+        columns = cuts[1][0] if 1 in cuts else None
+        num_rows = sum(stop - start for start, stop in rows)
+        return Output(
+            rank=self.parallel.rank(pp_rank, tp_rank),
+            name=f"{stored_name}.{tensor.name}",
+            part=tensor.name,
+            dtype="F32" if module.transform == "float32" else tensor.dtype,
+            shape=(
+                *leading,
+                num_rows // math.prod(leading),
+                *(() if columns is None else (columns[1] - columns[0],)),
+            ),
+            rows=rows,
+            columns=columns,
+            is_zero=tensor.name == "bias" and module.is_bias_on_first_rank_only and tp_rank > 0,
+        )
 
-def _output(
-    tensor: StoredTensor,
-    stored_name: str,
-    module: Module,
-    spec: ModelSpec,
-    parallel: Parallel,
-    pp_rank: int,
-    tp_rank: int,
-) -> Output:
-    """Where the axes of `tensor` lie decides which of its two dimensions the rank's out and in features cut."""
-    out_ranges, offset = [], 0
-    for axis in module.out:
-        start, stop = shard_range(axis, spec, parallel.tp_size, tp_rank)
-        out_ranges.append((offset + start, offset + stop))
-        offset += axis_size(axis, spec)
-    cuts: dict[int, tuple[Range, ...]] = {}
-    if tensor.out_axis is not None:
-        position, unit = tensor.out_axis
-        cuts[position] = _joined([(start // unit, stop // unit) for start, stop in out_ranges])
-    if tensor.in_axis is not None and module.in_ is not None:
-        position, unit = tensor.in_axis
-        start, stop = shard_range(module.in_, spec, parallel.tp_size, tp_rank)
-        cuts[position] = ((start // unit, stop // unit),)
-    rows = cuts.get(0, ((0, 1),))
-    columns = cuts[1][0] if 1 in cuts else None
-    num_rows = sum(stop - start for start, stop in rows)
-    return Output(
-        rank=parallel.rank(pp_rank, tp_rank),
-        name=f"{stored_name}.{tensor.name}",
-        part=tensor.name,
-        dtype=tensor.dtype,
-        shape=(num_rows,) if columns is None else (num_rows, columns[1] - columns[0]),
-        rows=rows,
-        columns=columns,
-    )
+    def _row_ranges(self, module: Module, tp_rank: int) -> list[Range]:
+        """The source rows that `tp_rank` stores, in the order in which it stores them."""
+        if module.is_interleaved:
+            return self._interleaved_ranges(tp_rank)
+        axes = [axis for source in module.sources for axis in source.axes]
+        starts = [sum(axis_size(axis, self.spec) for axis in axes[:index]) for index in range(len(axes))]
+        per_expert = sum(axis_size(axis, self.spec) for axis in axes)
+        ranges = []
+        for expert in self._experts(module, tp_rank):
+            for index in module.order or range(len(axes)):
+                start, stop = shard_range(self._sharding(axes[index]), self.spec, self.parallel, tp_rank)
+                offset = expert * per_expert + starts[index]
+                ranges.append((offset + start, offset + stop))
+        return ranges
+
+    def _sharding(self, axis: str) -> str:
+        return "vocab_tp" if axis == "vocab" and self.row.shards_embedding else axis
+
+    def _experts(self, module: Module, tp_rank: int) -> range:
+        """The experts of this rank; one pseudo-expert for modules without."""
+        if not any("{expert}" in source.name for source in module.sources):
+            return range(1)
+        per_rank = self.spec.num_experts // self.parallel.moe_ep_size
+        ep_rank = tp_rank % self.parallel.moe_ep_size
+        return range(ep_rank * per_rank, (ep_rank + 1) * per_rank)
+
+    def _interleaved_ranges(self, tp_rank: int) -> list[Range]:
+        """From rows grouped per KV head (its queries, its key, its value) to all queries, all keys, all values."""
+        size, per_group = self.spec.head_size, self.spec.num_heads // self.spec.num_kv_heads
+        group_rows = (per_group + 2) * size
+
+        def heads(axis: str) -> range:
+            start, stop = shard_range(axis, self.spec, self.parallel, tp_rank)
+            return range(start // size, stop // size)
+
+        starts = [head // per_group * group_rows + head % per_group * size for head in heads("heads")]
+        starts += [head * group_rows + per_group * size for head in heads("kv_heads")]
+        starts += [head * group_rows + (per_group + 1) * size for head in heads("kv_heads")]
+        return [(start, start + size) for start in starts]
 
 
 def _joined(ranges: list[Range]) -> tuple[Range, ...]:

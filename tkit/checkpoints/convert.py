@@ -17,7 +17,7 @@ import numpy as np
 
 from tkit.checkpoints.rank_file import RankFile, layout
 from tkit.checkpoints.reader import TensorFiles
-from tkit.checkpoints.tensors import FLOAT_DTYPES, SAFETENSORS_DTYPE, cast, count_nonfinite, raw_dtype
+from tkit.checkpoints.tensors import FLOAT_DTYPES, SAFETENSORS_DTYPE, cast, count_nonfinite, raw_dtype, transformed
 from tkit.errors import InputError
 from tkit.specs.moves import Move, Output
 from tkit.specs.progress import Progress
@@ -135,8 +135,9 @@ def _write_step(
         raws = [sources[name] if name in sources else read(name) for name in move.sources]
         if quantizer is not None and move.module == "transformer.vocab_embedding":
             quantizer.embedding(raws[0])
+        stacked = [transformed(raw, dtype, move.transform) for raw, dtype in raws]
         for output in move.outputs:
-            files[output.rank].write(output.name, take([raw for raw, _ in raws], output, raws[0][1]))
+            files[output.rank].write(output.name, take([raw for raw, _ in stacked], output, stacked[0][1]))
 
 
 def take(stacked: Sequence[np.ndarray], output: Output, dtype: str) -> Iterator[np.ndarray]:
@@ -144,6 +145,9 @@ def take(stacked: Sequence[np.ndarray], output: Output, dtype: str) -> Iterator[
 
     Rows past the end are zeros (vocabulary padding).
     """
+    if output.is_zero:
+        yield np.zeros(output.shape, raw_dtype(dtype))
+        return
     for start, stop in output.rows:
         offset = 0
         for array in stacked:

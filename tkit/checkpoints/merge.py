@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tkit.checkpoints.reader import TensorFiles
-from tkit.checkpoints.tensors import raw_dtype
+from tkit.checkpoints.tensors import raw_dtype, untransformed
 from tkit.errors import InputError
 from tkit.specs.moves import Move
 
@@ -37,10 +37,12 @@ def merge(files: TensorFiles, moves: Sequence[Move]) -> Iterator[tuple[Move, dic
         yield move, {part: _whole(files, move, part) for part in dict.fromkeys(output.part for output in move.outputs)}
 
 
-def split_sources(whole: np.ndarray, move: Move) -> dict[str, np.ndarray]:
-    """{Hugging Face name: rows} of a whole plain tensor, in the order in which the sources were stacked."""
-    starts = np.cumsum([shape[0] for shape in move.source_shapes])[:-1]
-    return dict(zip(move.sources, np.split(whole, starts), strict=True))
+def split_sources(whole: np.ndarray, dtype: str, move: Move, target: str) -> dict[str, np.ndarray]:
+    """{Hugging Face name: bits of dtype `target`} of a whole plain tensor, the move's transform undone."""
+    parts = np.split(whole, np.cumsum(move.source_rows)[:-1])
+    return {
+        name: untransformed(part, dtype, move.transform, target) for name, part in zip(move.sources, parts, strict=True)
+    }
 
 
 def _shape(files: TensorFiles, rank: int, name: str) -> tuple[int, ...] | None:
@@ -49,7 +51,7 @@ def _shape(files: TensorFiles, rank: int, name: str) -> tuple[int, ...] | None:
 
 
 def _whole(files: TensorFiles, move: Move, part: str) -> tuple[np.ndarray, str]:
-    outputs = [output for output in move.outputs if output.part == part]
+    outputs = [output for output in move.outputs if output.part == part and not output.is_zero]
     num_rows = max(stop for output in outputs for _, stop in output.rows)
     first = outputs[0]
     shape: tuple[int, ...] = (num_rows,)
@@ -59,6 +61,8 @@ def _whole(files: TensorFiles, move: Move, part: str) -> tuple[np.ndarray, str]:
     whole = np.empty(shape, raw_dtype(dtype))
     for output in outputs:
         raw, position = files.read(f"{output.rank}/{output.name}"), 0
+        if output.columns is not None:
+            raw = raw.reshape(-1, raw.shape[-1])  # experts lie behind one another
         for start, stop in output.rows:
             rows = raw[position : position + stop - start]
             if output.columns is None:
@@ -66,6 +70,6 @@ def _whole(files: TensorFiles, move: Move, part: str) -> tuple[np.ndarray, str]:
             else:
                 whole[start:stop, output.columns[0] : output.columns[1]] = rows
             position += stop - start
-    if part == "weight" and move.format is None:
-        whole = whole[: sum(shape[0] for shape in move.source_shapes)]
+    if move.format is None:
+        whole = whole[: sum(move.source_rows)]
     return whole, dtype

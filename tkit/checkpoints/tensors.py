@@ -48,6 +48,27 @@ def cast(raw: np.ndarray, dtype: str, target: str) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+def transformed(raw: np.ndarray, dtype: str, transform: str | None) -> tuple[np.ndarray, str]:
+    """A source tensor as its move stacks it, and its dtype then. Elementwise results are rounded once, from float32."""
+    if transform is None:
+        return raw, dtype
+    if transform == "transpose":
+        return raw.T, dtype
+    if transform == "float32":
+        return cast(raw, dtype, "F32"), "F32"
+    assert transform == "add_one", transform
+    return cast((to_float32(raw, dtype) + np.float32(1)).view(np.uint32), "F32", dtype), dtype
+
+
+def untransformed(raw: np.ndarray, dtype: str, transform: str | None, target: str) -> np.ndarray:
+    """The way back, in dtype `target`. After add_one the last bits of small values are gone: 1 + w was rounded."""
+    if transform == "transpose":
+        return np.ascontiguousarray(raw.T)
+    if transform == "add_one":
+        return cast((to_float32(raw, dtype) - np.float32(1)).view(np.uint32), "F32", target)
+    return cast(raw, dtype, target)
+
+
 def count_nonfinite(raw: np.ndarray, dtype: str) -> int:
     """How many values are NaN or infinite: their exponent bits are all ones."""
     exponent = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}.get(dtype)

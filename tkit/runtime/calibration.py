@@ -62,7 +62,7 @@ class CalibratedQuantizer:
         for input_name in dict.fromkeys(move.input for move in moves):
             group = [move for move in moves if move.input == input_name]
             stacked = {
-                move.module: torch.cat([weights[name.removeprefix(prefix)] for name in move.sources]).float()
+                move.module: torch.cat([_as_linear(weights[name.removeprefix(prefix)], move) for name in move.sources])
                 for move in group
             }
             assert group[0].format is not None
@@ -89,6 +89,11 @@ class CalibratedQuantizer:
         for hook in hooks:
             hook.remove()
         return statistics
+
+
+def _as_linear(weight: torch.Tensor, move: Move) -> torch.Tensor:
+    """(out, in) float32."""
+    return (weight.T if move.transform == "transpose" else weight).float()
 
 
 def calibration_tokens(file: Path, tokenizer: Tokenizer, num_samples: int, length: int, seed: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from tkit.architectures.config import hf_config, spec_from_trtllm
+from tkit.architectures.config import hf_config, parallel_from_trtllm, spec_from_trtllm
 from tkit.architectures.moves import plan_moves
 from tkit.checkpoints.merge import merge
 from tkit.checkpoints.reader import open_ranks
@@ -24,7 +24,6 @@ from tkit.quantize.table import DEQUANTIZE
 from tkit.runtime.bits import to_torch
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
-from tkit.specs.parallel import Parallel
 from tkit.specs.quantization import QUANT_FORMATS, QuantFormat
 
 
@@ -43,7 +42,7 @@ def load_model(engine_dir: Path, device: str = "auto") -> tuple[PreTrainedModel,
     device = pick_device(device)
     config = read_json(engine_dir / "checkpoint" / "config.json")
     spec, quant = spec_from_trtllm(config), quant_of(config)
-    parallel = Parallel(tp_size=config["mapping"]["tp_size"], pp_size=config["mapping"]["pp_size"])
+    parallel = parallel_from_trtllm(config)
     dtype = torch.float32 if device == "cpu" else getattr(torch, spec.dtype)
     weights: dict[str, torch.Tensor] = {}
     input_scales: dict[str, torch.Tensor] = {}
@@ -89,8 +88,10 @@ def _hugging_face_weights(
         whole = int8.rounded(stored["weight"])
     else:
         whole = stored["weight"]
-    sizes = [shape[0] for shape in move.source_shapes]
-    return dict(zip(move.sources, (part.to(dtype) for part in whole.split(sizes)), strict=True))
+    if move.transform == "add_one":
+        whole = whole.float() - 1
+    parts = [part.T if move.transform == "transpose" else part for part in whole.split(list(move.source_rows))]
+    return dict(zip(move.sources, (part.to(dtype).contiguous() for part in parts), strict=True))
 
 
 def _fp8_input(scale: torch.Tensor) -> Any:

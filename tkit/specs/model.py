@@ -32,6 +32,10 @@ class ModelSpec:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    num_experts: int = 0  # 0 = a dense model
+    experts_per_token: int = 0
+    expert_size: int = 0  # intermediate size of one expert
+    shared_expert_size: int = 0
     extras: Mapping[str, Any] = field(default_factory=dict)  # fields only one family has, under their HF names
 
     def __post_init__(self) -> None:
@@ -40,6 +44,8 @@ class ModelSpec:
                      "vocab_size", "max_position_embeddings"):  # fmt: skip
             if getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            problems.append(f"experts_per_token is {self.experts_per_token}, expected 1 to {self.num_experts}")
         if self.dtype not in DTYPES:
             problems.append(f'dtype is "{self.dtype}", expected one of {", ".join(DTYPES)}')
         if self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads:

@@ -27,6 +27,7 @@ class Output:
     shape: tuple[int, ...]
     rows: tuple[Range, ...]
     columns: Range | None = None
+    is_zero: bool = False  # zeros of that shape instead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,9 @@ class Move:
     module: str  # with the global layer index: transformer.layers.7.attention.qkv
     layer: int | None
     sources: tuple[str, ...]
-    source_shapes: tuple[tuple[int, ...], ...]
+    source_shapes: tuple[tuple[int, ...], ...]  # as they lie in the source files
+    source_rows: tuple[int, ...]  # as they are stacked, after `transform`
     outputs: tuple[Output, ...]
+    transform: str | None = None  # add_one | transpose | float32, applied to every source
     format: QuantFormat | None = None
     input: str | None = None

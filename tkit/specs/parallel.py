@@ -11,19 +11,26 @@ from tkit.errors import InputError
 class Parallel:
     tp_size: int = 1
     pp_size: int = 1
+    moe_ep_size: int = 1  # of the tp ranks, how many hold different experts; the others split each expert
 
     def __post_init__(self) -> None:
         problems = [
             f"{name} is {value}, expected at least 1"
-            for name, value in (("tp_size", self.tp_size), ("pp_size", self.pp_size))
-            if value < 1
+            for name in ("tp_size", "pp_size", "moe_ep_size")
+            if (value := getattr(self, name)) < 1
         ]
+        if not problems and self.tp_size % self.moe_ep_size:
+            problems.append(f"tp_size {self.tp_size} is not a multiple of moe_ep_size {self.moe_ep_size}")
         if problems:
             raise InputError("impossible parallel layout", problems=problems)
 
     @property
     def world_size(self) -> int:
         return self.tp_size * self.pp_size
+
+    @property
+    def moe_tp_size(self) -> int:
+        return self.tp_size // self.moe_ep_size
 
     def rank(self, pp_rank: int, tp_rank: int) -> int:
         return pp_rank * self.tp_size + tp_rank
