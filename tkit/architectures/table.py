@@ -20,7 +20,7 @@ Adding a model of a known family is one row in ARCHITECTURES.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tkit.specs.model import ModelSpec
@@ -91,6 +91,7 @@ def is_dense_layer(spec: ModelSpec, layer: int) -> bool:
 
 # fmt: off
 QKV = {"self_attn.q_proj": "heads", "self_attn.k_proj": "kv_heads", "self_attn.v_proj": "kv_heads"}
+FUSED_QKV = ("heads", "kv_heads", "kv_heads")
 O_PROJ = {"self_attn.o_proj": "hidden"}
 # TensorRT-LLM applies the activation to fc and multiplies by gate: its fc is Hugging Face's gate_proj
 GATED_MLP = (
@@ -98,7 +99,10 @@ GATED_MLP = (
     linear("mlp.gate", {"mlp.up_proj":   "mlp"},    "hidden", "mlp",      bias=mlp_bias),
     linear("mlp.proj", {"mlp.down_proj": "hidden"}, "mlp",    "mlp.proj", bias=mlp_bias),
 )
-QK_NORMS = (norm("attention.q_layernorm", "self_attn.q_norm", "head"), norm("attention.k_layernorm", "self_attn.k_norm", "head"))
+QK_NORMS = (
+    norm("attention.q_layernorm", "self_attn.q_norm", "head"),
+    norm("attention.k_layernorm", "self_attn.k_norm", "head"),
+)
 
 LLAMA_LAYER = (
     norm("input_layernorm", "input_layernorm"),
@@ -141,7 +145,7 @@ QWEN_SHARED_EXPERT = (
            when=is_moe_layer),
     Module("mlp.shared_expert_gate", (Source("mlp.shared_expert_gate", ("one",)),), "hidden", when=is_moe_layer),
 )
-DENSE_MLP = tuple(Module(**{**module.__dict__, "when": is_dense_layer}) for module in GATED_MLP)
+DENSE_MLP = tuple(replace(module, when=is_dense_layer) for module in GATED_MLP)
 MIXTRAL_LAYER = (
     *LLAMA_LAYER[:4],
     *moe("block_sparse_moe.gate", "block_sparse_moe.experts.{expert}.w1", "block_sparse_moe.experts.{expert}.w3",
@@ -167,11 +171,12 @@ GEMMA2_LAYER = (
 )
 GEMMA3_LAYER = (
     *GEMMA2_LAYER,
-    gemma_norm("attention.q_layernorm", "self_attn.q_norm", "head"), gemma_norm("attention.k_layernorm", "self_attn.k_norm", "head"),
+    gemma_norm("attention.q_layernorm", "self_attn.q_norm", "head"),
+    gemma_norm("attention.k_layernorm", "self_attn.k_norm", "head"),
 )
 PHI3_LAYER = (
     norm("input_layernorm", "input_layernorm"),
-    linear("attention.qkv", {"self_attn.qkv_proj": ("heads", "kv_heads", "kv_heads")}, "hidden", "attention"),
+    linear("attention.qkv", {"self_attn.qkv_proj": FUSED_QKV}, "hidden", "attention"),
     linear("attention.dense", O_PROJ, "heads", "attention.dense"),
     norm("post_layernorm", "post_attention_layernorm"),
     # one fused layer: the rank's own halves are swapped, because swiglu activates the second
@@ -180,7 +185,7 @@ PHI3_LAYER = (
 )
 GPT2_LAYER = (  # Conv1D stores (in, out)
     norm("input_layernorm", "ln_1", bias=always),
-    linear("attention.qkv", {"attn.c_attn": ("heads", "kv_heads", "kv_heads")}, "hidden", "attention", bias=always, transform="transpose"),
+    linear("attention.qkv", {"attn.c_attn": FUSED_QKV}, "hidden", "attention", bias=always, transform="transpose"),
     linear("attention.dense", {"attn.c_proj": "hidden"}, "heads", "attention.dense", bias=always, transform="transpose"),
     norm("post_layernorm", "ln_2", bias=always),
     linear("mlp.fc", {"mlp.c_fc": "mlp"}, "hidden", "mlp", bias=always, transform="transpose"),
@@ -188,7 +193,8 @@ GPT2_LAYER = (  # Conv1D stores (in, out)
 )
 GPTJ_LAYER = (
     norm("input_layernorm", "ln_1", bias=always),
-    linear("attention.qkv", {"attn.q_proj": "heads", "attn.k_proj": "kv_heads", "attn.v_proj": "kv_heads"}, "hidden", "attention"),
+    linear("attention.qkv", {"attn.q_proj": "heads", "attn.k_proj": "kv_heads", "attn.v_proj": "kv_heads"},
+           "hidden", "attention"),
     linear("attention.dense", {"attn.out_proj": "hidden"}, "heads", "attention.dense"),
     linear("mlp.fc", {"mlp.fc_in": "mlp"}, "hidden", "mlp", bias=always),
     linear("mlp.proj", {"mlp.fc_out": "hidden"}, "mlp", "mlp.proj", bias=always, is_bias_on_first_rank_only=True),
@@ -215,7 +221,7 @@ FALCON_LAYER = (
     norm("input_layernorm", "ln_attn", bias=always, when=has_two_falcon_norms),
     norm("mlp_layernorm", "ln_mlp", bias=always, when=has_two_falcon_norms),
     norm("input_layernorm", "input_layernorm", bias=always, when=has_one_falcon_norm),
-    linear("attention.qkv", {"self_attention.query_key_value": ("heads", "kv_heads", "kv_heads")}, "hidden", "attention",
+    linear("attention.qkv", {"self_attention.query_key_value": FUSED_QKV}, "hidden", "attention",
            bias=falcon_bias, is_interleaved=True),
     linear("attention.dense", {"self_attention.dense": "hidden"}, "heads", "attention.dense", bias=falcon_bias),
     norm("post_layernorm", "post_attention_layernorm", bias=always, when=is_sequential_falcon),
