@@ -82,6 +82,12 @@ TOKENIZERS = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """These models are too small for two, and two spin when the machine does anything else."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", params=TOKENIZERS)
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     """Each kind in turn."""
@@ -115,8 +121,9 @@ def make_model() -> Callable[..., PreTrainedModel]:
             "initializer_range": 0.2,  # large enough that logits differ from token to token
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
         }  # fmt: skip
+        attention = overrides.pop("attn_implementation", "sdpa")
         config = config_class(**{**sizes, **overrides})
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
     return make
 

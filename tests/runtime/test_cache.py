@@ -83,6 +83,16 @@ def test_an_allocation_that_fails_half_way_leaves_a_cache_that_works(monkeypatch
     assert stored(cache, 0, 2) == [5, 6]
 
 
+def test_a_new_layout_that_fails_half_way_promises_only_what_every_layer_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = SlotCache(num_layers=1, max_rows=8, budget_tokens=1024)
+    write(cache, 0, [list(range(1000))], 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.layers[0], "resize", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            cache.reserve(8, 128)
+    assert (cache.num_rows, cache.length) == (1, 128)
+
+
 def test_moved_rows_arrive_and_cleared_rows_are_zero() -> None:
     cache = SlotCache(num_layers=1, max_rows=2, budget_tokens=512)
     write(cache, 0, [[0, 1, 2]], float("nan"))

@@ -106,7 +106,7 @@ def test_log_probs_are_of_the_models_own_distribution() -> None:
     logits = random_logits(3)
     asks = {"return_log_probs": True}
     samplers = [
-        sampler(temperature=0.1, top_k=5, repetition_penalty=2.0, prompt_ids=[1], **asks),
+        sampler(temperature=0.1, top_k=5, repetition_penalty=2.0, prompt_ids=list(range(500)), **asks),
         sampler(),
         sampler(temperature=0, **asks),
     ]

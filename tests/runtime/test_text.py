@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from tkit.runtime.text import Decoder, TextStream, decode
+from tkit.runtime.text import Decoder, TextStream
 
 PROMPT = "The king said"
 MIXED = "A smile 😀 and a wave 👋🏽,  then 日本語 café\n\n\t👨‍👩‍👧  the end"
@@ -28,7 +28,8 @@ def deltas(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int], stop_wo
 def behind_prompt(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int]) -> str:
     """The truth: everything decoded at once."""
     prompt_ids = tokenizer.encode(PROMPT)
-    return decode(tokenizer, [*prompt_ids, *token_ids])[len(decode(tokenizer, prompt_ids)) :]
+    prompt = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    return tokenizer.decode([*prompt_ids, *token_ids], skip_special_tokens=True)[len(prompt) :]
 
 
 def output_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -165,7 +166,14 @@ def test_text_waits_only_while_it_may_be_a_stop_word(byte_level: PreTrainedToken
     assert (stream.feed(4), stream.feed(5), stream.is_stopped, stream.flush()) == ("", "", True, "")
 
 
-def test_stop_words_before_min_tokens_are_text() -> None:
-    stream = TextStream(_Pieces(["a", "STOP", "b", "STOP", "c"]), ["STOP"], min_tokens=3)  # type: ignore[arg-type]
-    assert [stream.feed(index) for index in range(4)] == ["a", "STOP", "b", ""]
-    assert stream.is_stopped
+@pytest.mark.parametrize(("min_tokens", "num_fed"), [(0, 2), (2, 2), (3, 4), (4, 4), (5, 6)])
+def test_stop_words_before_min_tokens_are_text(min_tokens: int, num_fed: int) -> None:
+    pieces = ["a", "STOP"] * 3
+    stream = TextStream(_Pieces(pieces), ["STOP"], min_tokens)  # type: ignore[arg-type]
+    text = "".join(stream.feed(index) for index in range(num_fed))
+    assert (text, stream.is_stopped) == ("".join(pieces[: num_fed - 1]), True)
+
+
+def test_nothing_follows_a_stop_word_not_even_half_a_character() -> None:
+    stream = TextStream(_Pieces(["a STOP b\ufffd"]), ["STOP"])  # type: ignore[arg-type]
+    assert (stream.feed(0), stream.flush()) == ("a ", "")
