@@ -9,13 +9,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from tkit.checkpoints.rank_file import RankFile, layout
+from tkit.checkpoints.rank_file import RankFiles, layout
 from tkit.checkpoints.reader import TensorFiles
 from tkit.checkpoints.tensors import FLOAT_DTYPES, SAFETENSORS_DTYPE, cast, count_nonfinite, raw_dtype, transformed
 from tkit.errors import InputError
@@ -81,10 +80,12 @@ def convert(
     directory: Path,
     quantizer: LayerQuantizer | None,
     progress: Progress,
+    num_threads: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """Writes `rank{r}.safetensors` into `directory`; returns {file name: {"bytes", "sha256"}}.
 
-    Raises InputError naming every tensor that holds NaN or infinite values.
+    `num_threads` threads hash and write while this one reads and computes; the files do not depend on it. Raises
+    InputError naming every tensor that holds NaN or infinite values.
     """
     stored_dtype = SAFETENSORS_DTYPE[dtype]
     nonfinite: list[str] = []
@@ -96,11 +97,7 @@ def convert(
             nonfinite.append(f"{name}: {bad} of {raw.size} values are NaN or infinite in {dtype}")
         return raw, stored_dtype
 
-    with ExitStack() as stack:
-        files = {}
-        for rank, tensors in sorted(rank_layouts(moves, dtype).items()):
-            files[rank] = RankFile(directory / f"rank{rank}.safetensors", tensors)
-            stack.callback(files[rank].close)
+    with RankFiles(directory, rank_layouts(moves, dtype), num_threads) as files:
         steps = [list(group) for _, group in itertools.groupby(moves, key=lambda move: move.layer)]
         for index, step in enumerate(steps):
             progress.step("convert", index, len(steps))
@@ -108,13 +105,13 @@ def convert(
             if nonfinite:
                 raise InputError(f"{source.directory}: weights are not finite", problems=nonfinite)
         progress.step("convert", len(steps), len(steps))
-        return {file.path.name: {"bytes": file.num_bytes, "sha256": file.finish()} for _, file in sorted(files.items())}
+        return files.finish()
 
 
 def _write_step(
     step: Sequence[Move],
     read: Callable[[str], Raw],
-    files: Mapping[int, RankFile],
+    files: RankFiles,
     quantizer: LayerQuantizer | None,
 ) -> None:
     """Moves one decoder layer, or the modules before or after the layers."""
@@ -130,14 +127,14 @@ def _write_step(
             parts = quantized[move.module]
             for output in move.outputs:
                 raw, dtype = parts[output.part]
-                files[output.rank].write(output.name, take([raw], output, dtype))
+                files.write(output.rank, output.name, take([raw], output, dtype))
             continue
         raws = [sources[name] if name in sources else read(name) for name in move.sources]
         if quantizer is not None and move.module == "transformer.vocab_embedding":
             quantizer.embedding(raws[0])
         stacked = [transformed(raw, dtype, move.transform) for raw, dtype in raws]
         for output in move.outputs:
-            files[output.rank].write(output.name, take([raw for raw, _ in stacked], output, stacked[0][1]))
+            files.write(output.rank, output.name, take([raw for raw, _ in stacked], output, stacked[0][1]))
 
 
 def take(stacked: Sequence[np.ndarray], output: Output, dtype: str) -> Iterator[np.ndarray]:

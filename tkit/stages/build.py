@@ -33,6 +33,7 @@ from tkit.architectures.config import spec_from_hf, trtllm_config
 from tkit.architectures.moves import plan_moves
 from tkit.architectures.table import ARCHITECTURES
 from tkit.checkpoints.convert import LayerQuantizer, check_sources, checkpoint_bytes, convert, rank_layouts
+from tkit.checkpoints.load_simulation import check_load
 from tkit.checkpoints.reader import TensorFiles, open_source
 from tkit.errors import InputError
 from tkit.files import read_json, sha256_file, sync_directory, write_json
@@ -62,6 +63,7 @@ class BuildPlan:
     quant: QuantFormat
     moves: Sequence[Move]
     calib_file: Path | None
+    hash_seconds: float
 
     @property
     def config(self) -> dict[str, Any]:
@@ -106,7 +108,9 @@ def plan_build(source: ModelSource, recipe: EngineRecipe, progress: Progress) ->
         paths = files.files
     calib_file = _calibration_file(recipe) if quant.needs_calibration else None
     used = [config_path, *paths, *(source.directory / name for name in TOKENIZER_FILES)]
+    hash_started = time.monotonic()
     source_files = _digests(source.directory, [path for path in used if path.exists()], progress)
+    hash_seconds = time.monotonic() - hash_started
     inputs = {
         "backend": BACKEND,
         "tkit": __version__,
@@ -125,11 +129,18 @@ def plan_build(source: ModelSource, recipe: EngineRecipe, progress: Progress) ->
         quant=quant,
         moves=moves,
         calib_file=calib_file,
+        hash_seconds=hash_seconds,
     )
 
 
 def build(
-    plan: BuildPlan, progress: Progress, *, out: Path = ENGINES_DIR, device: str = "cpu", force: bool = False
+    plan: BuildPlan,
+    progress: Progress,
+    *,
+    out: Path = ENGINES_DIR,
+    device: str = "cpu",
+    workers: int | None = None,
+    force: bool = False,
 ) -> tuple[Path, EngineCard, bool]:
     """(engine directory, card, whether it was there already). Equal inputs give the engine that exists, unless `force`."""
     started = time.monotonic()
@@ -148,19 +159,26 @@ def build(
     work = out / f".tmp-{plan.key[:12]}-{os.getpid()}"
     try:
         (work / "checkpoint").mkdir(parents=True)
-        card = _write_engine(plan, work, device, started, progress)
+        card = _write_engine(plan, work, device, workers or os.cpu_count() or 1, started, progress)
         return target, _publish(work, target, card, force), False
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write_engine(plan: BuildPlan, work: Path, device: str, started: float, progress: Progress) -> EngineCard:
+def _write_engine(
+    plan: BuildPlan, work: Path, device: str, workers: int, started: float, progress: Progress
+) -> EngineCard:
     tokenizer = copy_tokenizer(plan.source.directory, work / "tokenizer", plan.spec.vocab_size)
     quantizer = _quantizer(plan, tokenizer, device) if plan.quant.needs_calibration else None
     write_json(work / "checkpoint" / "config.json", plan.config)
+    convert_started = time.monotonic()
     with open_source(plan.source.directory) as source:
-        converted = convert(source, plan.moves, plan.spec.dtype, work / "checkpoint", quantizer, progress)
+        converted = convert(
+            source, plan.moves, plan.spec.dtype, work / "checkpoint", quantizer, progress, num_threads=workers
+        )
         notes = _notes(plan, source)
+    convert_seconds = time.monotonic() - convert_started
+    check_load(work / "checkpoint")
     files = {f"checkpoint/{name}": facts for name, facts in converted.items()}
     for path in (work / "checkpoint" / "config.json", *sorted((work / "tokenizer").iterdir())):
         files[str(path.relative_to(work))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -193,6 +211,8 @@ def _write_engine(plan: BuildPlan, work: Path, device: str, started: float, prog
         command=_command(plan),
         build={
             "seconds": round(seconds, 3),
+            "cpu_seconds": round(time.process_time(), 3),  # of the whole command
+            "stages": {"hash source": round(plan.hash_seconds, 3), "convert": round(convert_seconds, 3)},
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "source_bytes": sum(facts["bytes"] for facts in plan.source_files.values()),
             "device": device,
