@@ -88,6 +88,7 @@ def make_run(
     repeats: int = 1,
     requests: int | None = None,
     speed: float = 1.0,
+    ttft_speed: float | None = None,
     noise: float = 0.05,
     seed: int = 0,
     has_gpu: bool = False,
@@ -104,7 +105,7 @@ def make_run(
         for level in concurrency:
             for repeat in range(1, repeats + 1):
                 count = requests or max(10 * level, 40)
-                table, gaps = simulate(generator, shape, level, count, speed, noise, error_rate)
+                table, gaps = simulate(generator, shape, level, count, (ttft_speed or speed, speed), noise, error_rate)
                 write_point(
                     directory / "points" / f"{shape.replace('/', 'x')}-c{level}-r{repeat}",
                     table,
@@ -147,9 +148,18 @@ def make_run(
 
 
 def simulate(
-    generator: np.random.Generator, shape: str, level: int, count: int, speed: float, noise: float, error_rate: float
+    generator: np.random.Generator,
+    shape: str,
+    level: int,
+    count: int,
+    speeds: tuple[float, float],
+    noise: float,
+    error_rate: float,
 ) -> tuple[dict[str, list[Any]], dict[str, list[int]]]:
-    """`level` streams, each sending its next request when the last one has ended; a warm-up of one round."""
+    """`level` streams, each sending its next request when the last one has ended; a warm-up of one round.
+
+    `speeds` scale the time to the first token and the time per token.
+    """
     isl, osl = (int(part) for part in shape.split("/"))
     free = np.zeros(level)
     rows: dict[str, list[Any]] = {name: [] for name in REQUEST_COLUMNS}
@@ -160,9 +170,9 @@ def simulate(
         drift = 0.8 * drift + generator.normal(0, 0.2 * noise)
         slot = int(free.argmin())
         sent = free[slot]
-        slow = np.exp(generator.normal(0, noise) + drift) * speed
-        ttft = (20 + 0.05 * isl + 3 * level) * slow
-        tpot = (5 + 0.35 * level) * slow
+        slow = np.exp(generator.normal(0, noise) + drift)
+        ttft = (20 + 0.05 * isl + 3 * level) * slow * speeds[0]
+        tpot = (5 + 0.35 * level) * slow * speeds[1]
         steps = tpot * generator.gamma(20, 1 / 20, size=osl - 1)
         first, last = sent + ttft, sent + ttft + steps.sum()
         failed = index >= level and generator.random() < error_rate
@@ -238,7 +248,7 @@ def write_point(
             "output_tok_s_whole": output * 0.99,
             "input_tok_s": len(good) * isl / window,
             "requests_s": len(good) / window,
-            "tok_s_user": 1000 / float(np.median(tpot)),
+            "tok_s_user": 1000 / float(np.median(tpot)) if tpot else None,
             "tok_s_gpu": output / num_gpus if num_gpus else None,
             "goodput": {
                 tier: {"requests_s": n / window, "attainment": n / len(taken), "low": 0.0, "high": 1.0}

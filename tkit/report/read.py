@@ -154,7 +154,7 @@ def newest_runs(reports_dir: Path) -> list[list[Path]]:
 def read_run(directory: Path) -> Run:
     """One run and its readable points; a run without any is an InputError that says what is wrong with them."""
     if not directory.is_dir():
-        raise InputError(f"{directory}: {'not a directory' if directory.exists() else 'no such directory'}")
+        raise InputError("not a directory" if directory.exists() else "no such directory")
     manifest, digest = read_manifest(directory)
     engine = _engine(manifest)
     points: list[Point] = []
@@ -309,6 +309,8 @@ def _read_record(cls: type[T], path: Path, schema: str) -> tuple[T, str]:
         values = _clean(read_json(path))
     except RecursionError as error:
         raise InputError(f"{path.name}: nested too deeply") from error
+    except InputError as error:
+        raise InputError(error.message.replace(str(path), path.name)) from error
     _check_schema(values, schema, path.name)
     return from_mapping(cls, values, path.name), hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -13,7 +13,7 @@ from tkit.report.tables import Entry, Table
 TONES = {"better": "▲", "worse": "▼"}
 SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
 # what GitHub turns into a link, a notification or a picture; an empty comment in between leaves the text as it is
-LIVELY = re.compile(r"(?<=[@#])(?=\w)|(?<=:)(?=//)|(?<=www)(?=\.)|(?<=:)(?=[\w+-]+:)")
+LIVELY = re.compile(r"(?<=[@#])(?=\w)|(?<=:)(?=//)|(?<=www)(?=\.)|(?<=:)(?=[a-z+-][\w+-]*:)")
 
 
 def render_markdown(comparison: Comparison, sections: Sequence[Section]) -> str:

@@ -75,7 +75,7 @@ def numbers(comparison: Comparison, runs: Runs) -> Section:
     if any(run.manifest.repeats == 1 for run in runs.values()):
         lead.append(
             f"Points measured once do not show how one run scatters against the next: their intervals assume "
-            f"{REPEAT_NOISE * 100:.0f} %. Repeat the sweep (--repeats 3) before deciding on a small difference."
+            f"{REPEAT_NOISE * 100:.1f} %. Repeat the sweep (--repeats 3) before deciding on a small difference."
         )
     lead.append(
         "Tail: the highest of p99, p95 and p90 that the requests support "

@@ -121,9 +121,7 @@ def throughput_table(comparison: Comparison, group: Group) -> Table:
         return [
             *(_estimate(comparison, level, cell, name) for name in ("output_tok_s", "tok_s_device", "tok_s_user")),
             *(_goodput(cell.goodput.get(tier)) for tier in SLO_TIERS),
-            Entry(
-                text=text.count(errors), note=f"{total}: {named}" if named else total, tone="worse" if errors else ""
-            ),
+            Entry(text=text.count(errors), note=total, aside=named, tone="invalid" if errors else ""),
         ]
 
     return _per_load(
