@@ -176,6 +176,22 @@ def test_requests_that_come_and_go_leave_the_others_tokens_alone(
         assert engine.stats().kv_budget_tokens == 1200
 
 
+@pytest.mark.parametrize("joins_at", [240, 265])
+def test_a_request_that_joins_when_the_cache_is_nearly_full_leaves_the_other_its_tokens(
+    llama: PreTrainedModel, byte_level: PreTrainedTokenizerFast, corpus: list[str], joins_at: int
+) -> None:
+    """The cache must hold both, not only what the joining one has read so far, nor only what decodes by then."""
+    first, second = request("T", 300), request(" ".join(corpus), 10)
+    num_prompt = len(byte_level.encode(second.prompt))
+    assert 100 < num_prompt <= 300 and len(byte_level.encode(first.prompt)) < 10
+    joined = Answer()
+    with Engine(llama, byte_level, prefill_chunk=4, kv_cache_bytes=2 * 384 * 768) as engine:
+        (answer,) = run(engine, first, at={joins_at: lambda _: engine.submit(second, joined)})
+        joined.wait()
+    assert answer.token_ids == generated(llama, byte_level, first.prompt, 300)
+    assert joined.token_ids == generated(llama, byte_level, second.prompt, 10)
+
+
 FAMILIES = {
     "sliding window": (MistralConfig, {"sliding_window": 16}),
     "both kinds of layers": (
@@ -443,13 +459,14 @@ def test_numbers_that_are_none_fail_their_request_and_do_not_stay_in_its_row(
     model = make_model()
     (bad_token,) = byte_level.encode("Z", add_special_tokens=False)
     model.model.embed_tokens.weight.data[bad_token] = float("nan")
-    good = request(max_tokens=20)
+    long, good = request("The king said to the people that he would go", 20), request(max_tokens=20)
     with Engine(model, byte_level) as engine:
         (alone,) = run(engine, good)
-        before, bad, after = run(engine, good, request("Zed" * 30, 50), good)
+        # The last takes the row of the one that failed, and the first makes attention look beyond its end.
+        first, bad, last = run(engine, long, request("Zed" * 30, 50), good)
         assert (bad.reason, bad.last.error) == ("error", "the model gave logits that are not numbers")
-        assert before.token_ids == after.token_ids == alone.token_ids
-        assert [answer.reason for answer in run(engine, *[good] * 4)] == ["length"] * 4
+        assert (first.reason, last.reason) == ("length", "length")
+        assert last.token_ids == alone.token_ids
 
 
 def test_a_device_that_no_longer_answers_ends_everything_and_says_so(

@@ -35,10 +35,11 @@ class SlotCache(Cache):
         return self.num_rows * self.length
 
     def reserve(self, num_rows: int, length: int) -> None:
-        """Makes room for `length` tokens in each of `num_rows` rows; keeps what the rows hold.
+        """Makes room for `length` tokens in each of `num_rows` rows; keeps what those hold, and no more is promised.
 
         Grows by doubling, so that what is copied over time stays below what is stored; near the budget to what is
-        asked and no more. The caller keeps num_rows x round_up(length) within the budget.
+        asked and no more. The caller counts every row that is in use, and keeps num_rows x round_up(length) within
+        the budget.
         """
         if num_rows <= self.num_rows and length <= self.length:
             return

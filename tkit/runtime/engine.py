@@ -303,7 +303,8 @@ class Engine:
         """Logits (rows, vocab) behind the last of `tokens` (rows, tokens), which stand at `positions` of their rows."""
         device = self.model.device
         tokens, positions = tokens.to(device), positions.to(device)
-        self._cache.reserve(len(self._scheduler.running), length)
+        running = self._scheduler.running
+        self._cache.reserve(len(running), max(length, *(request.num_cached for request in running)))
         self._cache.place(first_row, positions, length)
         output = self.model(
             input_ids=tokens,
