@@ -1,0 +1,68 @@
+"""The GPU table: `data/gpus.csv`, one row per card, each with the page its numbers come from."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import re
+from pathlib import Path
+
+from tkit.errors import InputError, did_you_mean
+from tkit.specs.hardware import Gpu
+
+TABLE = Path(__file__).with_name("data") / "gpus.csv"
+GPUS_PER_NODE = 8
+# what people type -> the card they most likely mean
+ALIASES = {
+    "a100": "A100-SXM-80", "a100-40": "A100-SXM-40", "a100-80": "A100-SXM-80", "a100-pcie": "A100-PCIe-80",
+    "h100": "H100-SXM", "h100-80": "H100-SXM", "h200": "H200-SXM", "gh200": "GH200-96", "v100": "V100-SXM2-32",
+    "4090": "RTX-4090", "5090": "RTX-5090", "rtx4090": "RTX-4090", "rtx5090": "RTX-5090",
+    "rtx-pro-6000": "RTX-PRO-6000-SE",
+}  # fmt: skip
+
+
+def find_gpu(name: str) -> Gpu:
+    """By the table's name or a usual short one, in any case. Raises InputError with the near name."""
+    gpus = gpu_table()
+    by_key = {_key(known): known for known in gpus} | {_key(alias): known for alias, known in ALIASES.items()}
+    key = _key(name)
+    if key not in by_key:
+        near = did_you_mean(name.lower(), [*(known.lower() for known in gpus), *ALIASES])
+        raise InputError(f'--gpu: unknown GPU "{name}"{near}', hint=f"known: {', '.join(gpus)}")
+    return gpus[by_key[key]]
+
+
+@functools.cache
+def gpu_table() -> dict[str, Gpu]:
+    with open(TABLE, encoding="utf-8", newline="") as file:
+        return {row["gpu"]: _gpu(row) for row in csv.DictReader(file)}
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _gpu(row: dict[str, str]) -> Gpu:
+    nvlink = float(row["nvlink_per_dir_gbs"] or 0) * 1e9
+    return Gpu(
+        name=row["gpu"],
+        arch=row["arch"],
+        sm=int(row["sm"]),
+        memory_bytes=int(float(row["memory_gb"]) * 1e9),
+        usable_bytes=int(row["usable_bytes"]),
+        bandwidth=float(row["mem_bw_gbs"]) * 1e9,
+        fp16_flops=float(row["tflops_fp16_bf16_dense"]) * 1e12,
+        fp8_flops=float(row["tflops_fp8_dense"] or 0) * 1e12,
+        int8_ops=float(row["tops_int8_dense"] or 0) * 1e12,
+        fp4_flops=float(row["tflops_fp4_dense"] or 0) * 1e12,
+        nvlink_bandwidth=nvlink,
+        nvlink_domain=_domain(row["nvlink_domain"]) if nvlink else 1,
+        pcie_bandwidth=float(row["pcie_per_dir_gbs"]) * 1e9,
+        tdp_w=float(row["tdp_w"]),
+    )
+
+
+def _domain(text: str) -> int:
+    """The largest of `8 (NVSwitch)`, `2 (bridge)`, `8-16`; a board for four without a stated size (V100) counts as 8."""
+    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    return min(max(numbers), 72) if numbers else GPUS_PER_NODE
