@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 
 import numpy as np
 import pytest
@@ -47,3 +48,66 @@ def test_an_error_of_the_caller_ends_the_threads(tmp_path):
         files.write(0, "a", [A])
         raise KeyError
     assert not any(thread.is_alive() for thread in files._threads)
+
+
+def write_steps(directory, num_steps, journal):
+    """Two files, three steps of one tensor each; returns what `finish` says when all steps are done, and the first step."""
+    layout = {name: ("F32", (2, 3)) for name in ("a", "b", "c")}
+    with RankFiles(directory, {0: layout, 1: layout}, 2, journal) as files:
+        first = files.first_step
+        for step, name in enumerate(layout):
+            if first <= step < num_steps:
+                for rank in range(2):
+                    files.write(rank, name, [A + 10 * step + rank])
+                files.end_step(step)
+        return (files.finish() if num_steps == 3 else None), first
+
+
+def cut_short(directory, num_steps, journal):
+    """Leaves what a process leaves that is killed after `num_steps`."""
+    layout = {name: ("F32", (2, 3)) for name in ("a", "b", "c")}
+    with pytest.raises(InterruptedError), RankFiles(directory, {0: layout, 1: layout}, 2, journal) as files:
+        for step, name in list(enumerate(layout))[:num_steps]:
+            for rank in range(2):
+                files.write(rank, name, [A + 10 * step + rank])
+            files.end_step(step)
+        while len(journal.read_text().splitlines()) < num_steps:
+            time.sleep(0.001)
+        raise InterruptedError
+
+
+def spoil_data(directory, journal):
+    path = directory / "rank1.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1  # inside tensor b
+    path.write_bytes(data)
+
+
+def tear_journal(directory, journal):
+    journal.write_bytes(journal.read_bytes()[:-7])
+
+
+def lose_journal(directory, journal):
+    journal.unlink()
+
+
+def lose_a_file(directory, journal):
+    (directory / "rank0.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "first_step"),
+    [(lambda *_: None, 2), (spoil_data, 1), (tear_journal, 1), (lose_journal, 0), (lose_a_file, 0)],
+)
+def test_a_killed_conversion_goes_on_where_the_files_still_hold(tmp_path, damage, first_step):
+    undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
+    undisturbed.mkdir(), resumed.mkdir()
+    expected, _ = write_steps(undisturbed, 3, undisturbed / "journal")
+    cut_short(resumed, 2, resumed / "journal")
+    damage(resumed, resumed / "journal")
+    found, first = write_steps(resumed, 3, resumed / "journal")
+    assert first == first_step
+    assert found == expected
+    for rank in range(2):
+        name = f"rank{rank}.safetensors"
+        assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes()

@@ -234,33 +234,51 @@ def test_the_command_in_the_card_builds_the_same_engine(tkit, make_llama):
     assert again == card
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_an_interrupted_build_publishes_nothing_and_the_next_one_succeeds(make_llama, tmp_path, number, exit_code):
-    command = [
-        sys.executable,
-        "-m",
-        "tkit",
-        "build",
-        str(make_llama(**WIDE)),
-        "--quant",
-        "int4_awq",
-        "--calib-samples",
-        "400",
-    ]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "engines").glob(".tmp-*/checkpoint/rank0.safetensors")):
+def wait_for_steps(process, engines, num_steps):
+    """Until a running build has that many lines in its journal."""
+    deadline = time.monotonic() + 90
+    while sum(len(path.read_text().splitlines()) for path in engines.glob(".tmp-*/journal.jsonl")) < num_steps:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_build_leaves_nothing(make_llama, tmp_path, number, exit_code):
+    command = [sys.executable, "-m", "tkit", "build", str(make_llama(**WIDE)), "--quant", "int4_awq"]
+    process = subprocess.Popen([*command, "--calib-samples", "100"], cwd=tmp_path, stderr=subprocess.PIPE)
+    wait_for_steps(process, tmp_path / "engines", 1)
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == exit_code
-    left = [path.name for path in (tmp_path / "engines").iterdir()]
-    assert all(name.startswith(".tmp-") for name in left)
-    assert bool(left) == (number == signal.SIGKILL)  # only a kill leaves its work behind
-    done = subprocess.run([*command[:-2], "--calib-samples", "2"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert [path.name for path in (tmp_path / "engines").iterdir()] == [Path(done.stdout.strip()).name]
+    assert_nothing_left(tmp_path / "engines")
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.parametrize("quant", ["none", "int4_awq"])
+def test_a_killed_build_resumes_and_ends_with_the_same_digest(tkit, make_llama, tmp_path, quant, num_steps):
+    """SIGKILL while a layer is written: the process stops itself there, so that it is hit in mid-write."""
+    options = [make_llama(**WIDE), "--quant", quant, "--calib-samples", "2", "--tp", "2"]
+    undisturbed = json.loads(tkit("build", *options, "--out", "undisturbed", "--json").stdout)
+    code = (
+        "import os, signal, sys\n"
+        "from tkit.checkpoints.rank_file import RankFile\n"
+        "append = RankFile._append\n"
+        "def dying(self, view):\n"
+        "    journal = self.path.parent.parent / 'journal.jsonl'\n"
+        f"    if journal.exists() and len(journal.read_text().splitlines()) >= {num_steps}:\n"
+        "        self._file.write(view[: len(view) // 2]); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    append(self, view)\n"
+        "RankFile._append = dying\n"
+        "from tkit.cli.main import main\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", code, "build", *map(str, options)]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == -signal.SIGKILL
+    assert not list(Path("engines").glob("[!.]*"))
+    resumed = tkit("build", *options, "--json")
+    assert resumed.exit_code == 0 and "resuming the build" in resumed.stderr
+    assert json.loads(resumed.stdout)["files"] == undisturbed["files"]
+    assert [path.name for path in Path("engines").iterdir()] == [undisturbed["name"]]
 
 
 def test_the_same_engine_built_twice_at_once_is_published_once(make_llama, tmp_path):

@@ -22,6 +22,7 @@ from tkit.specs.moves import Move, Output
 from tkit.specs.progress import Progress
 
 Raw = tuple[np.ndarray, str]  # bits and their safetensors dtype
+EMBEDDING = "transformer.vocab_embedding"
 
 
 class LayerQuantizer(Protocol):
@@ -35,6 +36,9 @@ class LayerQuantizer(Protocol):
 
         `sources` holds every tensor of the layer under its Hugging Face name.
         """
+
+    def skip(self, index: int, sources: Mapping[str, Raw]) -> None:
+        """Passes the activations through a layer that is quantized and written already."""
 
 
 def rank_layouts(moves: Sequence[Move], dtype: str) -> dict[int, dict[str, tuple[str, tuple[int, ...]]]]:
@@ -81,9 +85,11 @@ def convert(
     quantizer: LayerQuantizer | None,
     progress: Progress,
     num_threads: int = 1,
+    journal: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Writes `rank{r}.safetensors` into `directory`; returns {file name: {"bytes", "sha256"}}.
 
+    With a `journal` file, steps that an earlier, killed call finished there are not done again.
     `num_threads` threads hash and write while this one reads and computes; the files do not depend on it. Raises
     InputError naming every tensor that holds NaN or infinite values.
     """
@@ -97,15 +103,29 @@ def convert(
             nonfinite.append(f"{name}: {bad} of {raw.size} values are NaN or infinite in {dtype}")
         return raw, stored_dtype
 
-    with RankFiles(directory, rank_layouts(moves, dtype), num_threads) as files:
+    with RankFiles(directory, rank_layouts(moves, dtype), num_threads, journal) as files:
         steps = [list(group) for _, group in itertools.groupby(moves, key=lambda move: move.layer)]
         for index, step in enumerate(steps):
             progress.step("convert", index, len(steps))
+            if index < files.first_step:
+                _pass_step(step, read, quantizer)
+                continue
             _write_step(step, read, files, quantizer)
             if nonfinite:
                 raise InputError(f"{source.directory}: weights are not finite", problems=nonfinite)
+            files.end_step(index)
         progress.step("convert", len(steps), len(steps))
         return files.finish()
+
+
+def _pass_step(step: Sequence[Move], read: Callable[[str], Raw], quantizer: LayerQuantizer | None) -> None:
+    """Lets the quantizer see a step that is written already, so that it knows the next one's activations."""
+    if quantizer is None:
+        return
+    if step[0].layer is not None:
+        quantizer.skip(step[0].layer, {name: read(name) for move in step for name in move.sources})
+    elif step[0].module == EMBEDDING:
+        quantizer.embedding(read(step[0].sources[0]))
 
 
 def _write_step(
@@ -130,7 +150,7 @@ def _write_step(
                 files.write(output.rank, output.name, take([raw], output, dtype))
             continue
         raws = [sources[name] if name in sources else read(name) for name in move.sources]
-        if quantizer is not None and move.module == "transformer.vocab_embedding":
+        if quantizer is not None and move.module == EMBEDDING:
             quantizer.embedding(raws[0])
         stacked = [transformed(raw, dtype, move.transform) for raw, dtype in raws]
         for output in move.outputs:

@@ -1,4 +1,8 @@
-"""Writes safetensors files front to back: each header is complete before the first tensor is known."""
+"""Writes safetensors files front to back: each header is complete before the first tensor is known.
+
+A journal beside them lists, step by step, how far each file was and the sha256 of everything before. A build that was
+killed goes on from the last step at which every file still has that digest, so a torn or lost write is never kept.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +36,15 @@ def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, i
     return len(text).to_bytes(8, "little") + text, offset
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """How far one file was after a step of the conversion."""
+
+    position: int  # bytes
+    num_tensors: int
+    sha256: str  # of everything before `position`
+
+
 class RankFile:
     """A safetensors file being filled in the order of its header; hashed on the way.
 
@@ -40,26 +54,54 @@ class RankFile:
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]):
         self.path = path
-        self._expected = list(tensors.items())
-        self._next = 0
         header, self.data_bytes = layout(tensors)
         self.num_bytes = len(header) + self.data_bytes
-        self._hash = hashlib.sha256(header)
-        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by `finish` or `close`
+        self._expected = list(tensors.items())
+        self._next = 0
+        self._position = 0
+        self._hash = hashlib.sha256()
+        is_new = not path.exists()
+        self._file = open(path, "xb" if is_new else "r+b", buffering=0)  # noqa: SIM115 - closed by `finish` or `close`
         os.posix_fallocate(self._file.fileno(), 0, self.num_bytes)  # a full disk shows now, not after an hour
-        self._write_all(memoryview(header))
+        self._header = header
+
+    def start(self) -> None:
+        """Writes the header; the first tensor is next."""
+        self._file.seek(0)
+        self._append(memoryview(self._header))
+
+    def resume(self, mark: Mark, digest: Any) -> None:
+        """Goes on at `mark`, where `digest` is the state of a sha256 over everything before it."""
+        self._next, self._position = mark.num_tensors, mark.position
+        self._hash = digest
+        self._file.seek(mark.position)
+
+    def matching_marks(self, marks: Iterable[Mark]) -> list[Any]:
+        """The sha256 states at the first marks whose digest the file still has. Reads the file once up to there."""
+        digest, position, states = hashlib.sha256(), 0, []
+        with open(self.path, "rb") as file:
+            for mark in marks:
+                while position < mark.position and (data := file.read(min(1 << 20, mark.position - position))):
+                    digest.update(data)
+                    position += len(data)
+                if digest.hexdigest() != mark.sha256:
+                    break
+                states.append(digest.copy())
+        return states
+
+    @property
+    def mark(self) -> Mark:
+        return Mark(position=self._position, num_tensors=self._next, sha256=self._hash.hexdigest())
 
     def write(self, name: str, chunks: Iterable[np.ndarray]) -> None:
         expected_name, (dtype, shape) = self._expected[self._next]
         assert name == expected_name, f"{self.path}: {name} came, {expected_name} was next"
-        written = 0
+        before = self._position
         for chunk in chunks:
-            view = raw_bytes(np.ascontiguousarray(chunk))
-            self._hash.update(view)
-            self._write_all(view)
-            written += len(view)
+            self._append(raw_bytes(np.ascontiguousarray(chunk)))
+        written = self._position - before
         assert written == math.prod(shape) * ITEM_BYTES[dtype], (
-            f"{self.path}: {name} is {written} bytes, not {shape} {dtype}"
+            f"{self.path}: {name}: {written} bytes, not {shape} {dtype}"
         )
         self._next += 1
 
@@ -74,7 +116,9 @@ class RankFile:
     def close(self) -> None:
         self._file.close()
 
-    def _write_all(self, view: memoryview) -> None:
+    def _append(self, view: memoryview) -> None:
+        self._hash.update(view)
+        self._position += len(view)
         while view:
             view = view[self._file.write(view) :]
 
@@ -93,8 +137,13 @@ class RankFiles:
         directory: Path,
         layouts: Mapping[int, Mapping[str, tuple[str, tuple[int, ...]]]],
         num_threads: int,
+        journal: Path | None = None,
     ):
         self._files = {rank: RankFile(directory / f"rank{rank}.safetensors", layouts[rank]) for rank in sorted(layouts)}
+        self._journal = journal
+        self._marks: dict[int, dict[int, Mark]] = {}  # step -> rank -> mark, until every rank has come that far
+        self._lock = threading.Lock()
+        self.first_step = self._resume()
         self._digests: dict[int, str] = {}
         self._error: BaseException | None = None
         self._queues: list[queue.Queue[Any]] = [queue.Queue(self.QUEUE_TENSORS) for _ in range(num_threads)]
@@ -109,6 +158,11 @@ class RankFiles:
         """Queues the next tensor of `rank`. The chunks must not change afterwards."""
         self._raise_error()
         self._queues[rank % len(self._queues)].put((rank, name, list(chunks)))
+
+    def end_step(self, step: int) -> None:
+        """Everything queued until now belongs to steps up to `step`; the journal says so once it is written."""
+        for waiting in self._queues:
+            waiting.put(step)
 
     def finish(self) -> dict[str, dict[str, Any]]:
         """{file name: {"bytes", "sha256"}}, once everything is written and durable."""
@@ -133,12 +187,47 @@ class RankFiles:
         ours = [rank for rank in self._files if rank % len(self._queues) == index]
         while (item := self._queues[index].get()) is not None:
             if self._error is None:
-                rank, name, chunks = item
-                self._guard(lambda rank=rank, name=name, chunks=chunks: self._files[rank].write(name, chunks))
+                if isinstance(item, int):
+                    self._guard(lambda step=item: self._end_step(step, ours))
+                else:
+                    rank, name, chunks = item
+                    self._guard(lambda rank=rank, name=name, chunks=chunks: self._files[rank].write(name, chunks))
             del item
         for rank in ours:
             if self._error is None:
                 self._guard(lambda rank=rank: self._digests.update({rank: self._files[rank].finish()}))
+
+    def _end_step(self, step: int, ranks: Iterable[int]) -> None:
+        with self._lock:
+            marks = self._marks.setdefault(step, {})
+            marks.update({rank: self._files[rank].mark for rank in ranks})
+            if self._journal is not None and len(marks) == len(self._files):
+                line = {
+                    "step": step,
+                    "marks": {str(rank): asdict(mark) for rank, mark in self._marks.pop(step).items()},
+                }
+                with open(self._journal, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+    def _resume(self) -> int:
+        """Puts every file at the last step that all of them still hold; returns the step to go on with."""
+        lines = _read_journal(self._journal) if self._journal is not None else []
+        states = {
+            rank: file.matching_marks([line[rank] for line in lines if rank in line])
+            for rank, file in self._files.items()
+        }
+        num_steps = min(map(len, states.values()))
+        for rank, file in self._files.items():
+            if num_steps:
+                file.resume(lines[num_steps - 1][rank], states[rank][num_steps - 1])
+            else:
+                file.start()
+        if self._journal is not None:
+            kept = [
+                {"step": step, "marks": {str(r): asdict(m) for r, m in line.items()}} for step, line in enumerate(lines)
+            ]
+            self._journal.write_text("".join(json.dumps(line) + "\n" for line in kept[:num_steps]))
+        return num_steps
 
     def _guard(self, action: Any) -> None:
         try:
@@ -156,3 +245,18 @@ class RankFiles:
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+def _read_journal(path: Path) -> list[dict[int, Mark]]:
+    """{rank: mark} of each step, in order, up to the first line that is torn."""
+    lines: list[dict[int, Mark]] = []
+    if path.exists():
+        for text in path.read_text().splitlines():
+            try:
+                value = json.loads(text)
+                if value["step"] != len(lines):
+                    break
+                lines.append({int(rank): Mark(**mark) for rank, mark in value["marks"].items()})
+            except (ValueError, KeyError, TypeError):
+                break
+    return lines

@@ -54,10 +54,7 @@ class CalibratedQuantizer:
     def layer(self, index: int, sources: Mapping[str, Raw], moves: Sequence[Move]) -> dict[str, dict[str, Raw]]:
         prefix = f"model.layers.{index}."
         weights = {name.removeprefix(prefix): to_torch(*raw) for name, raw in sources.items()}
-        layer = self._layers[index]
-        layer.load_state_dict({name: w.float().to(self.device) for name, w in weights.items()}, assign=True)
-        statistics = self._run(layer, self._calls[index], moves, prefix)
-        layer.to("meta")
+        statistics = self._run(index, weights, moves, prefix)
         quantized: dict[str, dict[str, Raw]] = {}
         for input_name in dict.fromkeys(move.input for move in moves):
             group = [move for move in moves if move.input == input_name]
@@ -71,11 +68,17 @@ class CalibratedQuantizer:
                 quantized[module] = {part: to_raw(values) for part, values in stored.items()}
         return quantized
 
+    def skip(self, index: int, sources: Mapping[str, Raw]) -> None:
+        prefix = f"model.layers.{index}."
+        self._run(index, {name.removeprefix(prefix): to_torch(*raw) for name, raw in sources.items()}, (), prefix)
+
     @torch.inference_mode()
     def _run(
-        self, layer: torch.nn.Module, call: dict[str, Any], moves: Sequence[Move], prefix: str
+        self, index: int, weights: Mapping[str, torch.Tensor], moves: Sequence[Move], prefix: str
     ) -> dict[str, InputStatistics]:
-        """Passes the activations through `layer`; returns the input statistics of each module."""
+        """Passes the activations through layer `index`; returns the input statistics of each module."""
+        layer, call = self._layers[index], self._calls[index]
+        layer.load_state_dict({name: w.float().to(self.device) for name, w in weights.items()}, assign=True)
         statistics = {move.module: InputStatistics(self.tokens.numel()) for move in moves}
         hooks = []
         for move in moves:
@@ -88,6 +91,7 @@ class CalibratedQuantizer:
             self.hidden[start : start + batch] = output[0] if isinstance(output, tuple) else output
         for hook in hooks:
             hook.remove()
+        layer.to("meta")
         return statistics
 
 

@@ -154,11 +154,9 @@ def build(
             hint="choose another --name, or replace it with --force",
         )
     out.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
-    _check_disk(out, plan)
-    work = out / f".tmp-{plan.key[:12]}-{os.getpid()}"
+    work = _work_directory(out, plan, progress)
     try:
-        (work / "checkpoint").mkdir(parents=True)
+        _check_disk(out, plan)
         card = _write_engine(plan, work, device, workers or os.cpu_count() or 1, started, progress)
         return target, _publish(work, target, card, force), False
     finally:
@@ -168,15 +166,17 @@ def build(
 def _write_engine(
     plan: BuildPlan, work: Path, device: str, workers: int, started: float, progress: Progress
 ) -> EngineCard:
+    journal = work / "journal.jsonl"
     tokenizer = copy_tokenizer(plan.source.directory, work / "tokenizer", plan.spec.vocab_size)
     quantizer = _quantizer(plan, tokenizer, device) if plan.quant.needs_calibration else None
     write_json(work / "checkpoint" / "config.json", plan.config)
     convert_started = time.monotonic()
     with open_source(plan.source.directory) as source:
         converted = convert(
-            source, plan.moves, plan.spec.dtype, work / "checkpoint", quantizer, progress, num_threads=workers
+            source, plan.moves, plan.spec.dtype, work / "checkpoint", quantizer, progress, workers, journal
         )
         notes = _notes(plan, source)
+    journal.unlink()
     convert_seconds = time.monotonic() - convert_started
     check_load(work / "checkpoint")
     files = {f"checkpoint/{name}": facts for name, facts in converted.items()}
@@ -285,6 +285,7 @@ def _engine_name(model: str, recipe: EngineRecipe, key: str) -> str:
 
 
 def _check_disk(out: Path, plan: BuildPlan) -> None:
+    """What a resumed build has reserved already counts as needed too: the error comes a little early, never late."""
     free = shutil.disk_usage(out).free
     if free < plan.num_bytes:
         raise InputError(
@@ -293,12 +294,21 @@ def _check_disk(out: Path, plan: BuildPlan) -> None:
         )
 
 
-def _remove_leftovers(out: Path) -> None:
-    """Directories of builds whose process is gone."""
+def _work_directory(out: Path, plan: BuildPlan, progress: Progress) -> Path:
+    """A directory of this process: what a killed build of the same engine left, or a new one. Other leftovers go."""
+    work = out / f".tmp-{plan.key[:12]}-{os.getpid()}"
     for path in out.glob(".tmp-*"):
         pid = path.name.rsplit("-", 1)[-1]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+        if not pid.isdigit() or psutil.pid_exists(int(pid)):
+            continue
+        with contextlib.suppress(OSError):  # another build was faster
+            if path.name.startswith(f".tmp-{plan.key[:12]}-") and not work.exists():
+                path.rename(work)
+                progress.note(f"resuming the build that process {pid} left")
+            else:
+                shutil.rmtree(path)
+    (work / "checkpoint").mkdir(parents=True, exist_ok=True)
+    return work
 
 
 def _num_params(plan: BuildPlan) -> int:

@@ -88,6 +88,7 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> Tokenizer:
     A model that ships only a SentencePiece file gets the tokenizer.json that transformers makes of it. Raises InputError
     when there is no tokenizer or it does not fit the model.
     """
+    shutil.rmtree(target, ignore_errors=True)  # of a build that was killed
     target.mkdir()
     for name in TOKENIZER_FILES:
         if (source / name).exists():
