@@ -1,0 +1,21 @@
+"""Runs every benchmark with its defaults: `python -m benchmarks`, or some of them: `python -m benchmarks cli convert`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
+    chosen = sys.argv[1:] or known
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        sys.exit(f"no benchmark {', '.join(unknown)}; known: {', '.join(known)}")
+    for name in chosen:
+        print(f"== {name}", flush=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
+
+
+main()
