@@ -9,8 +9,9 @@ import pytest
 from factory import card, edit, make_run, validation
 
 from tkit.errors import InputError
-from tkit.report.compare import Comparison, compare, find_baseline, run_ids
+from tkit.report.compare import compare, find_baseline, run_ids
 from tkit.report.read import read_runs
+from tkit.report.record import Comparison
 from tkit.report.verdict import verdicts
 
 

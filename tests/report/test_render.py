@@ -19,9 +19,10 @@ from factory import card, make_run, validation
 
 from tkit.files import to_json
 from tkit.report import text
-from tkit.report.compare import MEASURES, Comparison, compare
-from tkit.report.plots import ECDF_POINTS, ecdf_points, render_png
+from tkit.report.compare import compare, run_ids
+from tkit.report.plots import ECDF_POINTS, ecdf_points, render_png, series
 from tkit.report.read import read_runs
+from tkit.report.record import MEASURES, Comparison
 from tkit.report.render_csv import neutral, render_csv
 from tkit.report.render_html import MARK_PATHS, render_html, script_json
 from tkit.report.render_markdown import escape, render_markdown
@@ -239,7 +240,7 @@ def test_a_line_has_a_gap_where_a_load_is_missing_or_invalid(three: tuple[Compar
 
 def test_a_distribution_keeps_its_tail() -> None:
     values = np.random.default_rng(0).lognormal(size=50_000)
-    points = ecdf_points(values.tolist())
+    points = ecdf_points(values)
     assert len(points) <= ECDF_POINTS
     assert [value for value, _ in points[-3:]] == sorted(values)[-3:]
     assert points[-1][1] == 1.0
@@ -253,8 +254,11 @@ def test_the_picture_is_a_picture_with_the_names(three: tuple[Comparison, tuple[
     assert "container" in json.dumps(plot.spec)  # the page's own is untouched
 
 
-def test_every_series_has_a_mark() -> None:
-    assert len(MARK_PATHS) == 8
+def test_runs_are_told_apart_by_colour_and_mark(three: tuple[Comparison, tuple[Section, ...]]) -> None:
+    runs = tuple(replace(three[0].runs[0], id=run_id) for run_id in run_ids(40))
+    drawn = [series(replace(three[0], runs=runs), run.id) for run in runs]
+    assert len(set(drawn)) == 40
+    assert {color for color, _ in drawn} == {mark for _, mark in drawn} == set(range(len(MARK_PATHS)))
 
 
 # ---- numbers ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from tkit.cli.output import Output, output_options
 @click.option("--png", "with_png", is_flag=True, help="Also write pareto.png.")
 @output_options
 def command(output: Output, runs: tuple[Path, ...], out: Path | None, baseline: str | None, with_png: bool) -> None:
-    """Compare the sweeps in RUN directories (default: the newest of every engine in reports/).
+    """Compare the sweeps in RUN, directories or names under reports/ (default: the newest of every engine).
 
     Writes report.html, report.md, report.csv and report.json. What cannot be read is named and left out.
     """

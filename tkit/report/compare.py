@@ -1,23 +1,26 @@
-"""Runs -> one comparison: what is comparable, how big the differences are, what else differs. Draws and writes nothing.
-
-The records below are `report.json` (schema tkit.report/1), as they stand. Numbers are unrounded; times are
-milliseconds, rates per second, changes fractions of the baseline.
-"""
+"""Runs -> one comparison: what is comparable, and how big the differences are. Draws and writes nothing."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tkit.errors import InputError, did_you_mean
+from tkit.report.differences import differences
 from tkit.report.read import LeftOut, Point, Run
+from tkit.report.record import (
+    MEASURES,
+    Cell,
+    Comparison,
+    Goodput,
+    Group,
+    Level,
+    RunFacts,
+)
 from tkit.report.statistics import (
     PRACTICAL,
     Change,
@@ -31,163 +34,7 @@ from tkit.report.statistics import (
     supported_tail,
     wilson,
 )
-from tkit.specs.engine import EngineCard
 from tkit.specs.record import SLO_TIERS
-
-REPORT_SCHEMA = "tkit.report/1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """`percentile`: "p50", or "tail": the highest of p99, p95, p90 that the requests of every run support."""
-
-    metric: str  # of specs.record.METRICS
-    percentile: str | None = None
-    is_higher_better: bool = False
-
-
-# fmt: off
-MEASURES = {
-    "output_tok_s": Measure(metric="output_tok_s", is_higher_better=True),
-    "tok_s_device": Measure(metric="tok_s_gpu",    is_higher_better=True),
-    "tok_s_user":   Measure(metric="tok_s_user",   is_higher_better=True),
-    "ttft_p50":     Measure(metric="ttft", percentile="p50"),
-    "ttft_tail":    Measure(metric="ttft", percentile="tail"),
-    "tpot_p50":     Measure(metric="tpot", percentile="p50"),
-    "tpot_tail":    Measure(metric="tpot", percentile="tail"),
-    "e2e_p50":      Measure(metric="e2e",  percentile="p50"),
-    "e2e_tail":     Measure(metric="e2e",  percentile="tail"),
-}
-# fmt: on
-
-# Comparison.device -> what a rate per device is
-DEVICES = {
-    "GPU": "output tok/s / GPUs of the engine",
-    "device": "output tok/s / GPUs of the engine; an engine without GPUs is one device",
-    "server": "output tok/s; how many GPUs are behind the server was not told",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Goodput:
-    """Requests per second within a tier's limits, the share of requests that were, and that share's 95 % interval."""
-
-    requests_s: float
-    attainment: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One run at one load: its valid repeats joined, or all of them when none is valid."""
-
-    run: str  # RunFacts.id
-    concurrency: int
-    repeats: int
-    requests: int
-    errors: Mapping[str, int]
-    is_valid: bool
-    invalid_reasons: tuple[str, ...]
-    is_on_frontier: bool = False
-    estimates: Mapping[str, Estimate | None]  # by MEASURES
-    output_tok_s_repeats: tuple[float, ...]
-    goodput: Mapping[str, Goodput]  # by tier
-    changes: Mapping[str, Change] = field(default_factory=dict)  # by MEASURES, against the baseline
-
-
-@dataclass(frozen=True, kw_only=True)
-class Level:
-    """`tail`: the percentile that stands for p99 here, None when the requests support none."""
-
-    concurrency: int
-    tail: int | None
-    cells: tuple[Cell, ...]  # in the order of the runs; a run without a readable point here has none
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """What may be compared: one shape, one way to count tokens, one version of the definitions."""
-
-    shape: str
-    token_source: str
-    definitions: str
-    runs: tuple[str, ...]
-    levels: tuple[Level, ...]
-    note: str | None = None  # why another group of the same shape stands apart
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """`kind`: "engine" is what a comparison is usually about; "model" and "conditions" may explain a result instead."""
-
-    kind: str
-    name: str
-    values: Mapping[str, str | None]  # run id -> value
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunFacts:
-    id: str  # A, B, ...
-    name: str
-    run: str
-    directory: str
-    label: str
-    started: str
-    profile: str
-    protocol: str
-    url: str
-    model: str
-    command: str
-    num_points: int
-    num_invalid: int
-    missing: tuple[str, ...]  # grid points without a readable result
-    ended_early: str | None  # the sweep's own reason for them
-    num_devices: int
-    engine: EngineCard | None
-    validation: Mapping[str, Any] | None
-    identity: Mapping[str, Any]
-    definitions: str
-    files: Mapping[str, str]  # path inside the run -> sha256
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """A sentence about one load of one group, and how the other loads agree."""
-
-    text: str
-    over_loads: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """`tone`: better, worse, mixed, same or undecided against the baseline; "none" without one.
-
-    `claims`: one per comparable group. `details`: quality and validity.
-    """
-
-    run: str
-    tone: str
-    claims: tuple[Claim, ...]
-    details: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    schema: str = REPORT_SCHEMA
-    created: str  # UTC, ISO 8601
-    tkit: str
-    device: str  # what a rate per device is divided by: a key of DEVICES
-    threshold: float  # smaller changes are never called
-    baseline: str | None  # run id
-    verdict: tuple[Verdict, ...] = ()
-    runs: tuple[RunFacts, ...]
-    differences: tuple[Difference, ...]
-    groups: tuple[Group, ...]
-    left_out: tuple[LeftOut, ...]  # runs and points
-
-    def facts(self, run_id: str) -> RunFacts:
-        return next(run for run in self.runs if run.id == run_id)
 
 
 def compare(
@@ -205,7 +52,7 @@ def compare(
         threshold=PRACTICAL,
         baseline=baseline_id,
         runs=tuple(_facts(run, ids[run.name], device) for run in runs),
-        differences=_differences(by_id),
+        differences=differences(by_id),
         groups=_groups(by_id, baseline_id, device),
         left_out=tuple(left_out),
     )
@@ -275,7 +122,11 @@ def _facts(run: Run, run_id: str, device: str) -> RunFacts:
         definitions=manifest.definitions,
         files={
             "manifest.json": run.manifest_sha256,
-            **{f"points/{point.name}/{file}": digest for point in run.points for file, digest in point.sha256.items()},
+            **{
+                f"points/{point.directory.name}/{file}": digest
+                for point in run.points
+                for file, digest in point.sha256.items()
+            },
         },
     )
 
@@ -478,70 +329,3 @@ def _with_frontier(levels: Sequence[Level]) -> tuple[Level, ...]:
         )
         for level in levels
     )
-
-
-# ---- what differs -------------------------------------------------------------------------------------------------
-
-# facts of the card that change what is served, in the order a reader asks for them; sizes have a table of their own
-ENGINE_FACTS = (
-    "quant", "quant_algo", "tp_size", "pp_size", "backend", "dtype", "architecture", "num_params",
-    "max_position_embeddings", "vocab_size", "recipe", "versions",
-)  # fmt: skip
-CONDITIONS = (
-    "profile", "profile_digest", "seed", "protocol", "model", "shapes", "concurrency", "repeats", "requests",
-    "duration_s", "definitions",
-)  # fmt: skip
-# parts of the identity that differ between any two engines or any two starts of a server
-NOT_CONDITIONS = {"engine_card_sha256", "server.parameters.engine_dir", "server.parameters.instance"}
-
-
-def _differences(runs: Mapping[str, Run]) -> tuple[Difference, ...]:
-    """The facts in which the runs are known not to be equal: what a run does not tell is not a difference."""
-    found: list[Difference] = []
-    sources: tuple[tuple[str, Callable[[Run], dict[str, str]]], ...] = (
-        ("engine", _engine_facts),
-        ("model", _model_facts),
-        ("conditions", _condition_facts),
-    )
-    for kind, facts_of in sources:
-        facts = {run_id: facts_of(run) for run_id, run in runs.items()}
-        for name in dict.fromkeys(name for values in facts.values() for name in values):
-            values = {run_id: facts[run_id].get(name) for run_id in runs}
-            if len(set(values.values()) - {None}) > 1:
-                found.append(Difference(kind=kind, name=name, values=values))
-    return tuple(found)
-
-
-def _engine_facts(run: Run) -> dict[str, str]:
-    if run.engine is None:
-        return {}
-    card = asdict(run.engine)
-    recipe = {key: value for key, value in card["recipe"].items() if key not in card}  # not twice
-    return dict(_flat({key: card[key] for key in ENGINE_FACTS} | {"recipe": recipe}))
-
-
-def _model_facts(run: Run) -> dict[str, str]:
-    source = run.engine.source if run.engine else {}
-    facts = dict(_flat({key: source[key] for key in ("model", "revision") if key in source}))
-    if source.get("files"):
-        digest = hashlib.sha256(json.dumps(source["files"], sort_keys=True).encode()).hexdigest()
-        facts["source files (sha256)"] = digest[:16]
-    return facts
-
-
-def _condition_facts(run: Run) -> dict[str, str]:
-    facts = dict(_flat({key: getattr(run.manifest, key) for key in CONDITIONS}))
-    facts["host"] = run.manifest.url.rpartition(":")[0] or run.manifest.url  # ports are handed out as they come
-    facts["token_source"] = ", ".join(sorted({point.summary.token_source for point in run.points}))
-    return facts | {name: value for name, value in _flat(run.manifest.identity) if name not in NOT_CONDITIONS}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """`{"host": {"cpu": "x"}}` -> ("host.cpu", "x")"""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple):
-            yield f"{prefix}{key}", ", ".join(str(item) for item in value)
-        else:
-            yield f"{prefix}{key}", "none" if value is None else str(value)

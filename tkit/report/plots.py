@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from tkit.report import text
-from tkit.report.compare import DEVICES, Cell, Comparison, Group
 from tkit.report.read import Point
+from tkit.report.record import DEVICES, Cell, Comparison, Group
+from tkit.report.statistics import Floats
 from tkit.specs.record import SLO_TIERS
 
 Spec = dict[str, Any]
@@ -38,6 +39,7 @@ COLORS = {
 }  # fmt: skip
 NUM_SERIES = 8
 MARKS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "triangle-right", "triangle-left")
+DASHES = ([1, 0], [9, 3], [4, 3], [9, 3, 2, 3], [2, 2], [14, 3], [6, 6], [4, 2, 1, 2])
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 ECDF_POINTS = 160  # per line; the tail is kept exactly
@@ -57,9 +59,10 @@ class Plot:
     spec: Spec
 
 
-def series(comparison: Comparison, run_id: str) -> int:
-    """The colour and mark of a run."""
-    return [run.id for run in comparison.runs].index(run_id) % NUM_SERIES
+def series(comparison: Comparison, run_id: str) -> tuple[int, int]:
+    """The numbers of a run's colour and mark; together they repeat only after 64 runs."""
+    position = [run.id for run in comparison.runs].index(run_id)
+    return position % NUM_SERIES, (position + position // NUM_SERIES) % NUM_SERIES
 
 
 def pareto(comparison: Comparison, group: Group, plot_id: str) -> Plot:
@@ -177,7 +180,7 @@ def latency_against_throughput(comparison: Comparison, group: Group, metric: str
     )
 
 
-def ecdf(comparison: Comparison, samples: Mapping[str, Sequence[float]], name: str, where: str, plot_id: str) -> Plot:
+def ecdf(comparison: Comparison, samples: Mapping[str, Floats], name: str, where: str, plot_id: str) -> Plot:
     """Share of values at or below x, logarithmic in x. `samples`: run id -> milliseconds."""
     rows: list[Row] = []
     for run_id, values in samples.items():
@@ -217,10 +220,9 @@ def ecdf(comparison: Comparison, samples: Mapping[str, Sequence[float]], name: s
     )
 
 
-def ecdf_points(values: Sequence[float]) -> list[tuple[float, float]]:
+def ecdf_points(values: Floats) -> list[tuple[float, float]]:
     """(value, share at or below): at most ECDF_POINTS, evenly in rank, the largest TAIL_POINTS all kept."""
-    ordered = np.sort(np.asarray(values, dtype=float))
-    ordered = np.maximum(ordered[np.isfinite(ordered)], MIN_MS)
+    ordered = np.maximum(np.sort(values[np.isfinite(values)]), MIN_MS)
     if not len(ordered):
         return []
     ranks = np.unique(
@@ -384,23 +386,23 @@ def _row(comparison: Comparison, run_id: str, segment: int, cell: Cell) -> Row:
     }
 
 
-def _scale(comparison: Comparison, values: Sequence[Any]) -> Spec:
+def _told_apart(comparison: Comparison, values: Sequence[Any], *, by: int = 0) -> Spec:
+    """A run's own of `values`, chosen by its colour (0) or its mark (1)."""
     names = [_name(comparison, run.id) for run in comparison.runs]
-    return {"domain": names, "range": [values[series(comparison, run.id)] for run in comparison.runs]}
+    chosen = [values[series(comparison, run.id)[by]] for run in comparison.runs]
+    return {"field": "run", "type": "nominal", "scale": {"domain": names, "range": chosen}, "legend": None}
 
 
 def _color(comparison: Comparison) -> Spec:
-    colors = [f"var(--series-{i})" for i in range(NUM_SERIES)]
-    return {"field": "run", "type": "nominal", "scale": _scale(comparison, colors), "legend": None}
+    return _told_apart(comparison, [f"var(--series-{i})" for i in range(NUM_SERIES)])
 
 
 def _shape(comparison: Comparison) -> Spec:
-    return {"field": "run", "type": "nominal", "scale": _scale(comparison, MARKS), "legend": None}
+    return _told_apart(comparison, MARKS, by=1)
 
 
 def _dash(comparison: Comparison) -> Spec:
-    dashes = [[1, 0], [9, 3], [4, 3], [9, 3, 2, 3], [2, 2], [14, 3], [6, 6], [4, 2, 1, 2]]
-    return {"field": "run", "type": "nominal", "scale": _scale(comparison, dashes), "legend": None}
+    return _told_apart(comparison, DASHES, by=1)
 
 
 def _quantitative(name: str, title: str, *, zero: bool = False) -> Spec:

@@ -77,19 +77,24 @@ class Point:
 
     `requests` in the order sent: id, phase (warmup, measured, drain), status, error, isl, osl, scheduled_s, sent_s,
     first_s, end_s (seconds since the first was sent), ttft, ttfb, tpot, e2e (milliseconds); NaN = did not happen.
-    `chunk_gaps`: request, gap (milliseconds).
     """
 
-    name: str  # the directory's
+    directory: Path
     summary: PointSummary
     requests: pd.DataFrame
-    chunk_gaps: pd.DataFrame
     sha256: Mapping[str, str]  # file -> digest
 
     @property
     def measured(self) -> pd.DataFrame:
         """The requests that count: within the steady window, answered without error."""
         return self.requests[(self.requests["phase"] == "measured") & (self.requests["status"] == "ok")]
+
+    def chunk_gaps(self) -> pd.DataFrame:
+        """Columns request, gap (milliseconds), read anew each time: a point can have millions, and few are looked at."""
+        if CHUNKS_FILE not in self.sha256:
+            return pd.DataFrame({"request": [], "gap": []}, dtype="float64")
+        chunks, _ = _read_parquet(self.directory / CHUNKS_FILE, CHUNK_COLUMNS)
+        return pd.DataFrame({"request": _numbers(chunks["request"]), "gap": _numbers(chunks["gap_ns"]) / NS_PER_MS})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,7 +112,7 @@ class Run:
 def read_runs(
     directories: Iterable[Path], progress: Progress | None = None
 ) -> tuple[tuple[Run, ...], tuple[LeftOut, ...]]:
-    """The readable runs, each with a name of its own, and what had to be left out. Holds every request in memory."""
+    """The readable runs, each with a name of its own, and what had to be left out. Holds every request in memory, no chunk."""
     directories = list(directories)
     runs: list[Run] = []
     left_out: list[LeftOut] = []
@@ -167,7 +172,7 @@ def read_run(directory: Path) -> Run:
             continue
         twin = next((other for other in points if _place(other.summary) == _place(point.summary)), None)
         if twin is not None:
-            left_out.append(LeftOut(path=str(path), reason=f"same shape, load and repeat as {twin.name}"))
+            left_out.append(LeftOut(path=str(path), reason=f"same shape, load and repeat as {twin.directory.name}"))
             continue
         points.append(point)
     if not points:
@@ -240,11 +245,9 @@ def read_point(directory: Path, manifest: Manifest) -> Point:
     summary, digest = _read_record(PointSummary, directory / POINT_FILE, POINT_SCHEMA)
     table, requests_digest = _read_parquet(directory / REQUESTS_FILE, REQUEST_COLUMNS)
     digests = {POINT_FILE: digest, REQUESTS_FILE: requests_digest}
-    gaps = pd.DataFrame({"request": pd.Series(dtype="int64"), "gap": pd.Series(dtype="float64")})
     if (directory / CHUNKS_FILE).exists():
-        chunks, digests[CHUNKS_FILE] = _read_parquet(directory / CHUNKS_FILE, CHUNK_COLUMNS)
-        gaps = pd.DataFrame({"request": _numbers(chunks["request"]), "gap": _numbers(chunks["gap_ns"]) / NS_PER_MS})
-    point = Point(name=directory.name, summary=summary, requests=_request_frame(table), chunk_gaps=gaps, sha256=digests)
+        _, digests[CHUNKS_FILE] = _read_parquet(directory / CHUNKS_FILE, CHUNK_COLUMNS)
+    point = Point(directory=directory, summary=summary, requests=_request_frame(table), sha256=digests)
     problems = _contradictions(point, manifest)
     if problems:
         raise InputError("contradicts itself", problems=problems)
@@ -272,7 +275,7 @@ def _contradictions(point: Point, manifest: Manifest) -> list[str]:
         problems.append(f'token source "{summary.token_source}", expected one of {", ".join(TOKEN_SOURCES)}')
     if summary.definitions != manifest.definitions:
         problems.append(f"{POINT_FILE} uses {summary.definitions}, {MANIFEST_FILE} {manifest.definitions}")
-    named = re.search(r"-c(\d+)-r(\d+)$", point.name)
+    named = re.search(r"-c(\d+)-r(\d+)$", point.directory.name)
     if named and (int(named[1]), int(named[2])) != (summary.concurrency, summary.repeat):
         problems.append(f"{POINT_FILE} says concurrency {summary.concurrency}, repeat {summary.repeat}")
     problems.extend(

@@ -6,7 +6,7 @@ import csv
 import io
 from typing import Any
 
-from tkit.report.compare import MEASURES, Cell, Comparison, Group, Level
+from tkit.report.record import MEASURES, Cell, Comparison, Group, Level
 from tkit.specs.record import SLO_TIERS
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\N{FULLWIDTH EQUALS SIGN}")

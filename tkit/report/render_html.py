@@ -17,8 +17,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from tkit.report.compare import Comparison
-from tkit.report.plots import COLORS, NUM_SERIES, series
+from tkit.report.plots import COLORS, series
+from tkit.report.record import Comparison
 from tkit.report.sections import Section
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -84,10 +84,9 @@ def _script(source: str) -> tuple[Markup, str]:
 
 def _mark(comparison: Comparison, run_id: str) -> Markup:
     """The run's mark and letter, as its points are drawn."""
-    number = series(comparison, run_id)
-    assert 0 <= number < NUM_SERIES
+    color, mark = series(comparison, run_id)
     return Markup(
         '<span class="run"><svg class="mark" viewBox="-7 -7 14 14" aria-hidden="true">'
-        '<path d="{path}" fill="var(--series-{number})"/></svg>'
+        '<path d="{path}" fill="var(--series-{color})"/></svg>'
         '<b class="id">{run_id}</b></span>'
-    ).format(path=MARK_PATHS[number], number=number, run_id=run_id)
+    ).format(path=MARK_PATHS[mark], color=color, run_id=run_id)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from tkit.report import text
-from tkit.report.compare import Comparison
+from tkit.report.record import Comparison
 from tkit.report.sections import Section
 from tkit.report.tables import Entry, Table
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tkit.report import plots, tables, text
-from tkit.report.compare import Comparison
 from tkit.report.plots import Plot
 from tkit.report.read import Point, Run
+from tkit.report.record import Comparison
 from tkit.report.statistics import REPEAT_NOISE
 from tkit.report.tables import Table
 from tkit.specs.record import DEFINITIONS, SLO_TIERS
@@ -128,24 +128,25 @@ def distributions(comparison: Comparison, runs: Runs) -> Section:
     drawn = [
         plots.ecdf(
             comparison,
-            {run_id: point.measured[column].dropna().tolist() for run_id, point in shown.items()},
+            {run_id: point.measured[column].dropna().to_numpy() for run_id, point in shown.items()},
             name,
             where,
             f"ecdf-{column}",
         )
         for name, column in samples
     ]
-    gaps = {run_id: point.chunk_gaps["gap"].tolist() for run_id, point in shown.items() if len(point.chunk_gaps)}
+    gaps = {run_id: found for run_id, point in shown.items() if len(found := point.chunk_gaps())}
     lead = [f"One point per run: {where}, its first valid repeat."]
     if gaps:
-        drawn.append(plots.ecdf(comparison, gaps, "Chunk gap", where, "ecdf-gap"))
+        samples_of_gaps = {run_id: found["gap"].to_numpy() for run_id, found in gaps.items()}
+        drawn.append(plots.ecdf(comparison, samples_of_gaps, "Chunk gap", where, "ecdf-gap"))
     else:
         lead.append("No gaps between chunks were recorded.")
     drawn += [
         plots.in_flight(comparison, shown, where, "in-flight"),
         plots.ttft_over_time(comparison, shown, where, "ttft-time"),
     ]
-    stalls = tables.stalls_table(shown, comparison)
+    stalls = tables.stalls_table(comparison, shown, gaps)
     return Section(
         id=section.id,
         title=section.title,

@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 from tkit.report import text
-from tkit.report.compare import DEVICES, MEASURES, Cell, Comparison, Goodput, Group, Level, RunFacts
+from tkit.report.differences import flat_facts
 from tkit.report.read import Point
+from tkit.report.record import DEVICES, MEASURES, Cell, Comparison, Goodput, Group, Level, RunFacts
 from tkit.report.verdict import judgement
 from tkit.specs.record import METRICS, SLO_TIERS
 from tkit.units import format_bytes, format_seconds
@@ -336,8 +339,8 @@ def left_out_table(comparison: Comparison) -> Table:
     return Table(id="left-out", caption="Directories left out", columns=_text("Directory", "Reason"), rows=rows)
 
 
-def stalls_table(points: Mapping[str, Point], comparison: Comparison) -> Table:
-    """The longest gaps between chunks of one point per run."""
+def stalls_table(comparison: Comparison, points: Mapping[str, Point], gaps: Mapping[str, pd.DataFrame]) -> Table:
+    """The longest gaps between chunks of one point per run; `gaps` as `Point.chunk_gaps` gives them."""
     columns = (
         Column(name="Run", kind="text"),
         Column(name="C"),
@@ -346,9 +349,10 @@ def stalls_table(points: Mapping[str, Point], comparison: Comparison) -> Table:
         Column(name="sent at, s", meaning="since the first request of the point"),
     )
     rows: list[tuple[Entry, ...]] = []
-    for run_id, point in points.items():
+    for run_id, found in gaps.items():
+        point = points[run_id]
         sent: dict[float, float] = dict(zip(point.requests["id"], point.requests["sent_s"], strict=True))
-        for request, gap in point.chunk_gaps.nlargest(MAX_STALLS, "gap").itertuples(index=False):
+        for request, gap in found.nlargest(MAX_STALLS, "gap").itertuples(index=False):
             rows.append(
                 (
                     Entry(text=comparison.facts(run_id).name, run=run_id),
@@ -375,7 +379,7 @@ def identity_table(run: RunFacts) -> Table:
         ("definitions", run.definitions),
         ("url", run.url),
         ("model", run.model),
-        *_flat(run.identity),
+        *flat_facts(run.identity),
     ]
     if run.engine is not None:
         facts[6:6] = [("engine", run.engine.name), ("engine key", run.engine.key)]
@@ -383,16 +387,6 @@ def identity_table(run: RunFacts) -> Table:
     return Table(
         id=f"identity-{run.id}", caption=f"Identity of {run.id}", columns=_text("", ""), rows=rows, is_folded=True
     )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    facts: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            facts.extend(_flat(value, f"{prefix}{key}."))
-        else:
-            facts.append((f"{prefix}{key}", str(value)))
-    return facts
 
 
 def files_table(run: RunFacts) -> Table:

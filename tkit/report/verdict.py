@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tkit.report import text
-from tkit.report.compare import MEASURES, Cell, Claim, Comparison, Group, RunFacts, Verdict
+from tkit.report.record import MEASURES, Cell, Claim, Comparison, Group, RunFacts, Verdict
 from tkit.report.statistics import Change
 
 # what a claim is about

@@ -12,9 +12,10 @@ from pathlib import Path
 from tkit import __version__
 from tkit.errors import InputError
 from tkit.files import sync_directory, to_json
-from tkit.report.compare import Comparison, compare, find_baseline
+from tkit.report.compare import compare, find_baseline
 from tkit.report.plots import render_png
 from tkit.report.read import LeftOut, Run, newest_runs, read_runs
+from tkit.report.record import Comparison
 from tkit.report.render_csv import render_csv
 from tkit.report.render_html import render_html
 from tkit.report.render_markdown import render_markdown
@@ -68,7 +69,7 @@ def _read(
 ) -> tuple[tuple[Run, ...], tuple[LeftOut, ...], Run | None]:
     """The runs in the order they are shown, what was left out, and the baseline when there is something to compare."""
     if paths:
-        named = list(paths)
+        named = [_directory(path, reports_dir) for path in paths]
         if baseline is not None and Path(baseline).is_dir() and Path(baseline).resolve() not in _resolved(named):
             named.insert(0, Path(baseline))
         found, left_out = read_runs(named, progress)
@@ -109,6 +110,11 @@ def _read_newest(reports_dir: Path, progress: Progress) -> tuple[tuple[Run, ...]
     for run in found:
         progress.note(f"{run.directory}: {run.name}, {run.manifest.started}")
     return found, (*left_out, *unreadable)
+
+
+def _directory(run: Path, reports_dir: Path) -> Path:
+    """A directory, or the name of one under `reports_dir`."""
+    return reports_dir / run if not run.exists() and (reports_dir / run).is_dir() else run
 
 
 def _resolved(paths: Sequence[Path]) -> set[Path]:

@@ -1,0 +1,170 @@
+"""What `report.json` holds, as it stands (schema tkit.report/1), and what every rendering is drawn from.
+
+Numbers are unrounded. Times are milliseconds, rates per second, changes fractions of the baseline. A run is named by its
+`id`, a letter; measures by the keys of MEASURES, tiers by those of `specs.record.SLO_TIERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tkit.report.read import LeftOut
+from tkit.report.statistics import Change, Estimate
+from tkit.specs.engine import EngineCard
+
+REPORT_SCHEMA = "tkit.report/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """`percentile`: "p50", or "tail": the highest of p99, p95, p90 that the requests of every run support."""
+
+    metric: str  # of specs.record.METRICS
+    percentile: str | None = None
+    is_higher_better: bool = False
+
+
+# fmt: off
+MEASURES = {
+    "output_tok_s": Measure(metric="output_tok_s", is_higher_better=True),
+    "tok_s_device": Measure(metric="tok_s_gpu",    is_higher_better=True),
+    "tok_s_user":   Measure(metric="tok_s_user",   is_higher_better=True),
+    "ttft_p50":     Measure(metric="ttft", percentile="p50"),
+    "ttft_tail":    Measure(metric="ttft", percentile="tail"),
+    "tpot_p50":     Measure(metric="tpot", percentile="p50"),
+    "tpot_tail":    Measure(metric="tpot", percentile="tail"),
+    "e2e_p50":      Measure(metric="e2e",  percentile="p50"),
+    "e2e_tail":     Measure(metric="e2e",  percentile="tail"),
+}
+# fmt: on
+
+# Comparison.device -> what a rate per device is
+DEVICES = {
+    "GPU": "output tok/s / GPUs of the engine",
+    "device": "output tok/s / GPUs of the engine; an engine without GPUs is one device",
+    "server": "output tok/s; how many GPUs are behind the server was not told",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goodput:
+    """Requests per second within a tier's limits, the share of requests that were, and that share's 95 % interval."""
+
+    requests_s: float
+    attainment: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run at one load: its valid repeats joined, or all of them when none is valid."""
+
+    run: str  # RunFacts.id
+    concurrency: int
+    repeats: int
+    requests: int
+    errors: Mapping[str, int]
+    is_valid: bool
+    invalid_reasons: tuple[str, ...]
+    is_on_frontier: bool = False
+    estimates: Mapping[str, Estimate | None]  # by MEASURES
+    output_tok_s_repeats: tuple[float, ...]
+    goodput: Mapping[str, Goodput]  # by tier
+    changes: Mapping[str, Change] = field(default_factory=dict)  # by MEASURES, against the baseline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """`tail`: the percentile that stands for p99 here, None when the requests support none."""
+
+    concurrency: int
+    tail: int | None
+    cells: tuple[Cell, ...]  # in the order of the runs; a run without a readable point here has none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What may be compared: one shape, one way to count tokens, one version of the definitions."""
+
+    shape: str
+    token_source: str
+    definitions: str
+    runs: tuple[str, ...]
+    levels: tuple[Level, ...]
+    note: str | None = None  # why another group of the same shape stands apart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """`kind`: "engine" is what a comparison is usually about; "model" and "conditions" may explain a result instead."""
+
+    kind: str
+    name: str
+    values: Mapping[str, str | None]  # run id -> value
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    id: str  # A, B, ...
+    name: str
+    run: str
+    directory: str
+    label: str
+    started: str
+    profile: str
+    protocol: str
+    url: str
+    model: str
+    command: str
+    num_points: int
+    num_invalid: int
+    missing: tuple[str, ...]  # grid points without a readable result
+    ended_early: str | None  # the sweep's own reason for them
+    num_devices: int
+    engine: EngineCard | None
+    validation: Mapping[str, Any] | None
+    identity: Mapping[str, Any]
+    definitions: str
+    files: Mapping[str, str]  # path inside the run -> sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A sentence about one load of one group, and how the other loads agree."""
+
+    text: str
+    over_loads: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """`tone`: better, worse, mixed, same or undecided against the baseline; "none" without one.
+
+    `claims`: one per comparable group. `details`: quality and validity.
+    """
+
+    run: str
+    tone: str
+    claims: tuple[Claim, ...]
+    details: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    schema: str = REPORT_SCHEMA
+    created: str  # UTC, ISO 8601
+    tkit: str
+    device: str  # what a rate per device is divided by: a key of DEVICES
+    threshold: float  # smaller changes are never called
+    baseline: str | None  # run id
+    verdict: tuple[Verdict, ...] = ()
+    runs: tuple[RunFacts, ...]
+    differences: tuple[Difference, ...]
+    groups: tuple[Group, ...]
+    left_out: tuple[LeftOut, ...]  # runs and points
+
+    def facts(self, run_id: str) -> RunFacts:
+        return next(run for run in self.runs if run.id == run_id)
