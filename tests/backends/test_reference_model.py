@@ -26,7 +26,7 @@ from tkit.triton import probe
 
 # One second to exit: a gRPC request that Triton itself refuses keeps the model loaded until that time is over.
 OPTIONS = ServeOptions(
-    http_port=0, grpc_port=0, metrics_port=0, max_batch_size=4, max_queue_size=4, exit_timeout_s=1
+    http_port=0, grpc_port=0, metrics_port=0, max_batch_size=4, max_queue_size=4, timeout_s=20, exit_timeout_s=1
 )
 
 
@@ -174,9 +174,18 @@ def test_an_engine_error_ends_the_stream_with_its_message(server: ServerRecord) 
     assert [error for _, error in responses] == [None, None, "the fake engine was asked to fail"]
 
 
-def test_a_body_beyond_the_default_stack_is_served(server: ServerRecord) -> None:
+def test_a_large_body_is_served(server: ServerRecord) -> None:
     status, body = post(server, "generate", {"text_input": "word " * 2_000_000, "max_tokens": 1})
     assert (status, json.loads(body)["text_output"]) == (200, "word ")
+
+
+def test_a_body_in_more_pieces_than_the_default_stack_holds_is_served(server: ServerRecord) -> None:
+    start = b'{"text_input": "a", "max_tokens": 1'
+    with socket.create_connection(("127.0.0.1", server.http_port), timeout=20) as connection:
+        head = "POST /v2/models/ensemble/generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(head.encode() + b"%x\r\n%s\r\n" % (len(start), start))
+        connection.sendall(b"1\r\n \r\n" * 550_000 + b"1\r\n}\r\n0\r\n\r\n")
+        assert b'"text_output":"a "' in connection.recv(1000)
 
 
 def test_requests_beyond_the_queue_are_refused_and_the_others_finish(server: ServerRecord) -> None:

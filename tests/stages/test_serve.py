@@ -29,7 +29,7 @@ from tkit.stages.servers import running_servers, server_files
 from tkit.triton import launcher, probe
 from tkit.triton.install import free_ports
 
-FREE = ServeOptions(http_port=0, grpc_port=0, metrics_port=0)
+FREE = ServeOptions(http_port=0, grpc_port=0, metrics_port=0, timeout_s=30)
 FREE_PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
 # `tkit` in a process of its own, which knows the fake backends
 TKIT = (
@@ -182,7 +182,7 @@ def test_stop_kills_a_server_that_does_not_end(engine: Path, monkeypatch: pytest
 
 def test_a_model_that_fails_to_load_is_told_with_its_reason(engine: Path) -> None:
     write_engine(engine, backend="failing")
-    result = tkit("serve", *FREE_PORTS)
+    result = tkit("serve", *FREE_PORTS, "--timeout", "10")
     assert result.exit_code == 1
     assert "error: the server ended with exit code 1; its last lines:\n" in result.stderr
     assert "ValueError: checkpoint says 7 layers, found 6" in result.stderr
@@ -247,7 +247,7 @@ def test_a_server_dies_with_a_killed_foreground_and_the_next_one_starts(engine: 
 
 def test_a_changed_file_is_refused_before_anything_starts(engine: Path) -> None:
     (engine / "checkpoint" / "rank0.safetensors").write_bytes(b"weightz")
-    result = tkit("serve", *FREE_PORTS)
+    result = tkit("serve", "--detach", *FREE_PORTS)
     assert result.exit_code == 2
     assert f"error: {engine}: 1 of 1 files are not as built\n  - checkpoint/rank0.safetensors: sha256" in result.stderr
     assert list((engine.parent / ".servers").iterdir()) == []

@@ -20,7 +20,8 @@ from tkit.errors import ServerError
 from tkit.triton import child
 from tkit.triton.install import SHARED_MEMORY, TritonInstall, library_directory
 
-# 64 MB: an HTTP body of 4.5 MB overflows the default 8 MB stack and kills the server, 20 MB is fine with this.
+# The HTTP server takes 16 bytes of stack for every piece in which a body arrives: with the default 8 MB, half a million
+# pieces (600 thousand chunks of one byte; a few megabytes over a slow network) kill it. 64 MB took 3 million.
 # Not unlimited: glibc would then give threads 2 MB.
 STACK_BYTES = 64 * 1024 * 1024
 # What a client has no business with. The key is made up and thrown away, so nobody has access.
@@ -114,6 +115,7 @@ class ServerProcess:
                 env=server_environment(install),
                 start_new_session=True,
                 pass_fds=keep_open,
+                cwd=spec.repository,  # the Python backend imports from there before anything installed
             )
         return cls(popen, log, spec.exit_timeout_s)
 
