@@ -23,7 +23,7 @@ INPUTS = {
 }  # fmt: skip
 MODELS = {
     "ensemble", "truncated", "stalled", "silent", "failing", "overloaded", "short", "dying", "garbled", "coalescing",
-    "deltas", "so_far", "sluggish", "unary", "not_ready", "untypical",
+    "deltas", "so_far", "sluggish", "dripping", "unary", "not_ready", "untypical",
 }  # fmt: skip
 WITHOUT_COUNTS = {"deltas", "so_far"}
 DELTA_COUNTS = {"coalescing"}
@@ -68,7 +68,7 @@ class FakeTriton:
         if model == "overloaded" and number > 1:
             yield failure("Exceeds maximum queue size")
             return
-        await asyncio.sleep(TTFT_S * (10 if model == "sluggish" and number > 8 else 1))
+        await asyncio.sleep(TTFT_S * (50 if model == "sluggish" and number > 8 else 1))
         step = 4 if model == "coalescing" else 1
         for done in range(0, asked, step):
             if done == asked // 2 and number > 1:
@@ -92,7 +92,7 @@ class FakeTriton:
             text = " word" * (done + tokens if model == "so_far" else tokens)
             count = None if model in WITHOUT_COUNTS else tokens if model in DELTA_COUNTS else done + tokens
             yield response(text, count, is_final=done + tokens == asked)
-            await asyncio.sleep(ITL_S)
+            await asyncio.sleep(ITL_S * (100 if model == "dripping" and number > 1 else 1))
 
     async def server_metadata(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         return pb.ServerMetadataResponse(name="fake", version="0.0").SerializeToString()

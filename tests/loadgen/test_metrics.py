@@ -99,7 +99,7 @@ def test_rates_count_what_arrives_in_the_steady_window() -> None:
 
 def test_phases() -> None:
     records = [
-        record(0, [50]), record(100, [200]), record(300, [450]), record(310, [], error="timeout"),
+        record(0, [50]), record(100, [200]), record(300, [450]), record(310, [450], error="timeout"),
         record(20, [], error="refused"),
     ]  # fmt: skip
     assign_phases(records, trace(0, 90, 400, 460))

@@ -33,9 +33,11 @@ def measured() -> tuple[PointSummary, list[RequestRecord]]:
                  isl_asked=8, isl=8, osl_asked=3, osl=3, n_first=1, chunks=3, status="ok", error=None, detail="",
                  token_ns=times, token_counts=array("q", [1, 1, 1]))  # fmt: skip
     lost = dict(id=5, scheduled_ns=95, sent_ns=96, first_byte_ns=None, first_token_ns=None, last_token_ns=None, end_ns=99,
-                isl_asked=8, isl=8, osl_asked=3, osl=0, n_first=None, chunks=0, status="error", error="timeout",
-                detail="no message", token_ns=array("q"), token_counts=array("q"))  # fmt: skip
-    records = [RequestRecord(**whole), RequestRecord(**lost)]  # type: ignore[arg-type]
+                isl_asked=8, isl=8, osl_asked=3, osl=0, n_first=None, chunks=0, status="error", error="refused",
+                detail="nobody", token_ns=array("q"), token_counts=array("q"))  # fmt: skip
+    cut = dict(whole, id=6, osl=2, chunks=2, status="error", error="timeout", detail="no message", token_ns=times[:2],
+               token_counts=array("q", [1, 1]))  # fmt: skip
+    records = [RequestRecord(**fields) for fields in (whole, lost, cut)]  # type: ignore[arg-type]
     trace = LoadTrace(sent=(), start_ns=0, steady_start_ns=15, steady_end_ns=100, end_ns=110, cpu_share=0.1, lags_ms=[0.1],
                       rss_bytes=1, gave_up=False)  # fmt: skip
     summary = summarise(PLACE, records, trace, limits=HealthLimits(), token_source="server_usage", num_gpus=None,
@@ -53,12 +55,12 @@ def test_a_point_on_disk_is_the_point(tmp_path: Path) -> None:
     assert from_mapping(PointSummary, read_json(directory / "point.json"), "point.json") == summary
     table = pq.read_table(directory / "requests.parquet")
     assert {name: str(table.schema.field(name).type) for name in table.column_names} == REQUEST_COLUMNS
-    whole, lost = table.to_pylist()
+    whole, lost, _ = table.to_pylist()
     assert whole == {name: getattr(records[0], name) for name in REQUEST_COLUMNS}
-    assert (lost["first_token_ns"], lost["n_first"], lost["status"], lost["error"]) == (None, None, "error", "timeout")
+    assert (lost["first_token_ns"], lost["n_first"], lost["status"], lost["error"]) == (None, None, "error", "refused")
     chunks = pq.read_table(directory / "chunks.parquet")
     assert {name: str(chunks.schema.field(name).type) for name in chunks.column_names} == CHUNK_COLUMNS
-    assert chunks.to_pydict() == {"request": [4, 4], "gap_ns": [10, 20]}
+    assert chunks.to_pydict() == {"request": [4, 4], "gap_ns": [10, 20]}, "of whole answers only"
 
 
 def test_a_point_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
@@ -74,7 +76,7 @@ def test_summaries_are_flat_and_harmless(tmp_path: Path) -> None:
     summary, _ = measured()
     run.write_summary(MANIFEST, [summary])
     (row,) = read_json(tmp_path / "r/summary.json")
-    assert [row[name] for name in ("label", "isl", "osl", "conc", "repeat", "errors")] == ["=cmd()", 8, 3, 1, 2, 1]
+    assert [row[name] for name in ("label", "isl", "osl", "conc", "repeat", "errors")] == ["=cmd()", 8, 3, 1, 2, 2]
     assert row["ttft_p50_ms"] == summary.ttft.p50
     with open(tmp_path / "r/summary.csv", newline="") as file:
         (cells,) = csv.DictReader(file)

@@ -68,9 +68,9 @@ class Monitor:
                 continue
             last = exchange.times[-1] if exchange.times else exchange.sent_ns
             if now - last > self._idle_ns:
-                exchange.fail("timeout", f"no message for {self._idle_ns / NS_PER_S:g} s")
+                exchange.fail("timeout", f"no message for {self._idle_ns / NS_PER_S:.3g} s")
             elif now - exchange.sent_ns > self._total_ns:
-                exchange.fail("timeout", f"not complete after {self._total_ns / NS_PER_S:g} s")
+                exchange.fail("timeout", f"not complete after {self._total_ns / NS_PER_S:.3g} s")
             else:
                 continue
             exchange.abort()

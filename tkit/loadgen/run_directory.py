@@ -78,6 +78,9 @@ class RunDirectory:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
+    def has_point(self, place: Place) -> bool:
+        return (self.path / "points" / place.slug).is_dir()
+
     def write_summary(self, manifest: Manifest, points: Sequence[PointSummary]) -> None:
         rows = [summary_row(manifest, point) for point in points]
         write_json(self.path / "summary.json", rows)

@@ -130,15 +130,15 @@ def _measure_grid(
     session: Session, profile: Profile, run: RunDirectory, manifest: Manifest, progress: Progress
 ) -> list[PointSummary]:
     """Every point, written as soon as it is measured; the summary at the end, also when that comes early."""
-    points: list[PointSummary] = []
+    measured: dict[Place, PointSummary] = {}
     run.journal("started", tkit=__version__)
     try:
         for place in _grid(profile):
             what = f"{place.shape} C={place.concurrency}" + (f" #{place.repeat}" if profile.repeats > 1 else "")
             progress.step(what, 0, profile.num_requests(place.concurrency))
             measurement = session.measure(place, functools.partial(progress.step, what))
+            measured[place] = measurement.summary  # before it is written: a signal may come between any two lines
             run.write_point(place, measurement.summary, measurement.records)
-            points.append(measurement.summary)
             run.journal("point", point=place.slug, is_valid=measurement.summary.is_valid)
             progress.note(f"{what}: {point_line(measurement.summary)}")
             _refuse_dead_server(session, measurement, what, manifest.url)
@@ -147,8 +147,8 @@ def _measure_grid(
         run.journal("failed", reason=f"{type(error).__name__}: {error}".rstrip(": "))
         raise
     finally:
-        run.write_summary(manifest, points)
-    return points
+        run.write_summary(manifest, [point for place, point in measured.items() if run.has_point(place)])
+    return list(measured.values())
 
 
 def _grid(profile: Profile) -> Iterator[Place]:
