@@ -78,8 +78,8 @@ def simulate_load(directory: Path) -> list[str]:
 def rank_problems(config: Mapping[str, Any], rank: int, found: Mapping[str, Form]) -> list[str]:
     """Missing, misshapen and superfluous tensors of one rank's file, in the file's own terms."""
     expected = required_tensors(config, rank)
-    if "lm_head.weight" not in found and _may_omit_lm_head(expected):
-        expected.pop("lm_head.weight", None)
+    if "lm_head.weight" not in found and _may_omit_lm_head(config, expected):
+        del expected["lm_head.weight"]
     engine, loaded = preprocess(expected, config), preprocess(found, config)
     lines: dict[str, None] = {}  # one tensor of the file may become several parameters: each line once
     for name, (parameter, origin) in engine.items():
@@ -101,9 +101,10 @@ def _fits(found: Form, parameter: Form) -> bool:
     return found.dtype == parameter.dtype and (found.shape == parameter.shape or is_scalar)
 
 
-def _may_omit_lm_head(expected: Mapping[str, Form]) -> bool:
-    """Without lm_head the loader takes the embedding of the same rank for it, which is right only where shapes agree."""
-    return expected.get("lm_head.weight") == expected.get("transformer.vocab_embedding.weight")
+def _may_omit_lm_head(config: Mapping[str, Any], expected: Mapping[str, Form]) -> bool:
+    """Without lm_head the loader takes the embedding of the same rank for it, whether the model ties them or not."""
+    embedding = expected.get("transformer.vocab_embedding.weight")
+    return bool(config.get("tie_word_embeddings")) and embedding == expected.get("lm_head.weight") is not None
 
 
 # --- config.json -----------------------------------------------------------------------------------------------------
