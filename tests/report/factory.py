@@ -176,6 +176,8 @@ def simulate(
         steps = tpot * generator.gamma(20, 1 / 20, size=osl - 1)
         first, last = sent + ttft, sent + ttft + steps.sum()
         failed = index >= level and generator.random() < error_rate
+        if failed:  # cut off after its first token
+            last = first
         free[slot] = last + 0.2
         times = {
             "scheduled": sent,
@@ -186,11 +188,10 @@ def simulate(
             "end": last + 0.1,
         }
         for key, value in times.items():
-            happened = not failed or key in ("scheduled", "sent", "end")
-            rows[f"{key}_ns"].append(origin + int(value * MS) if happened else None)
+            rows[f"{key}_ns"].append(origin + int(value * MS))
         for key, value in {
             "id": index, "phase": "warmup" if index < level else "measured", "isl_asked": isl, "isl": isl, "osl_asked": osl,
-            "osl": 0 if failed else osl, "n_first": 1, "chunks": 0 if failed else osl,
+            "osl": 1 if failed else osl, "n_first": 1, "chunks": 1 if failed else osl,
             "status": "error" if failed else "ok", "error": "truncated" if failed else None, "worker": 0,
         }.items():  # fmt: skip
             rows[key].append(value)

@@ -38,11 +38,32 @@ def test_rows_become_milliseconds(run: Path) -> None:
     assert point.chunk_gaps()["gap"].median() == pytest.approx(point.summary.chunk_gap.p50)
 
 
-def test_a_request_that_failed_has_no_times(tmp_path: Path) -> None:
+def test_a_request_that_failed_does_not_count(tmp_path: Path) -> None:
     point = read_run(make_run(tmp_path, "run", concurrency=(4,), error_rate=0.3)).points[0]
     failed = point.requests[point.requests["status"] == "error"]
     assert len(failed) == sum(point.summary.errors.values()) > 0
-    assert failed[["ttft", "tpot", "e2e"]].isna().all(axis=None)
+    assert failed["ttft"].notna().all()  # cut off after the first token
+    assert not set(failed["id"]) & set(point.measured["id"])
+    assert len(point.measured) == point.summary.ttft.n == 40 - len(failed)
+
+
+def test_a_request_that_was_never_answered_has_no_times(run: Path) -> None:
+    path = run / POINT / "requests.parquet"
+    rows = pq.read_table(path).to_pydict()
+    last = rows["phase"].index("measured")
+    for name in ("first_byte_ns", "first_token_ns", "last_token_ns", "n_first"):
+        rows[name][last] = None
+    rows["status"][last], rows["error"][last], rows["osl"][last] = "error", "timeout", 0
+    factory.write_parquet(path, rows, REQUEST_COLUMNS)
+    ok = [row for row in pq.read_table(path).to_pylist() if row["phase"] == "measured" and row["status"] == "ok"]
+    ttft = [(row["first_token_ns"] - row["sent_ns"]) / 1e6 for row in ok]
+    e2e = [(row["last_token_ns"] - row["sent_ns"]) / 1e6 for row in ok]
+    tpot = [(row["last_token_ns"] - row["first_token_ns"]) / 1e6 / 63 for row in ok]
+    told = {"ttft": ttft, "e2e": e2e, "tpot": tpot}
+    edit(run / POINT / "point.json", errors={"timeout": 1}, **{k: factory.distribution(v) for k, v in told.items()})
+    point = read_run(run).points[1]
+    failed = point.requests[point.requests["status"] == "error"]
+    assert failed[["ttft", "ttfb", "tpot", "e2e"]].isna().all(axis=None)
     assert failed["sent_s"].notna().all()
 
 

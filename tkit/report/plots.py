@@ -211,7 +211,7 @@ def ecdf(comparison: Comparison, samples: Mapping[str, Floats], name: str, where
             },
         },
     ]
-    counts = ", ".join(f"{run_id} {len(values)}" for run_id, values in samples.items())
+    counts = ", ".join(f"{run_id} {text.count(len(values))}" for run_id, values in samples.items())
     return Plot(
         id=plot_id,
         title=f"{name}, {where}",
