@@ -16,6 +16,8 @@ from tkit.errors import TkitError, did_you_mean
 COMMANDS = {
     "build":    ("tkit.cli.build",    "Convert and quantize a Hugging Face checkpoint into an engine directory."),
     "validate": ("tkit.cli.validate", "Run a built engine against its source: perplexity, KL divergence, top-1 agreement."),
+    "inspect":  ("tkit.cli.inspect",  "Show what is in an engine: its card, sizes, tensors."),
+    "verify":   ("tkit.cli.verify",   "Hash an engine again, and check that TensorRT-LLM would load it."),
     "serve":    ("tkit.cli.serve",    "Serve an engine with Triton Inference Server."),
     "stop":     ("tkit.cli.stop",     "Stop a running server."),
     "sweep":    ("tkit.cli.sweep",    "Measure latency and throughput of a running server."),
