@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 
 from tkit import demo
-from tkit.checkpoints.rank_file import RankFile
+from tkit.checkpoints.writer import FileWriter
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_SIZE, VOCAB, NUM_SHARDS = 2048, 5632, 32, 4, 64, 32000, 3
 
@@ -83,7 +83,8 @@ def write_model(directory: Path, num_layers: int) -> int:
     for shard in range(NUM_SHARDS):
         shard_names = names[shard * per_shard : (shard + 1) * per_shard]
         file_name = f"model-{shard + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
-        file = RankFile(directory / file_name, {name: ("BF16", tensors[name]) for name in shard_names})
+        file = FileWriter(directory / file_name, {name: ("BF16", tensors[name]) for name in shard_names})
+        file.start()
         for name in shard_names:
             values = generator.standard_normal(tensors[name], dtype=np.float32) * np.float32(0.02)
             file.write(name, [(values.view(np.uint32) >> 16).astype(np.uint16)])

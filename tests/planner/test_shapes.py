@@ -9,7 +9,7 @@ import pytest
 
 from tkit.architectures.config import spec_from_hf
 from tkit.architectures.moves import plan_moves
-from tkit.checkpoints.convert import rank_layouts
+from tkit.checkpoints.convert import file_layouts
 from tkit.errors import InputError
 from tkit.planner.memory import stored_bytes
 from tkit.planner.models import TABLE, find_shape, shape_table
@@ -76,7 +76,7 @@ def test_stored_bytes_equal_the_plan_of_the_build(architecture, quant, layout):
         pytest.skip(str(refused))
     planned = sum(
         math.prod(shape) * BYTES[dtype]
-        for tensors in rank_layouts(moves, spec.dtype).values()
+        for tensors in file_layouts(moves, spec.dtype).values()
         for dtype, shape in tensors.values()
     )
     assert stored_bytes(shape_from_spec(spec, "small"), precision(quant), parallel) == planned

@@ -93,8 +93,8 @@ def test_dry_run_prints_every_tensor_and_writes_nothing(tkit, make_llama):
     assert_nothing_left()
     built = tkit("build", make_llama(**WIDE), "--tp", "2", "--quant", "int4_awq")
     assert Path(built.stdout.strip()).name == plan["name"]
-    for name, tensors in plan["ranks"].items():
-        written = load_file(Path(built.stdout.strip()) / "checkpoint" / name)
+    for name, tensors in plan["files"].items():
+        written = load_file(Path(built.stdout.strip()) / name)
         assert {key: list(tensor.shape) for key, tensor in written.items()} == {
             k: v["shape"] for k, v in tensors.items()
         }
@@ -261,14 +261,14 @@ def test_a_killed_build_resumes_and_ends_with_the_same_digest(tkit, make_llama, 
     undisturbed = json.loads(tkit("build", *options, "--out", "undisturbed", "--json").stdout)
     code = (
         "import os, signal, sys\n"
-        "from tkit.checkpoints.rank_file import RankFile\n"
-        "append = RankFile._append\n"
+        "from tkit.checkpoints.writer import FileWriter\n"
+        "append = FileWriter._append\n"
         "def dying(self, view):\n"
         "    journal = self.path.parent.parent / 'journal.jsonl'\n"
         f"    if journal.exists() and len(journal.read_text().splitlines()) >= {num_steps}:\n"
         "        self._file.write(view[: len(view) // 2]); os.kill(os.getpid(), signal.SIGKILL)\n"
         "    append(self, view)\n"
-        "RankFile._append = dying\n"
+        "FileWriter._append = dying\n"
         "from tkit.cli.main import main\n"
         "main()"
     )

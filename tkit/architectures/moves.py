@@ -217,11 +217,13 @@ class _Planner:
             position, unit = tensor.in_axis
             start, stop = shard_range(module.in_, self.spec, self.parallel, tp_rank)
             cuts[position] = ((start // unit, stop // unit),)
+        rank = self.parallel.rank(pp_rank, tp_rank)
         rows = cuts.get(0, ((0, 1),))
         columns = cuts[1][0] if 1 in cuts else None
         num_rows = sum(stop - start for start, stop in rows)
         return Output(
-            rank=self.parallel.rank(pp_rank, tp_rank),
+            rank=rank,
+            file=f"rank{rank}.safetensors",
             name=f"{stored_name}.{tensor.name}",
             part=tensor.name,
             dtype="F32" if module.transform == "float32" else tensor.dtype,

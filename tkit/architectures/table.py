@@ -52,6 +52,7 @@ class Module:
     bias: Callable[[ModelSpec], bool] = lambda spec: False
     is_bias_on_first_rank_only: bool = False  # added before the all-reduce there, so the other ranks hold zeros
     transform: str | None = None  # add_one | transpose | float32: applied to every source
+    feeds: str | None = None  # a norm: the `input` that its output is, and nothing else's
     input: str | None = None  # modules with the same input see the same activations, and share what is searched on them
     is_quantized: bool = False
     when: Callable[[ModelSpec, int], bool] = lambda spec, layer: True
@@ -105,10 +106,10 @@ QK_NORMS = (
 )
 
 LLAMA_LAYER = (
-    norm("input_layernorm", "input_layernorm"),
+    norm("input_layernorm", "input_layernorm", feeds="attention"),
     linear("attention.qkv",   QKV,    "hidden", "attention",       bias=attention_bias),
     linear("attention.dense", O_PROJ, "heads",  "attention.dense", bias=attention_bias),
-    norm("post_layernorm", "post_attention_layernorm"),
+    norm("post_layernorm", "post_attention_layernorm", feeds="mlp"),
     *GATED_MLP,
 )
 QWEN2_ATTENTION = (
@@ -123,8 +124,8 @@ QWEN3_ATTENTION = (
 
 
 def qwen_layer(attention: tuple[Module, ...], mlp: tuple[Module, ...]) -> tuple[Module, ...]:
-    return (norm("input_layernorm", "input_layernorm"), *attention,
-            norm("post_layernorm", "post_attention_layernorm"), *mlp)
+    return (norm("input_layernorm", "input_layernorm", feeds="attention"), *attention,
+            norm("post_layernorm", "post_attention_layernorm", feeds="mlp"), *mlp)
 
 
 def moe(router: str, gate: str, up: str, down: str, when: Callable[[ModelSpec, int], bool]) -> tuple[Module, ...]:
@@ -153,20 +154,20 @@ MIXTRAL_LAYER = (
 )
 
 
-def gemma_norm(name: str, source: str, axis: str = "hidden") -> Module:
+def gemma_norm(name: str, source: str, axis: str = "hidden", feeds: str | None = None) -> Module:
     """Gemma multiplies by 1 + w; TensorRT-LLM's RMSNorm by w."""
-    return norm(name, source, axis, transform="add_one")
+    return norm(name, source, axis, feeds=feeds, transform="add_one")
 
 
 GEMMA_ATTENTION = LLAMA_LAYER[1:3]
 GEMMA_LAYER = (
-    gemma_norm("input_layernorm", "input_layernorm"), *GEMMA_ATTENTION,
-    gemma_norm("post_layernorm", "post_attention_layernorm"), *GATED_MLP,
+    gemma_norm("input_layernorm", "input_layernorm", feeds="attention"), *GEMMA_ATTENTION,
+    gemma_norm("post_layernorm", "post_attention_layernorm", feeds="mlp"), *GATED_MLP,
 )
 GEMMA2_LAYER = (
-    gemma_norm("input_layernorm", "input_layernorm"), *GEMMA_ATTENTION,
+    gemma_norm("input_layernorm", "input_layernorm", feeds="attention"), *GEMMA_ATTENTION,
     gemma_norm("post_layernorm", "post_attention_layernorm"),
-    gemma_norm("pre_feedforward_layernorm", "pre_feedforward_layernorm"), *GATED_MLP,
+    gemma_norm("pre_feedforward_layernorm", "pre_feedforward_layernorm", feeds="mlp"), *GATED_MLP,
     gemma_norm("post_feedforward_layernorm", "post_feedforward_layernorm"),
 )
 GEMMA3_LAYER = (
@@ -175,10 +176,10 @@ GEMMA3_LAYER = (
     gemma_norm("attention.k_layernorm", "self_attn.k_norm", "head"),
 )
 PHI3_LAYER = (
-    norm("input_layernorm", "input_layernorm"),
+    norm("input_layernorm", "input_layernorm", feeds="attention"),
     linear("attention.qkv", {"self_attn.qkv_proj": FUSED_QKV}, "hidden", "attention"),
     linear("attention.dense", O_PROJ, "heads", "attention.dense"),
-    norm("post_layernorm", "post_attention_layernorm"),
+    norm("post_layernorm", "post_attention_layernorm", feeds="mlp"),
     # one fused layer: the rank's own halves are swapped, because swiglu activates the second
     linear("mlp.fc", {"mlp.gate_up_proj": ("mlp", "mlp")}, "hidden", "mlp", order=(1, 0)),
     linear("mlp.proj", {"mlp.down_proj": "hidden"}, "mlp", "mlp.proj"),

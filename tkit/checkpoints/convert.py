@@ -14,9 +14,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tkit.checkpoints.rank_file import RankFiles, layout
 from tkit.checkpoints.reader import TensorFiles
-from tkit.checkpoints.tensors import FLOAT_DTYPES, SAFETENSORS_DTYPE, cast, count_nonfinite, raw_dtype, transformed
+from tkit.checkpoints.tensors import (
+    FLOAT_DTYPES,
+    SAFETENSORS_DTYPE,
+    cast,
+    count_nonfinite,
+    raw_dtype,
+    to_float32,
+    transformed,
+)
+from tkit.checkpoints.writer import CheckpointWriter, layout
 from tkit.errors import InputError
 from tkit.specs.moves import Move, Output
 from tkit.specs.progress import Progress
@@ -41,18 +49,18 @@ class LayerQuantizer(Protocol):
         """Passes the activations through a layer that is quantized and written already."""
 
 
-def rank_layouts(moves: Sequence[Move], dtype: str) -> dict[int, dict[str, tuple[str, tuple[int, ...]]]]:
-    """{rank: {tensor name: (safetensors dtype, shape)}} in file order. `dtype` is the model's, as config.json has it."""
-    layouts: dict[int, dict[str, tuple[str, tuple[int, ...]]]] = {}
+def file_layouts(moves: Sequence[Move], dtype: str) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """{file: {tensor name: (safetensors dtype, shape)}} in file order. `dtype` is the model's, as config.json has it."""
+    layouts: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for output in (output for move in moves for output in move.outputs):
         stored = SAFETENSORS_DTYPE[dtype] if output.dtype == "model" else output.dtype
-        layouts.setdefault(output.rank, {})[output.name] = (stored, output.shape)
+        layouts.setdefault(output.file, {})[output.name] = (stored, output.shape)
     return layouts
 
 
 def checkpoint_bytes(moves: Sequence[Move], dtype: str) -> int:
-    """Bytes of all rank files, headers included."""
-    return sum(len(header) + data for header, data in map(layout, rank_layouts(moves, dtype).values()))
+    """Bytes of all files, headers included."""
+    return sum(len(header) + data for header, data in map(layout, file_layouts(moves, dtype).values()))
 
 
 def check_sources(source: TensorFiles, moves: Sequence[Move], ignored: Sequence[str]) -> None:
@@ -84,10 +92,11 @@ def convert(
     directory: Path,
     quantizer: LayerQuantizer | None,
     progress: Progress,
+    *,
     num_threads: int = 1,
     journal: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Writes `rank{r}.safetensors` into `directory`; returns {file name: {"bytes", "sha256"}}.
+    """Writes the files that the moves name into `directory`; returns {file name: {"bytes", "sha256"}}.
 
     With a `journal` file, steps that an earlier, killed call finished there are not done again.
     `num_threads` threads hash and write while this one reads and computes; the files do not depend on it. Raises
@@ -103,7 +112,7 @@ def convert(
             nonfinite.append(f"{name}: {bad} of {raw.size} values are NaN or infinite in {dtype}")
         return raw, stored_dtype
 
-    with RankFiles(directory, rank_layouts(moves, dtype), num_threads, journal) as files:
+    with CheckpointWriter(directory, file_layouts(moves, dtype), num_threads, journal) as files:
         steps = [list(group) for _, group in itertools.groupby(moves, key=lambda move: move.layer)]
         for index, step in enumerate(steps):
             progress.step("convert", index, len(steps))
@@ -131,7 +140,7 @@ def _pass_step(step: Sequence[Move], read: Callable[[str], Raw], quantizer: Laye
 def _write_step(
     step: Sequence[Move],
     read: Callable[[str], Raw],
-    files: RankFiles,
+    files: CheckpointWriter,
     quantizer: LayerQuantizer | None,
 ) -> None:
     """Moves one decoder layer, or the modules before or after the layers."""
@@ -147,14 +156,32 @@ def _write_step(
             parts = quantized[move.module]
             for output in move.outputs:
                 raw, dtype = parts[output.part]
-                files.write(output.rank, output.name, take([raw], output, dtype))
+                files.write(output.file, output.name, take([raw], output, dtype))
             continue
         raws = [sources[name] if name in sources else read(name) for name in move.sources]
         if quantizer is not None and move.module == EMBEDDING:
             quantizer.embedding(raws[0])
         stacked = [transformed(raw, dtype, move.transform) for raw, dtype in raws]
         for output in move.outputs:
-            files.write(output.rank, output.name, take([raw for raw, _ in stacked], output, stacked[0][1]))
+            if output.source is None:
+                chunks = take([raw for raw, _ in stacked], output, stacked[0][1])
+            elif output.fold is None:
+                chunks = iter([raws[output.source][0]])
+            else:
+                chunks = iter([_folded(raws[output.source], move, _prequant(output.fold, to_quantize, quantized))])
+            files.write(output.file, output.name, chunks)
+
+
+def _prequant(input_name: str, moves: Sequence[Move], quantized: Mapping[str, Mapping[str, Raw]]) -> Raw:
+    """The factor that all quantized layers with that input multiply it by."""
+    return next(quantized[move.module]["prequant_scaling_factor"] for move in moves if move.input == input_name)
+
+
+def _folded(norm: Raw, move: Move, prequant: Raw) -> np.ndarray:
+    """A norm's weight times the factor of the layers behind it; where the model multiplies by 1 + w, 1 + w is scaled."""
+    offset = np.float32(1) if move.transform == "add_one" else np.float32(0)
+    weight = (to_float32(*norm) + offset) * to_float32(*prequant) - offset
+    return cast(weight.view(np.uint32), "F32", norm[1])
 
 
 def take(stacked: Sequence[np.ndarray], output: Output, dtype: str) -> Iterator[np.ndarray]:

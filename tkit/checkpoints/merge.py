@@ -45,7 +45,7 @@ def split_sources(whole: np.ndarray, dtype: str, move: Move, target: str) -> dic
     }
 
 
-def _shape(files: TensorFiles, rank: int, name: str) -> tuple[int, ...] | None:
+def _shape(files: TensorFiles, rank: int | None, name: str) -> tuple[int, ...] | None:
     entry = files.entries.get(f"{rank}/{name}")
     return None if entry is None else entry.shape
 

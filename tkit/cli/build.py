@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from tkit.cli.output import Output, output_options
-from tkit.specs.recipe import BACKENDS, EngineRecipe
+from tkit.specs.recipe import BACKENDS, FORMATS, EngineRecipe
 from tkit.units import format_bytes, format_seconds
 
 
@@ -17,6 +17,11 @@ from tkit.units import format_bytes, format_seconds
 @click.option("--tp", "tp_size", type=click.IntRange(min=1), help="Tensor-parallel size, in GPUs.  [default: 1]")
 @click.option("--pp", "pp_size", type=click.IntRange(min=1), help="Pipeline-parallel size, in GPUs.  [default: 1]")
 @click.option("--quant", help="none, int8, fp8 or int4_awq.  [default: none]")
+@click.option(
+    "--format",
+    type=click.Choice(FORMATS),
+    help="TensorRT-LLM checkpoint, unified Hugging Face checkpoint, or both.  [default: trtllm]",
+)
 @click.option(
     "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What will run the engine."
 )
@@ -57,10 +62,9 @@ def command(
     engine_recipe = from_mapping(EngineRecipe, {**dataclasses.asdict(recipe.engines[0]), **given}, "tkit build")
     plan = plan_build(fetch_model(recipe, name), engine_recipe, output)
     if dry_run:
-        tensors = sum(len(files) for files in plan.record()["ranks"].values())
-        text = (
-            f"{plan.name}: {tensors} tensors, {format_bytes(plan.num_bytes)} in {plan.recipe.parallel.world_size} files"
-        )
+        files = plan.record()["files"]
+        num_tensors = sum(len(tensors) for tensors in files.values())
+        text = f"{plan.name}: {num_tensors} tensors, {format_bytes(plan.num_bytes)} in {len(files)} files"
         output.record(plan.record(), text)
         return
     directory, card, existed = build(plan, output, out=out, device=device, workers=workers, force=force)

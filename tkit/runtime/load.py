@@ -1,7 +1,8 @@
-"""A written TensorRT-LLM checkpoint -> a transformers model that computes what its kernels would.
+"""A written checkpoint -> a transformers model that computes what its kernels would.
 
-Reads `checkpoint/` and nothing else: the model's shape comes from its config.json, the weights are merged from the rank
-files and dequantized, inputs of FP8 layers are rounded with the stored static scale. Memory: the whole model in `dtype`.
+Reads `checkpoint/`, or `hf/` where an engine has only that, and nothing else: the model's shape comes from its config.json,
+the weights are merged from the rank files and dequantized, inputs of FP8 layers are rounded with the stored static scale.
+Memory: the whole model in `dtype`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from tkit.architectures.config import hf_config, parallel_from_trtllm, spec_from_trtllm
+from tkit.architectures.config import hf_config, parallel_from_trtllm, spec_from_hf, spec_from_trtllm
 from tkit.architectures.moves import plan_moves
 from tkit.checkpoints.merge import merge
-from tkit.checkpoints.reader import open_ranks
+from tkit.checkpoints.reader import open_ranks, open_source
 from tkit.errors import InputError
 from tkit.files import read_json
-from tkit.quantize import fp8, int8
+from tkit.quantize import fp8, int4, int8
 from tkit.quantize.table import DEQUANTIZE
 from tkit.runtime.bits import to_torch
 from tkit.specs.model import ModelSpec
@@ -40,26 +41,72 @@ def load_model(engine_dir: Path, device: str = "auto") -> tuple[PreTrainedModel,
     """The model in eval mode; float32 on the CPU (faster there than 16 bits, and batching does not change greedy text),
     the checkpoint's own dtype on CUDA."""
     device = pick_device(device)
-    config = read_json(engine_dir / "checkpoint" / "config.json")
-    spec, quant = spec_from_trtllm(config), quant_of(config)
-    parallel = parallel_from_trtllm(config)
-    dtype = torch.float32 if device == "cpu" else getattr(torch, spec.dtype)
-    weights: dict[str, torch.Tensor] = {}
-    input_scales: dict[str, torch.Tensor] = {}
-    with open_ranks(engine_dir / "checkpoint", parallel.world_size) as files:
-        for move, parts in merge(files, plan_moves(spec, quant, parallel)):
-            stored = {part: to_torch(raw, code) for part, (raw, code) in parts.items()}
-            weights.update(_hugging_face_weights(move, stored, quant, dtype))
-            if "activation_scaling_factor" in stored:
-                for source in move.sources:
-                    input_scales[source.removesuffix(".weight")] = stored["activation_scaling_factor"]
+    if (engine_dir / "checkpoint").is_dir():
+        spec, weights, input_scales = _read_trtllm(engine_dir / "checkpoint", device)
+    else:
+        spec, weights, input_scales = _read_hf(engine_dir / "hf", device)
     if spec.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    model = model_from_weights(spec, weights, dtype)
+    model = model_from_weights(spec, weights, _dtype(spec, device))
     torch.nn.Module.to(model, device)
     for name, scale in input_scales.items():
         model.get_submodule(name).register_forward_pre_hook(_fp8_input(scale.to(device)))
     return model, spec
+
+
+Weights = dict[str, torch.Tensor]  # by Hugging Face name, dequantized
+InputScales = dict[str, torch.Tensor]  # by Hugging Face module
+
+
+def _dtype(spec: ModelSpec, device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else getattr(torch, spec.dtype)
+
+
+def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, InputScales]:
+    config = read_json(directory / "config.json")
+    spec, quant, parallel = spec_from_trtllm(config), quant_of(config), parallel_from_trtllm(config)
+    weights: Weights = {}
+    input_scales: InputScales = {}
+    with open_ranks(directory, parallel.world_size) as files:
+        for move, parts in merge(files, plan_moves(spec, quant, parallel)):
+            stored = {part: to_torch(raw, code) for part, (raw, code) in parts.items()}
+            weights.update(_hugging_face_weights(move, stored, quant, _dtype(spec, device)))
+            if "activation_scaling_factor" in stored:
+                for source in move.sources:
+                    input_scales[source.removesuffix(".weight")] = stored["activation_scaling_factor"]
+    return spec, weights, input_scales
+
+
+def _read_hf(directory: Path, device: str) -> tuple[ModelSpec, Weights, InputScales]:
+    """A unified Hugging Face checkpoint. What sits beside a weight under its module's name says how it is stored."""
+    config = {key: value for key, value in read_json(directory / "config.json").items() if key != "quantization_config"}
+    spec = spec_from_hf(config, str(directory / "config.json"))
+    dtype = _dtype(spec, device)
+    weights: Weights = {}
+    input_scales: InputScales = {}
+    with open_source(directory) as files:
+
+        def read(name: str) -> torch.Tensor:
+            return to_torch(files.read(name), files.entries[name].dtype)
+
+        for name, entry in files.entries.items():
+            module, _, part = name.rpartition(".")
+            if part in ("weight_scale", "pre_quant_scale"):
+                continue
+            if part == "input_scale":
+                input_scales[module] = read(name).reshape(1)
+            elif entry.dtype == "F8_E4M3":
+                stored = {"weight": read(name), "weights_scaling_factor": read(f"{module}.weight_scale")}
+                weights[name] = fp8.dequantize(stored).to(dtype)
+            elif entry.dtype == "U8":
+                codes = int4.unpack(read(name).view(torch.int8))
+                weight = int4.dequantize(codes, read(f"{module}.weight_scale"))
+                if f"{module}.pre_quant_scale" in files.entries:
+                    weight = weight * read(f"{module}.pre_quant_scale").float()
+                weights[name] = weight.to(dtype)
+            else:
+                weights[name] = read(name).to(dtype)
+    return spec, weights, input_scales
 
 
 def quant_of(config: dict[str, Any]) -> QuantFormat:

@@ -14,13 +14,15 @@ Range = tuple[int, int]  # [start, stop)
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """One tensor of one rank file: `rows` and `columns` of the whole (unsharded) stored tensor called `part`.
+    """One tensor of one file: `rows` and `columns` of the whole (unsharded) stored tensor called `part`.
 
     Rows are listed in order; a range may repeat (KV heads) and may pass the end (vocabulary padding, filled with zeros).
-    `columns` is None where the tensor is not cut along its second axis.
+    `columns` is None where the tensor is not cut along its second axis. `rank` is None in the files of the unified
+    Hugging Face checkpoint.
     """
 
-    rank: int
+    rank: int | None
+    file: str
     name: str
     part: str  # the name within the module: weight, bias, weights_scaling_factor, ...
     dtype: str  # "model" or a safetensors name
@@ -28,6 +30,8 @@ class Output:
     rows: tuple[Range, ...]
     columns: Range | None = None
     is_zero: bool = False  # zeros of that shape instead
+    source: int | None = None  # the source of that index as it came, instead of rows of the stack
+    fold: str | None = None  # multiplied by the pre-quant factor of the quantized layers with that input
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,8 @@ class StoredTensor:
     dtype: str
     out_axis: tuple[int, int] | None = None
     in_axis: tuple[int, int] | None = None
+    hf_name: str | None = None  # in the unified Hugging Face checkpoint
+    hf_dtype: str | None = None  # None = the same
 
     def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         sizes = {
@@ -57,17 +59,23 @@ class QuantFormat:
 
 _PLAIN = (StoredTensor(name="weight", dtype="model", out_axis=(0, 1), in_axis=(1, 1)),)
 _FP8 = (
-    StoredTensor(name="weight", dtype="F8_E4M3", out_axis=(0, 1), in_axis=(1, 1)),
-    StoredTensor(name="weights_scaling_factor", dtype="F32"),
-    StoredTensor(name="activation_scaling_factor", dtype="F32"),
+    StoredTensor(name="weight", dtype="F8_E4M3", out_axis=(0, 1), in_axis=(1, 1), hf_name="weight"),
+    StoredTensor(name="weights_scaling_factor", dtype="F32", hf_name="weight_scale"),
+    StoredTensor(name="activation_scaling_factor", dtype="F32", hf_name="input_scale"),
 )
 
 
 def _int4(group_size: int) -> tuple[StoredTensor, ...]:
     return (
-        StoredTensor(name="weight", dtype="I8", out_axis=(0, 2), in_axis=(1, 1)),
-        StoredTensor(name="weights_scaling_factor", dtype="F32", out_axis=(0, 1), in_axis=(1, group_size)),
-        StoredTensor(name="prequant_scaling_factor", dtype="model", in_axis=(0, 1)),
+        StoredTensor(name="weight", dtype="I8", out_axis=(0, 2), in_axis=(1, 1), hf_name="weight", hf_dtype="U8"),
+        StoredTensor(
+            name="weights_scaling_factor",
+            dtype="F32",
+            out_axis=(0, 1),
+            in_axis=(1, group_size),
+            hf_name="weight_scale",
+        ),
+        StoredTensor(name="prequant_scaling_factor", dtype="model", in_axis=(0, 1), hf_name="pre_quant_scale"),
     )
 
 

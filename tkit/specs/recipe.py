@@ -9,6 +9,7 @@ from tkit.specs.parallel import Parallel
 from tkit.specs.quantization import quant_format
 
 BACKENDS = ("auto", "reference")
+FORMATS = ("trtllm", "hf", "both")  # TensorRT-LLM checkpoint, unified Hugging Face checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class EngineRecipe:
     quant: str = "none"
     tp_size: int = 1
     pp_size: int = 1
+    format: str = "trtllm"
     calib: str | None = None  # .txt or .jsonl; None = the text that ships with tkit
     calib_samples: int = 16
     calib_len: int = 256  # tokens per sample
@@ -32,8 +34,10 @@ class EngineRecipe:
             for name, value in (("calib_samples", self.calib_samples), ("calib_len", self.calib_len))
             if value < 1
         ]
+        if self.format not in FORMATS:
+            problems.append(f'format is "{self.format}", expected one of {", ".join(FORMATS)}')
         if problems:
-            raise InputError("impossible calibration", problems=problems)
+            raise InputError("impossible engine", problems=problems)
 
     @property
     def parallel(self) -> Parallel:

@@ -32,7 +32,14 @@ from tkit import __version__, demo
 from tkit.architectures.config import spec_from_hf, trtllm_config
 from tkit.architectures.moves import plan_moves
 from tkit.architectures.table import ARCHITECTURES
-from tkit.checkpoints.convert import LayerQuantizer, check_sources, checkpoint_bytes, convert, rank_layouts
+from tkit.architectures.unified_hf import (
+    combined,
+    hf_index,
+    hf_quant_config,
+    plan_hf_outputs,
+    quantization_config,
+)
+from tkit.checkpoints.convert import LayerQuantizer, check_sources, checkpoint_bytes, convert, file_layouts
 from tkit.checkpoints.load_simulation import check_load
 from tkit.checkpoints.reader import TensorFiles, open_source
 from tkit.errors import InputError
@@ -75,7 +82,7 @@ class BuildPlan:
 
     def record(self) -> dict[str, Any]:
         """What `--dry-run` prints: the engine's name, its config.json and every tensor of every rank."""
-        layouts = rank_layouts(self.moves, self.spec.dtype)
+        layouts = file_layouts(self.moves, self.spec.dtype)
         return {
             "name": self.name,
             "key": self.key,
@@ -85,11 +92,9 @@ class BuildPlan:
                 {"module": move.module, "sources": move.sources, "outputs": [output.name for output in move.outputs]}
                 for move in self.moves
             ],
-            "ranks": {
-                f"rank{rank}.safetensors": {
-                    name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in files.items()
-                }
-                for rank, files in sorted(layouts.items())
+            "files": {
+                name: {tensor: {"dtype": dtype, "shape": shape} for tensor, (dtype, shape) in tensors.items()}
+                for name, tensors in sorted(layouts.items())
             },
         }
 
@@ -102,7 +107,7 @@ def plan_build(source: ModelSource, recipe: EngineRecipe, progress: Progress) ->
         raise InputError(f"{config_path}: expected a mapping of keys, found {type(config).__name__}")
     spec = spec_from_hf(config, str(config_path))
     quant = quant_format(recipe.quant)
-    moves = plan_moves(spec, quant, recipe.parallel)
+    moves = _plan_formats(spec, quant, recipe)
     with open_source(source.directory) as files:
         check_sources(files, moves, ARCHITECTURES[spec.architecture].ignored)
         paths = files.files
@@ -169,19 +174,22 @@ def _write_engine(
     journal = work / "journal.jsonl"
     tokenizer = copy_tokenizer(plan.source.directory, work / "tokenizer", plan.spec.vocab_size)
     quantizer = _quantizer(plan, tokenizer, device) if plan.quant.needs_calibration else None
-    write_json(work / "checkpoint" / "config.json", plan.config)
+    _write_configs(plan, work)
     convert_started = time.monotonic()
     with open_source(plan.source.directory) as source:
         converted = convert(
-            source, plan.moves, plan.spec.dtype, work / "checkpoint", quantizer, progress, workers, journal
+            source, plan.moves, plan.spec.dtype, work, quantizer, progress, num_threads=workers, journal=journal
         )
         notes = _notes(plan, source)
     journal.unlink()
     convert_seconds = time.monotonic() - convert_started
-    check_load(work / "checkpoint")
-    files = {f"checkpoint/{name}": facts for name, facts in converted.items()}
-    for path in (work / "checkpoint" / "config.json", *sorted((work / "tokenizer").iterdir())):
-        files[str(path.relative_to(work))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    if plan.recipe.format in ("trtllm", "both"):
+        check_load(work / "checkpoint")
+    files = dict(converted)
+    for path in sorted(path for path in work.rglob("*") if path.is_file()):
+        name = str(path.relative_to(work))
+        if name not in files:
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     weight_bytes = sum(int(facts["bytes"]) for facts in converted.values())
     seconds = time.monotonic() - started
     card = EngineCard(
@@ -219,10 +227,39 @@ def _write_engine(
         },
         notes=notes,
     )
-    for directory in (work / "checkpoint", work / "tokenizer"):
+    for directory in (path for path in work.iterdir() if path.is_dir()):
         sync_directory(directory)
     write_json(work / CARD_FILE, card)
     return card
+
+
+def _plan_formats(spec: ModelSpec, quant: QuantFormat, recipe: EngineRecipe) -> list[Move]:
+    """The moves of every checkpoint asked for, each in its directory: one pass over the source writes them all."""
+    moves = plan_moves(spec, quant, recipe.parallel)
+    plans = {}
+    if recipe.format in ("trtllm", "both"):
+        plans["checkpoint"] = moves
+    if recipe.format in ("hf", "both"):
+        plans["hf"] = plan_hf_outputs(moves, spec, quant)
+    return combined(plans)
+
+
+def _write_configs(plan: BuildPlan, work: Path) -> None:
+    """The JSON files that say what the tensors are, for each reader under its own name."""
+    if plan.recipe.format in ("trtllm", "both"):
+        write_json(work / "checkpoint" / "config.json", plan.config)
+    if plan.recipe.format in ("hf", "both"):
+        config = read_json(plan.source.directory / "config.json")
+        added = {"quantization_config": quantization_config(plan.quant, __version__), "dtype": plan.spec.dtype}
+        write_json(work / "hf" / "config.json", config | {key: value for key, value in added.items() if value})
+        for name, content in (
+            ("model.safetensors.index.json", hf_index(plan.moves, "hf")),
+            ("hf_quant_config.json", hf_quant_config(plan.quant, __version__)),
+        ):
+            if content is not None:
+                write_json(work / "hf" / name, content)
+        for path in (work / "tokenizer").iterdir():
+            shutil.copyfile(path, work / "hf" / path.name)
 
 
 def _publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineCard:
@@ -307,7 +344,8 @@ def _work_directory(out: Path, plan: BuildPlan, progress: Progress) -> Path:
                 progress.note(f"resuming the build that process {pid} left")
             else:
                 shutil.rmtree(path)
-    (work / "checkpoint").mkdir(parents=True, exist_ok=True)
+    for directory in {Path(name).parent for name in file_layouts(plan.moves, plan.spec.dtype)}:
+        (work / directory).mkdir(parents=True, exist_ok=True)
     return work
 
 
@@ -347,6 +385,8 @@ def _command(plan: BuildPlan) -> str:
     recipe, default = plan.recipe, EngineRecipe()
     command = ["tkit", "build", plan.source.model, "--tp", str(recipe.tp_size), "--pp", str(recipe.pp_size)]
     command += ["--quant", recipe.quant]
+    if recipe.format != default.format:
+        command += ["--format", recipe.format]
     if plan.calib_file is not None:
         command += ["--calib", recipe.calib] if recipe.calib else []
         for option, field in (("--calib-samples", "calib_samples"), ("--calib-len", "calib_len"), ("--seed", "seed")):

@@ -45,7 +45,7 @@ class Mark:
     sha256: str  # of everything before `position`
 
 
-class RankFile:
+class FileWriter:
     """A safetensors file being filled in the order of its header; hashed on the way.
 
     `write` takes the next tensor as chunks, so that a split or stacked tensor is never assembled in memory.
@@ -123,11 +123,11 @@ class RankFile:
             view = view[self._file.write(view) :]
 
 
-class RankFiles:
-    """All rank files of a checkpoint, filled by `num_threads` threads while the caller reads and computes.
+class CheckpointWriter:
+    """All files of a checkpoint, filled by `num_threads` threads while the caller reads and computes.
 
-    Rank r belongs to thread r % num_threads, so every file gets its tensors in order and its bytes do not depend on the
-    number of threads. Memory: at most QUEUE_TENSORS tensors wait per thread; `write` blocks until there is room.
+    Each file belongs to one thread, so it gets its tensors in order and its bytes do not depend on the number of
+    threads. Memory: at most QUEUE_TENSORS tensors wait per thread; `write` blocks until there is room.
     """
 
     QUEUE_TENSORS = 3
@@ -135,29 +135,30 @@ class RankFiles:
     def __init__(
         self,
         directory: Path,
-        layouts: Mapping[int, Mapping[str, tuple[str, tuple[int, ...]]]],
+        layouts: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]],
         num_threads: int,
         journal: Path | None = None,
     ):
-        self._files = {rank: RankFile(directory / f"rank{rank}.safetensors", layouts[rank]) for rank in sorted(layouts)}
+        self._files = {name: FileWriter(directory / name, tensors) for name, tensors in layouts.items()}
+        self._thread_of = {name: index % num_threads for index, name in enumerate(layouts)}
         self._journal = journal
-        self._marks: dict[int, dict[int, Mark]] = {}  # step -> rank -> mark, until every rank has come that far
+        self._marks: dict[int, dict[str, Mark]] = {}  # step -> file -> mark, until every file has come that far
         self._lock = threading.Lock()
         self.first_step = self._resume()
-        self._digests: dict[int, str] = {}
+        self._digests: dict[str, str] = {}
         self._error: BaseException | None = None
         self._queues: list[queue.Queue[Any]] = [queue.Queue(self.QUEUE_TENSORS) for _ in range(num_threads)]
         self._threads = [
-            threading.Thread(target=self._fill, args=(index,), name=f"rank-writer-{index}", daemon=True)
+            threading.Thread(target=self._fill, args=(index,), name=f"writer-{index}", daemon=True)
             for index in range(num_threads)
         ]
         for thread in self._threads:
             thread.start()
 
-    def write(self, rank: int, name: str, chunks: Iterable[np.ndarray]) -> None:
-        """Queues the next tensor of `rank`. The chunks must not change afterwards."""
+    def write(self, file: str, name: str, chunks: Iterable[np.ndarray]) -> None:
+        """Queues the next tensor of `file`. The chunks must not change afterwards."""
         self._raise_error()
-        self._queues[rank % len(self._queues)].put((rank, name, list(chunks)))
+        self._queues[self._thread_of[file]].put((file, name, list(chunks)))
 
     def end_step(self, step: int) -> None:
         """Everything queued until now belongs to steps up to `step`; the journal says so once it is written."""
@@ -168,12 +169,9 @@ class RankFiles:
         """{file name: {"bytes", "sha256"}}, once everything is written and durable."""
         self._end_threads()
         self._raise_error()
-        return {
-            file.path.name: {"bytes": file.num_bytes, "sha256": self._digests[rank]}
-            for rank, file in self._files.items()
-        }
+        return {name: {"bytes": file.num_bytes, "sha256": self._digests[name]} for name, file in self._files.items()}
 
-    def __enter__(self) -> RankFiles:
+    def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -184,49 +182,40 @@ class RankFiles:
 
     def _fill(self, index: int) -> None:
         """Thread body. After an error, here or elsewhere, it only empties its queue, so that nobody blocks on it."""
-        ours = [rank for rank in self._files if rank % len(self._queues) == index]
+        ours = [name for name in self._files if self._thread_of[name] == index]
         while (item := self._queues[index].get()) is not None:
             if self._error is None:
                 if isinstance(item, int):
                     self._guard(lambda step=item: self._end_step(step, ours))
                 else:
-                    rank, name, chunks = item
-                    self._guard(lambda rank=rank, name=name, chunks=chunks: self._files[rank].write(name, chunks))
+                    file, name, chunks = item
+                    self._guard(lambda file=file, name=name, chunks=chunks: self._files[file].write(name, chunks))
             del item
-        for rank in ours:
+        for name in ours:
             if self._error is None:
-                self._guard(lambda rank=rank: self._digests.update({rank: self._files[rank].finish()}))
+                self._guard(lambda name=name: self._digests.update({name: self._files[name].finish()}))
 
-    def _end_step(self, step: int, ranks: Iterable[int]) -> None:
+    def _end_step(self, step: int, files: Iterable[str]) -> None:
         with self._lock:
             marks = self._marks.setdefault(step, {})
-            marks.update({rank: self._files[rank].mark for rank in ranks})
+            marks.update({name: self._files[name].mark for name in files})
             if self._journal is not None and len(marks) == len(self._files):
-                line = {
-                    "step": step,
-                    "marks": {str(rank): asdict(mark) for rank, mark in self._marks.pop(step).items()},
-                }
-                with open(self._journal, "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                with open(self._journal, "a") as journal:
+                    journal.write(_journal_line(step, self._marks.pop(step)))
 
     def _resume(self) -> int:
         """Puts every file at the last step that all of them still hold; returns the step to go on with."""
         lines = _read_journal(self._journal) if self._journal is not None else []
-        states = {
-            rank: file.matching_marks([line[rank] for line in lines if rank in line])
-            for rank, file in self._files.items()
-        }
+        lines = [line for line in lines if line.keys() == self._files.keys()]
+        states = {name: file.matching_marks([line[name] for line in lines]) for name, file in self._files.items()}
         num_steps = min(map(len, states.values()))
-        for rank, file in self._files.items():
+        for name, file in self._files.items():
             if num_steps:
-                file.resume(lines[num_steps - 1][rank], states[rank][num_steps - 1])
+                file.resume(lines[num_steps - 1][name], states[name][num_steps - 1])
             else:
                 file.start()
         if self._journal is not None:
-            kept = [
-                {"step": step, "marks": {str(r): asdict(m) for r, m in line.items()}} for step, line in enumerate(lines)
-            ]
-            self._journal.write_text("".join(json.dumps(line) + "\n" for line in kept[:num_steps]))
+            self._journal.write_text("".join(_journal_line(step, line) for step, line in enumerate(lines[:num_steps])))
         return num_steps
 
     def _guard(self, action: Any) -> None:
@@ -247,16 +236,20 @@ class RankFiles:
             raise self._error
 
 
-def _read_journal(path: Path) -> list[dict[int, Mark]]:
-    """{rank: mark} of each step, in order, up to the first line that is torn."""
-    lines: list[dict[int, Mark]] = []
+def _journal_line(step: int, marks: Mapping[str, Mark]) -> str:
+    return json.dumps({"step": step, "marks": {name: asdict(mark) for name, mark in marks.items()}}) + "\n"
+
+
+def _read_journal(path: Path) -> list[dict[str, Mark]]:
+    """{file: mark} of each step, in order, up to the first line that is torn."""
+    lines: list[dict[str, Mark]] = []
     if path.exists():
         for text in path.read_text().splitlines():
             try:
                 value = json.loads(text)
                 if value["step"] != len(lines):
                     break
-                lines.append({int(rank): Mark(**mark) for rank, mark in value["marks"].items()})
+                lines.append({name: Mark(**mark) for name, mark in value["marks"].items()})
             except (ValueError, KeyError, TypeError):
                 break
     return lines

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tkit.checkpoints.rank_file import RankFiles
+from tkit.checkpoints.writer import CheckpointWriter
 
 LAYOUT = {"a": ("F32", (2, 3)), "b": ("I8", (5,))}
 A, B = np.arange(6, dtype=np.uint32).reshape(2, 3), np.arange(5, dtype=np.uint8)
@@ -16,11 +16,11 @@ A, B = np.arange(6, dtype=np.uint32).reshape(2, 3), np.arange(5, dtype=np.uint8)
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_files_hold_what_was_written_whoever_wrote_it(tmp_path, num_threads):
-    with RankFiles(tmp_path, {rank: LAYOUT for rank in range(3)}, num_threads) as files:
+    with CheckpointWriter(tmp_path, {f"rank{rank}.safetensors": LAYOUT for rank in range(3)}, num_threads) as files:
         for rank in range(3):
-            files.write(rank, "a", [A[:1] + rank, A[1:] + rank])
+            files.write(f"rank{rank}.safetensors", "a", [A[:1] + rank, A[1:] + rank])
         for rank in range(3):
-            files.write(rank, "b", [B])
+            files.write(f"rank{rank}.safetensors", "b", [B])
         facts = files.finish()
     for rank in range(3):
         path = tmp_path / f"rank{rank}.safetensors"
@@ -31,21 +31,24 @@ def test_files_hold_what_was_written_whoever_wrote_it(tmp_path, num_threads):
 
 
 def test_an_error_in_a_thread_reaches_the_caller_and_nobody_hangs(tmp_path):
-    with pytest.raises(AssertionError, match="b came, a was next"), RankFiles(tmp_path, {0: LAYOUT}, 1) as files:
+    with (
+        pytest.raises(AssertionError, match="b came, a was next"),
+        CheckpointWriter(tmp_path, {"x": LAYOUT}, 1) as files,
+    ):
         for _ in range(20):  # more than the queue holds
-            files.write(0, "b", [B])
+            files.write("x", "b", [B])
         files.finish()
 
 
 def test_a_file_that_is_not_full_is_not_finished(tmp_path):
-    with pytest.raises(AssertionError, match="never written"), RankFiles(tmp_path, {0: LAYOUT}, 1) as files:
-        files.write(0, "a", [A])
+    with pytest.raises(AssertionError, match="never written"), CheckpointWriter(tmp_path, {"x": LAYOUT}, 1) as files:
+        files.write("x", "a", [A])
         files.finish()
 
 
 def test_an_error_of_the_caller_ends_the_threads(tmp_path):
-    with pytest.raises(KeyError), RankFiles(tmp_path, {0: LAYOUT}, 2) as files:
-        files.write(0, "a", [A])
+    with pytest.raises(KeyError), CheckpointWriter(tmp_path, {"x": LAYOUT}, 2) as files:
+        files.write("x", "a", [A])
         raise KeyError
     assert not any(thread.is_alive() for thread in files._threads)
 
@@ -53,12 +56,12 @@ def test_an_error_of_the_caller_ends_the_threads(tmp_path):
 def write_steps(directory, num_steps, journal):
     """Two files, three steps of one tensor each; returns what `finish` says when all steps are done, and the first step."""
     layout = {name: ("F32", (2, 3)) for name in ("a", "b", "c")}
-    with RankFiles(directory, {0: layout, 1: layout}, 2, journal) as files:
+    with CheckpointWriter(directory, {"rank0.safetensors": layout, "rank1.safetensors": layout}, 2, journal) as files:
         first = files.first_step
         for step, name in enumerate(layout):
             if first <= step < num_steps:
                 for rank in range(2):
-                    files.write(rank, name, [A + 10 * step + rank])
+                    files.write(f"rank{rank}.safetensors", name, [A + 10 * step + rank])
                 files.end_step(step)
         return (files.finish() if num_steps == 3 else None), first
 
@@ -66,10 +69,13 @@ def write_steps(directory, num_steps, journal):
 def cut_short(directory, num_steps, journal):
     """Leaves what a process leaves that is killed after `num_steps`."""
     layout = {name: ("F32", (2, 3)) for name in ("a", "b", "c")}
-    with pytest.raises(InterruptedError), RankFiles(directory, {0: layout, 1: layout}, 2, journal) as files:
+    with (
+        pytest.raises(InterruptedError),
+        CheckpointWriter(directory, {"rank0.safetensors": layout, "rank1.safetensors": layout}, 2, journal) as files,
+    ):
         for step, name in list(enumerate(layout))[:num_steps]:
             for rank in range(2):
-                files.write(rank, name, [A + 10 * step + rank])
+                files.write(f"rank{rank}.safetensors", name, [A + 10 * step + rank])
             files.end_step(step)
         while len(journal.read_text().splitlines()) < num_steps:
             time.sleep(0.001)

@@ -1,0 +1,143 @@
+"""The unified Hugging Face checkpoint against transformers, and against the TensorRT-LLM checkpoint of the same build."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tkit.architectures import unified_hf
+from tkit.quantize import int4
+
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
+TOKENS = torch.randint(0, 4096, (1, 40), generator=torch.Generator().manual_seed(9))
+
+
+@pytest.fixture
+def build(tkit):
+    def build(model_dir, *options):
+        result = tkit("build", model_dir, *options)
+        assert result.exit_code == 0, result.output
+        return Path(result.stdout.strip())
+
+    return build
+
+
+@pytest.mark.parametrize("shape", [{"tie_word_embeddings": True}, {"dtype": "float32"}], ids=["tied", "float32"])
+def test_plain_checkpoint_is_the_model_itself(make_llama, build, shape):
+    model_dir = make_llama(**shape)
+    hf = build(model_dir, "--format", "hf") / "hf"
+    source, found = load_file(model_dir / "model.safetensors"), load_file(hf / "model.safetensors")
+    dtype = torch.float16 if shape.get("dtype") == "float32" else torch.bfloat16
+    assert found.keys() == source.keys()
+    assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in source.items())
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)  # config and weights load together
+    assert model.config.vocab_size == 4096
+    assert not (hf / "hf_quant_config.json").exists()
+    assert (hf / "tokenizer.json").exists()
+
+
+def test_shards_and_index_follow_the_hubs_convention(make_llama, build, monkeypatch):
+    monkeypatch.setattr(unified_hf, "MAX_SHARD_BYTES", 300_000)
+    model_dir = make_llama()
+    hf = build(model_dir, "--format", "hf", "--name", "sharded") / "hf"
+    shards = sorted(path.name for path in hf.glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((hf / "model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(hf / file)
+    expected = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)
+
+
+def test_fp8_projections_are_the_rows_of_the_fused_layer(make_llama, build):
+    engine = build(make_llama(**WIDE), "--format", "both", "--quant", "fp8")
+    ours = load_file(engine / "checkpoint" / "rank0.safetensors")
+    hf = load_file(engine / "hf" / "model.safetensors")
+    fused = ours["transformer.layers.1.attention.qkv.weight"].view(torch.uint8)
+    prefix = "model.layers.1.self_attn."
+    parts = [hf[f"{prefix}{part}_proj.weight"].view(torch.uint8) for part in "qkv"]
+    assert torch.equal(torch.cat(parts), fused)
+    for part in "qkv":
+        assert hf[f"{prefix}{part}_proj.weight"].dtype == torch.float8_e4m3fn
+        for ending, stored in (
+            ("weight_scale", "weights_scaling_factor"),
+            ("input_scale", "activation_scaling_factor"),
+        ):
+            scale = hf[f"{prefix}{part}_proj.{ending}"]
+            assert scale.shape == () and scale.dtype == torch.float32
+            assert scale == ours[f"transformer.layers.1.attention.qkv.{stored}"][0]
+    config = json.loads((engine / "hf" / "hf_quant_config.json").read_text())
+    assert config["quantization"] == {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
+    assert json.loads((engine / "hf" / "config.json").read_text())["quantization_config"]["quant_method"] == "modelopt"
+
+
+def test_awq_with_folded_norms_computes_what_the_other_checkpoint_computes(make_llama, build):
+    """Put the dequantized weights and the folded norms into transformers' own model and compare logits."""
+    from tkit.runtime.load import load_model
+
+    model_dir = make_llama(**WIDE)
+    engine = build(model_dir, "--format", "both", "--quant", "int4_awq", "--tp", "2")
+    stored = load_file(engine / "hf" / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    state = model.state_dict()
+    for name, tensor in stored.items():
+        if tensor.dtype != torch.uint8:
+            if name in state:
+                state[name] = tensor.float()
+            continue
+        prefix = name.removesuffix("weight")
+        weight = int4.dequantize(int4.unpack(tensor.view(torch.int8)), stored[prefix + "weight_scale"])
+        has_factor = prefix + "pre_quant_scale" in stored
+        assert has_factor == prefix.endswith(("o_proj.", "down_proj."))
+        state[name] = weight * stored[prefix + "pre_quant_scale"].float() if has_factor else weight
+    model.load_state_dict(state)
+    reference, _ = load_model(engine, "cpu")
+    with torch.no_grad():
+        found, expected = model(TOKENS).logits, reference(TOKENS).logits
+    # the folded norms are rounded to bfloat16 once more: 2^-9 relative, through three layers
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (found - expected).abs().mean() < 0.01 * expected.abs().mean()
+    source = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        quantization_error = (expected - source(TOKENS).logits).abs().mean()
+    assert (found - expected).abs().mean() < 0.2 * quantization_error
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8", "int4_awq"])
+def test_the_runtime_reads_either_checkpoint(make_llama, build, quant):
+    """FP8 holds the same numbers in both; AWQ's folded norms are rounded once more."""
+    from tkit.runtime.load import load_model
+
+    trtllm, _ = load_model(build(make_llama(**WIDE), "--quant", quant), "cpu")
+    hf, _ = load_model(build(make_llama(**WIDE), "--quant", quant, "--format", "hf"), "cpu")
+    with torch.no_grad():
+        one, two = trtllm(TOKENS).logits, hf(TOKENS).logits
+    assert (one - two).abs().mean() <= (0.01 * one.abs().mean() if quant == "int4_awq" else 0)
+
+
+def test_both_from_one_pass_are_what_each_is_alone(make_llama, build):
+    options = ["--quant", "fp8", "--tp", "2"]
+    both = build(make_llama(**WIDE), *options, "--format", "both")
+    for format, directory in (("trtllm", "checkpoint"), ("hf", "hf")):
+        alone = build(make_llama(**WIDE), *options, "--format", format)
+        for path in (alone / directory).iterdir():
+            assert (both / directory / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_what_no_reader_knows_is_refused_by_name(tkit, make_llama):
+    result = tkit("build", make_llama(), "--quant", "int8", "--format", "hf")
+    assert result.exit_code == 2
+    assert "int8 is quantized by trtllm-build itself" in result.stderr
