@@ -324,8 +324,15 @@ def test_an_open_address_is_warned_about(engine: Path, monkeypatch: pytest.Monke
 
 def test_impossible_options_are_listed() -> None:
     with pytest.raises(InputError) as error:
-        ServeOptions(http_port=70000, grpc_port=9, metrics_port=9, device="tpu", timeout_s=0)
-    assert len(error.value.problems) == 4
+        ServeOptions(host="here", http_port=70000, grpc_port=9, metrics_port=9, device="tpu", timeout_s=0)
+    assert error.value.problems == (
+        "http_port is 70000, expected 0 (any free port) to 65535",
+        "two ports are equal: http_port 70000, grpc_port 9, metrics_port 9",
+        'host is "here", expected an IPv4 address, such as 127.0.0.1',
+        'device is "tpu", expected one of auto, cpu, cuda',
+        "timeout_s is 0, expected more than 0",
+    )
+    assert ServeOptions(host="localhost").is_loopback and not ServeOptions(host="10.0.0.1").is_loopback
 
 
 def test_the_demo_engine_generates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

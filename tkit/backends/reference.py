@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tkit.specs.server import ServeOptions
 from tkit.triton.ensemble import ensemble_config
+from tkit.triton.install import has_nvidia_driver
 from tkit.triton.probe import INSTANCE_PARAMETER
 from tkit.triton.repository import ServedModel
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 MODEL_SOURCE = '''"""Loaded by Triton's Python backend, which looks for a class of this name here."""
 
 from tkit.backends.reference_model import TritonPythonModel
@@ -26,7 +26,7 @@ class Reference:
         problems = []
         if missing:
             problems.append(f"{', '.join(missing)} not installed; pip install 'tkit[serve]'")
-        if device == "cuda" and not NVIDIA_DRIVER.exists():
+        if device == "cuda" and not has_nvidia_driver():
             problems.append("--device cuda: no NVIDIA driver on this machine")
         return problems
 

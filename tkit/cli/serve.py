@@ -18,7 +18,7 @@ def _option(name: str, default: Any, text: str, **more: Any) -> Callable[[Callab
 
 @click.command("serve")
 @click.argument("engine", required=False)
-@_option("--host", ServeOptions.host, "Address to listen on.")
+@_option("--host", ServeOptions.host, "IPv4 address to listen on.")
 @_option("--http-port", ServeOptions.http_port, "HTTP port; 0 = any free one.")
 @_option("--grpc-port", ServeOptions.grpc_port, "gRPC port; 0 = any free one.")
 @_option("--metrics-port", ServeOptions.metrics_port, "Prometheus metrics; 0 = any free port.")
@@ -54,15 +54,14 @@ def command(output: Output, engine: str | None, detach: bool, timeout: float, **
 
 
 def _summary(record: ServerRecord, is_detached: bool) -> str:
-    host = f"[{record.host}]" if ":" in record.host else record.host
-    url = f"http://{host}:{record.http_port}/v2/models/{MODEL_NAME}"
+    url = f"http://{record.host}:{record.http_port}/v2/models/{MODEL_NAME}"
     end = f"tkit stop {Path(record.engine).name}" if is_detached else "Ctrl-C"
     return "\n".join(
         (
             f"serving {record.engine}",
             f"  HTTP     {url}/generate_stream",
-            f"  gRPC     {host}:{record.grpc_port}",
-            f"  metrics  http://{host}:{record.metrics_port}/metrics",
+            f"  gRPC     {record.host}:{record.grpc_port}",
+            f"  metrics  http://{record.host}:{record.metrics_port}/metrics",
             f"  log      {record.log}",
             f"""  try      curl -s {url}/generate -d '{{"text_input": "Hello", "max_tokens": 16}}'""",
             f"  end      {end}",

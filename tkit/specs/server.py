@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 from tkit.errors import InputError
@@ -43,6 +44,8 @@ class ServeOptions:
     exit_timeout_s: int = 10  # what running requests are given to finish when the server is stopped
 
     def __post_init__(self) -> None:
+        if self.host == "localhost":
+            object.__setattr__(self, "host", "127.0.0.1")
         ports = {name: getattr(self, name) for name in ("http_port", "grpc_port", "metrics_port")}
         problems = [
             f"{name} is {port}, expected 0 (any free port) to 65535"
@@ -52,6 +55,8 @@ class ServeOptions:
         fixed = [port for port in self.ports if port]
         if len(set(fixed)) < len(fixed):
             problems.append(f"two ports are equal: {', '.join(f'{name} {port}' for name, port in ports.items())}")
+        if not _is_address(self.host):
+            problems.append(f'host is "{self.host}", expected an IPv4 address, such as 127.0.0.1')
         if self.device not in DEVICES:
             problems.append(f'device is "{self.device}", expected one of {", ".join(DEVICES)}')
         for name in ("max_batch_size", "max_queue_size", "exit_timeout_s"):
@@ -65,3 +70,16 @@ class ServeOptions:
     @property
     def ports(self) -> tuple[int, int, int]:
         return self.http_port, self.grpc_port, self.metrics_port
+
+    @property
+    def is_loopback(self) -> bool:
+        return ipaddress.IPv4Address(self.host).is_loopback
+
+
+def _is_address(host: str) -> bool:
+    """IPv4 only: tritonserver's three listeners do not agree on how IPv6 is written."""
+    try:
+        ipaddress.IPv4Address(host)
+    except ValueError:
+        return False
+    return True

@@ -7,7 +7,6 @@ gRPC: NumPy 2 and port clashes pass every weaker test.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from tkit.triton.install import (
     TritonInstall,
     find_install,
     free_ports,
+    has_nvidia_driver,
     install_problems,
     link_backends,
     port_problems,
@@ -187,7 +187,7 @@ def _start(
     try:
         install = _checked_install(backend, options)
         progress.note(f"{install.binary} ({install.origin})")
-        _warn_about_host(options.host, install, progress)
+        _warn_about_host(options, install, progress)
         verify_files(engine_dir, card, progress)
         launch = _Launch(engine_dir, backend, install, files, lock, is_detached, progress)
         process, options = _launch_until_it_generates(launch, options)
@@ -228,10 +228,10 @@ def _checked_install(backend: Backend, options: ServeOptions) -> TritonInstall:
     return install
 
 
-def _warn_about_host(host: str, install: TritonInstall, progress: Progress) -> None:
-    if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+def _warn_about_host(options: ServeOptions, install: TritonInstall, progress: Progress) -> None:
+    if options.is_loopback:
         return
-    progress.note(f"warning: --host {host} opens the server to the network, without authentication or encryption")
+    progress.note(f"warning: --host {options.host} opens the server to the network, without authentication or encryption")
     if install.is_wheel:
         progress.note(
             "warning: the wheel's tritonserver 2.51 has known remote holes (CVE-2025-23310, -23319, -23320, -23334; "
@@ -278,6 +278,7 @@ def _launch(launch: _Launch, options: ServeOptions, instance: str) -> ServerProc
         metrics_port=options.metrics_port,
         exit_timeout_s=options.exit_timeout_s,
         backends=backends,
+        has_gpu_metrics=options.device != "cpu" and has_nvidia_driver(),
     )
     process = ServerProcess.start(
         launch.install,

@@ -29,6 +29,7 @@ CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")
 WHEEL = "nvidia-pytriton"
 BACKEND_FILES = ("libtriton_python.so", "triton_python_backend_utils.py")
 STUB = "triton_python_backend_stub"
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 SHARED_MEMORY = Path("/dev/shm")
 # One instance takes 1 MB at rest and grew to 28 MB after a 20 MB request; a container's default is 64 MB in all.
 SHARED_MEMORY_BYTES = 64_000_000
@@ -99,6 +100,10 @@ def _python_problems() -> list[str]:
     return problems
 
 
+def has_nvidia_driver() -> bool:
+    return NVIDIA_DRIVER.exists()
+
+
 def library_directory() -> Path | None:
     """Where this interpreter's libpython lies; None when there is none to load."""
     name = sysconfig.get_config_var("INSTSONAME") or ""
@@ -139,8 +144,6 @@ def port_problems(host: str, ports: Mapping[str, int]) -> list[str]:
             _bound_socket(host, port).close()
         except PermissionError:
             problems.append(f"{option} {port}: not permitted; ports below 1024 belong to root")
-        except socket.gaierror as error:
-            return [f"--host {host}: {error.strerror}"]
         except OSError as error:
             is_taken = error.errno == errno.EADDRINUSE
             reason = f"is in use{_port_owner(port)}" if is_taken else f"on {host}: {error.strerror}"
@@ -149,12 +152,11 @@ def port_problems(host: str, ports: Mapping[str, int]) -> list[str]:
 
 
 def _bound_socket(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    bound = socket.socket(family, kind, protocol)
+    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     # Connections of an earlier server in TIME_WAIT do not count; a listener does, with or without this option.
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        bound.bind(address)
+        bound.bind((host, port))
     except OSError:
         bound.close()
         raise

@@ -21,7 +21,7 @@ NO_PROXY = [("grpc.enable_http_proxy", 0)]
 
 def connect_host(host: str) -> str:
     """Where to reach a server that was bound to `host`."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return "127.0.0.1" if host == "0.0.0.0" else host
 
 
 def is_http_ready(host: str, port: int, timeout_s: float) -> bool:
@@ -58,9 +58,7 @@ def _http_get(host: str, port: int, path: str, timeout_s: float) -> tuple[int, A
 
 
 def _grpc_client(host: str, port: int) -> tritonclient.grpc.InferenceServerClient:
-    host = connect_host(host)
-    url = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return tritonclient.grpc.InferenceServerClient(url, channel_args=NO_PROXY)
+    return tritonclient.grpc.InferenceServerClient(f"{connect_host(host)}:{port}", channel_args=NO_PROXY)
 
 
 def generate(host: str, grpc_port: int, prompt: str, max_tokens: int, timeout_s: float) -> str:
