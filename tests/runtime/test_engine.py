@@ -538,8 +538,9 @@ def test_closing_from_within_a_callback_does_not_wait_for_itself(
     llama: PreTrainedModel, byte_level: PreTrainedTokenizerFast
 ) -> None:
     engine = Engine(llama, byte_level)
-    (answer,) = run(engine, request(max_tokens=900), at={2: lambda _: engine.close()})
-    assert answer.reason == "cancelled"
+    returned = []
+    (answer,) = run(engine, request(max_tokens=900), at={2: lambda _: returned.append(engine.close())})
+    assert (answer.reason, returned) == ("cancelled", [None])
     engine.close()
 
 

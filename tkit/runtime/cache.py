@@ -14,10 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tkit.errors import InputError
 from tkit.runtime.scheduler import round_up
 
 
@@ -33,6 +31,10 @@ class SlotCache(Cache):
     @property
     def allocated_tokens(self) -> int:
         return self.num_rows * self.length
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._slots if layer.is_initialized)
 
     def reserve(self, num_rows: int, length: int) -> None:
         """Makes room for `length` tokens in each of `num_rows` rows; keeps what those hold, and no more is promised.
@@ -146,48 +148,3 @@ def _resized(stored: torch.Tensor, num_rows: int, length: int) -> torch.Tensor:
     kept_rows, kept_length = min(num_rows, stored.shape[0]), min(length, stored.shape[2])
     resized[:kept_rows, :, :kept_length] = stored[:kept_rows, :, :kept_length]
     return resized
-
-
-def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers."""
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * num_kv_heads * head_size * dtype.itemsize
-
-
-def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
-    """The kinds of attention in a model -> sliding window in tokens, None where a token sees all before it."""
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise InputError(
-            f"{config.model_type}: layers of type {', '.join(sorted(unknown))} keep a state that the reference runtime "
-            "cannot hold",
-            hint="the reference runtime runs models with full and sliding-window attention",
-        )
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise InputError(
-            f'attention implementation "{config._attn_implementation}" takes no mask per row',
-            hint='load the model with attn_implementation="sdpa"',
-        )
-    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
-
-
-def attention_mask(
-    positions: torch.Tensor, length: int, windows: dict[str, int | None], dtype: torch.dtype, is_additive: bool
-) -> torch.Tensor | dict[str, torch.Tensor]:
-    """What each new token at `positions` (rows, tokens) sees of the `length` positions of its row.
-
-    (rows, 1, tokens, length), True or 0 where it sees; one mask, or one per kind of layer as transformers takes them.
-    """
-    stored = torch.arange(length, device=positions.device)
-    distance = positions[:, None, :, None] - stored  # (rows, 1, tokens, length)
-    masks = {}
-    for kind, window in windows.items():
-        sees = distance >= 0
-        if window is not None:
-            sees &= distance < window
-        if is_additive:
-            sees = torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
-        masks[kind] = sees
-    return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -25,7 +25,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from tkit.errors import InputError, ServerError
-from tkit.runtime.cache import SlotCache, attention_mask, kv_bytes_per_token, layer_windows
+from tkit.runtime.cache import SlotCache
+from tkit.runtime.forward import forward, kv_bytes_per_token
 from tkit.runtime.load import load_model
 from tkit.runtime.sampling import Draw, Sampler, sample
 from tkit.runtime.scheduler import Generation, Prefill, QueueFull, Scheduler
@@ -108,10 +109,8 @@ class Engine:
         self.max_positions: int = config.max_position_embeddings
         self.prefill_chunk = prefill_chunk
         self.num_threads = num_threads or max(1, _num_usable_cores() - 1)
-        self._windows = layer_windows(config)
-        self._is_mask_additive = config._attn_implementation == "eager"
         self._decoder = Decoder.of(tokenizer)
-        self._kv_bytes_per_token = kv_bytes_per_token(config, model.dtype)
+        self._kv_bytes_per_token = kv_bytes_per_token(model)
         budget = min(
             (kv_cache_bytes or _default_kv_bytes(model.device)) // self._kv_bytes_per_token,
             max_batch_size * self.max_positions,
@@ -300,21 +299,9 @@ class Engine:
             self._accept(request, draw)
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, *, first_row: int, length: int) -> torch.Tensor:
-        """Logits (rows, vocab) behind the last of `tokens` (rows, tokens), which stand at `positions` of their rows."""
-        device = self.model.device
-        tokens, positions = tokens.to(device), positions.to(device)
         running = self._scheduler.running
         self._cache.reserve(len(running), max(length, *(request.num_cached for request in running)))
-        self._cache.place(first_row, positions, length)
-        output = self.model(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=attention_mask(positions, length, self._windows, self.model.dtype, self._is_mask_additive),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
+        return forward(self.model, self._cache, tokens, positions, first_row=first_row, length=length)
 
     def _accept(self, request: _Request, draw: Draw | None) -> None:
         if draw is None:
