@@ -211,6 +211,30 @@ def test_a_signal_ends_the_foreground_and_everything_it_started(engine: Path, si
     assert_nothing_left(engine, serving.record["pid"], serving.processes)
 
 
+def test_an_interrupt_during_the_start_leaves_nothing(engine: Path) -> None:
+    write_engine(engine, backend="hanging")
+    starting = subprocess.Popen([sys.executable, "-c", TKIT, "serve", "--quiet", *FREE_PORTS], stderr=subprocess.PIPE)
+    files = server_files("tiny")
+    assert wait_for(lambda: files.pid() is not None and len(psutil.Process(files.pid()).children()) == 1, 20)
+    pid = files.pid() or 0
+    processes = processes_of(pid)
+    starting.send_signal(signal.SIGINT)
+    starting.communicate(timeout=20)
+    assert starting.returncode == 130
+    assert_nothing_left(engine, pid, processes)
+
+
+def test_two_starts_at_once_give_one_server(engine: Path) -> None:
+    command = [sys.executable, "-c", TKIT, "serve", "--detach", "--json", *FREE_PORTS]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    starts = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    ended = sorted((*start.communicate(timeout=60), start.returncode) for start in starts)
+    (_, refusal, refused_code), (record, _, served_code) = ended
+    assert (refused_code, served_code) == (1, 0)
+    assert "is already served" in refusal or "is being started by another tkit serve" in refusal
+    assert [running.pid for running in running_servers()] == [json.loads(record)["pid"]]
+
+
 def test_the_foreground_notices_a_killed_server_and_then_a_killed_model(engine: Path) -> None:
     serving = Foreground()
     os.kill(serving.record["pid"], signal.SIGKILL)
