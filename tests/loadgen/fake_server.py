@@ -17,6 +17,7 @@ import grpc.aio
 from tritonclient.grpc import service_pb2 as pb
 
 TTFT_S, ITL_S = 0.020, 0.001
+PROBES = 2  # first requests that every model but the silent one answers
 INPUTS = {
     "text_input": "BYTES", "max_tokens": "INT32", "min_tokens": "INT32", "end_id": "INT32", "stream": "BOOL",
     "top_k": "INT32", "temperature": "FP32", "exclude_input_in_output": "BOOL", "return_num_output_tokens": "BOOL",
@@ -65,13 +66,13 @@ class FakeTriton:
         number = self.num_requests[model]
         if model == "silent":
             await asyncio.sleep(3600)
-        if model == "overloaded" and number > 1:
+        if model == "overloaded" and number > PROBES:
             yield failure("Exceeds maximum queue size")
             return
-        await asyncio.sleep(TTFT_S * (50 if model == "sluggish" and number > 8 else 1))
+        await asyncio.sleep(TTFT_S * (50 if model == "sluggish" and number > 8 + PROBES else 1))
         step = 4 if model == "coalescing" else 1
         for done in range(0, asked, step):
-            if done == asked // 2 and number > 1:
+            if done == asked // 2 and number > PROBES:
                 match model:
                     case "truncated":
                         return
@@ -86,13 +87,13 @@ class FakeTriton:
                     case "short":
                         yield response("", done, is_final=True)
                         return
-                    case "dying" if number > 6:
+                    case "dying" if number > 4 + PROBES:
                         os._exit(9)
             tokens = min(step, asked - done)
             text = " word" * (done + tokens if model == "so_far" else tokens)
             count = None if model in WITHOUT_COUNTS else tokens if model in DELTA_COUNTS else done + tokens
             yield response(text, count, is_final=done + tokens == asked)
-            await asyncio.sleep(ITL_S * (100 if model == "dripping" and number > 1 else 1))
+            await asyncio.sleep(ITL_S * (100 if model == "dripping" and number > PROBES else 1))
 
     async def server_metadata(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         return pb.ServerMetadataResponse(name="fake", version="0.0").SerializeToString()

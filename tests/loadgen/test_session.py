@@ -109,11 +109,16 @@ def test_a_model_without_counts_and_options_is_counted_by_the_tokenizer(paced: A
     assert line["inputs"] == {"max_tokens": "16"}
 
 
-def test_a_duration_ends_a_point(paced: Any) -> None:
-    timed = dataclasses.replace(QUICK, min_duration_s=1.0, max_duration_s=1.0)
-    point = measure(paced.url, "ensemble", paced.tokenizer_dir, timed, 2)
-    assert 1.0 <= point.summary.window_s < 2.0
-    assert 3 <= point.summary.requests <= 12
+def test_a_duration_ends_a_point(fake_url: str, tokenizer_dir: Path) -> None:
+    """Requests last for it also after a heavier load, where each takes longer."""
+    timed = dataclasses.replace(QUICK, min_duration_s=0.6, max_duration_s=0.6, requests_per_stream=1, min_requests=1)
+    with Session("triton-grpc", fake_url, "ensemble", prompts=PromptMaker(tokenizer_dir, 0), profile=timed) as session:
+        session.probe(SHAPE)
+        for concurrency, repeat in ((1, 1), (64, 1), (1, 2)):
+            place = Place(shape=SHAPE, concurrency=concurrency, repeat=repeat)
+            summary = session.measure(place, lambda done, total: None).summary
+            assert 0.6 <= summary.window_s < 1.2
+            assert summary.requests > 1
 
 
 @pytest.mark.parametrize("model", ["coalescing", "so_far", "deltas"])

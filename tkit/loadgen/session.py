@@ -22,10 +22,10 @@ from tkit.loadgen.run_directory import utc_now
 from tkit.specs.record import PointSummary
 
 OPEN_TIMEOUT_S = 5.0
-# A point bounded by time gets requests for as many as the latest, lighter load promises: now each takes longer. Beyond
-# this many their prompts would take longer to make than most points last; the point ends when they are used up.
+# A point bounded by time gets as many requests as the expected duration of one promises, and some to spare. Beyond this
+# many their prompts would take longer to make than most points last; the point ends when they are used up.
 MAX_REQUESTS = 20_000
-SPARE = 1.2
+SPARE = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Session:
         self._idle_timeout_s = idle_timeout_s
         self._num_gpus = num_gpus
         self._runner = asyncio.Runner(loop_factory=_loop_factory())
-        self._e2e_s: dict[Shape, float] = {}  # of the latest load with this shape
+        self._e2e_s: dict[tuple[Shape, int], float] = {}  # mean, by concurrency; 0 is the probe
 
     def __enter__(self) -> Session:
         try:
@@ -92,16 +92,17 @@ class Session:
         return self._runner.run(self._client.is_ready(min(OPEN_TIMEOUT_S, self._idle_timeout_s)))
 
     def probe(self, shape: Shape) -> None:
-        """One request, before anything is measured or written. Raises ServerError when it fails."""
+        """Lone requests, before anything is measured or written. Raises ServerError when one fails."""
         load = self._load(shape, concurrency=1, num_warmup=1, num_requests=1, spread_s=0.0)
-        exchanges = [self._exchange(0, shape, ("probe",))]
-        (record,) = self._run(exchanges, load, lambda done, total: None)[1]
-        if record.error is not None:
-            raise ServerError(
-                f"{self._url}: the first request ({shape}) failed: {ERRORS[record.error]}: {record.detail}",
-                hint="see the server's log; nothing has been measured",
-            )
-        self._e2e_s[shape] = (e2e_ms(record) or 0.0) / 1000
+        for index in range(2):  # the first may find the server cold; the second tells how long one takes
+            exchange = self._exchange(index, shape, ("probe",))
+            (record,) = self._run([exchange], load, lambda done, total: None)[1]
+            if record.error is not None:
+                raise ServerError(
+                    f"{self._url}: the first request ({shape}) failed: {ERRORS[record.error]}: {record.detail}",
+                    hint="see the server's log; nothing has been measured",
+                )
+            self._e2e_s[shape, 0] = (e2e_ms(record) or 0.0) / 1000
 
     def measure(self, place: Place, on_progress: Callable[[int, int], None]) -> Measurement:
         """Drives one point. Whatever the server does, it ends, and the failures are in the records."""
@@ -111,7 +112,7 @@ class Session:
             concurrency=concurrency,
             num_warmup=profile.num_warmup(concurrency),
             num_requests=profile.num_requests(concurrency),
-            spread_s=self._e2e_s[shape],
+            spread_s=self._expected_e2e_s(shape, concurrency),
         )
         name = (shape.osl, concurrency, place.repeat)
         exchanges = [self._exchange(i, shape, name) for i in range(self._num_exchanges(load, shape))]
@@ -127,7 +128,7 @@ class Session:
             started=started,
         )
         if summary.e2e.mean is not None:
-            self._e2e_s[shape] = summary.e2e.mean / 1000
+            self._e2e_s[shape, concurrency] = summary.e2e.mean / 1000
         return Measurement(summary=summary, records=records)
 
     def _load(
@@ -145,11 +146,15 @@ class Session:
             total_timeout_s=self._idle_timeout_s * (1 + shape.osl / 60),
         )
 
+    def _expected_e2e_s(self, shape: Shape, concurrency: int) -> float:
+        """What is known of the same load or, else, of the next lighter one, where a request takes no longer."""
+        return self._e2e_s[shape, max(known for of, known in self._e2e_s if of == shape and known <= concurrency)]
+
     def _num_exchanges(self, load: ClosedLoop, shape: Shape) -> int:
         """Warm-up, measured, and those that reach over either edge of the steady window."""
         measured = load.num_requests
         if load.min_duration_s:
-            rate = load.concurrency / max(self._e2e_s[shape], 1e-3)
+            rate = load.concurrency / max(self._expected_e2e_s(shape, load.concurrency), 1e-3)
             measured = max(measured, min(math.ceil(SPARE * rate * load.min_duration_s), MAX_REQUESTS))
         return load.num_warmup + measured + 2 * load.concurrency
 

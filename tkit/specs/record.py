@@ -42,7 +42,7 @@ TOKEN_SOURCES = ("server_usage", "token_ids", "tokenizer", "chunks")
 # requests.parquet; times are nanoseconds of one monotonic clock, null when it did not happen
 REQUEST_COLUMNS = {
     "id": "int64",
-    "phase": "string",  # warmup | measured
+    "phase": "string",  # warmup | measured | drain; only measured counts: sent and answered in the steady window, or failed
     "scheduled_ns": "int64",
     "sent_ns": "int64",
     "first_byte_ns": "int64",
@@ -110,7 +110,8 @@ class PointSummary:
     tpot: Distribution
     chunk_gap: Distribution
     e2e: Distribution
-    client: Mapping[str, float]  # cpu_share, loop_lag_p99_ms, schedule_lag_p99_ms, rss_bytes, delivered_concurrency
+    # cpu_share, {loop,schedule}_lag_p{50,90,95,99}_ms, rss_bytes, delivered_concurrency, {tok_s,tpot}_drift
+    client: Mapping[str, float]
     is_valid: bool
     invalid_reasons: tuple[str, ...] = ()
     started: str  # UTC, ISO 8601

@@ -63,6 +63,7 @@ class _Endpoint:
     model: str
     engine_dir: Path | None
     card: EngineCard | None
+    num_servers: int = 1  # that it was chosen from
 
 
 def run_sweep(
@@ -86,7 +87,8 @@ def run_sweep(
     _check_shapes(profile, endpoint)
     prompts = PromptMaker(_tokenizer_dir(target, endpoint), recipe.seed)
     num_gpus = _num_gpus(target, endpoint)
-    progress.note(f"measuring {_label(endpoint)} at {endpoint.url} ({target.protocol}), profile {profile.name}")
+    chosen = f", the newest of {endpoint.num_servers} running servers" if endpoint.num_servers > 1 else ""
+    progress.note(f"measuring {_label(endpoint)} at {endpoint.url} ({target.protocol}){chosen}, profile {profile.name}")
     with Session(
         target.protocol,
         endpoint.url,
@@ -226,6 +228,7 @@ def _find_endpoint(target: Target, engines_dir: Path) -> _Endpoint:
         model=target.model or server.model,
         engine_dir=Path(server.engine),
         card=card,
+        num_servers=len(servers),
     )
 
 
