@@ -59,10 +59,13 @@ def _gpu(row: dict[str, str]) -> Gpu:
         nvlink_domain=_domain(row["nvlink_domain"]) if nvlink else 1,
         pcie_bandwidth=float(row["pcie_per_dir_gbs"]) * 1e9,
         tdp_w=float(row["tdp_w"]),
+        fp16_measured=float(row["mamf_bf16_tflops"] or 0) * 1e12,
+        fp8_measured=float(row["mamf_fp8_tflops"] or 0) * 1e12,
     )
 
 
 def _domain(text: str) -> int:
-    """The largest of `8 (NVSwitch)`, `2 (bridge)`, `8-16`; a board for four without a stated size (V100) counts as 8."""
-    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    """The larger of `8 (NVSwitch)`, `2 (bridge)`, `8-16`; an unstated size (V100) counts as 8. A bridge that is an option is
+    planned without: published results of such cards show PCIe."""
+    numbers = [int(number) for number in re.findall(r"\d+", text.split("(")[0])]
     return min(max(numbers), 72) if numbers else GPUS_PER_NODE

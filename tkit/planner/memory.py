@@ -3,8 +3,7 @@
     weights     every module's tensors, split by TP, the layers divided over PP stages (the first stages take the extras)
     KV cache    sum over layers of (2 x KV heads per rank x head size) x bytes, at most `window` tokens in a sliding layer,
                 rounded up to blocks; MLA keeps kv_lora + qk_rope values, on every rank
-    activations max_num_tokens x (residual, q/k/v, MLP halves) x 2 B, twice: one layer's inputs live with its outputs;
-                and 4-byte logits of every running request
+    activations max_num_tokens x (residual in and out, q/k/v, MLP halves) x 2 B, and 4-byte logits of every running request
     overhead    CUDA context and libraries, captured graphs, NCCL buffers
 
 Exact: weights and KV. Estimates, rounded up: activations and overhead.
@@ -124,7 +123,7 @@ def activation_bytes(shape: ModelShape, tp_size: int, max_num_tokens: int, max_b
         inner = max(inner, shape.experts_per_token * shape.expert_size + shape.shared_expert_size)
     q = shape.num_heads * shape.head_size
     per_token = 2 * shape.hidden_size + (q + kv_values_per_token_layer(shape) + 2 * inner) // tp_size
-    return 2 * 2 * max_num_tokens * per_token + 4 * max_batch * shape.vocab_size
+    return 2 * max_num_tokens * per_token + 4 * max_batch * shape.vocab_size
 
 
 def overhead_bytes(parallel: Parallel) -> int:

@@ -20,7 +20,7 @@ _OTHER_NAMES = {
     "llama 7b": "Llama-2-7B", "llama 13b": "Llama-2-13B", "llama 70b": "Llama-2-70B", "llama 3 70b": "Llama-3.1-70B",
     "deepseek v3": "DeepSeek-V3/R1", "deepseek r1": "DeepSeek-V3/R1", "deepseek v3.1": "DeepSeek-V3/R1",
     "phi 3 medium 4k": "Phi-3-medium-14B", "phi 4": "Phi-4-14B", "mixtral 8x7b v0.1": "Mixtral-8x7B",
-    "mixtral 8x22b v0.1": "Mixtral-8x22B", "mistral 7b": "Mistral-7B-v0.1", "mistral 7b v0.2": "Mistral-7B-v0.3",
+    "mixtral 8x22b v0.1": "Mixtral-8x22B", "mistral 7b": "Mistral-7B-v0.3", "mistral 7b v0.2": "Mistral-7B-v0.3",
     "gpt j 6b": "GPT-J-6B", "gptj 6b": "GPT-J-6B", "mistral nemo": "Mistral-Nemo-12B",
     "mistral small 24b": "Mistral-Small-24B", "phi 3.5 mini": "Phi-3.5-mini", "qwen3 235b a22b thinking": "Qwen3-235B-A22B",
     "nemotron 4 340b": "Nemotron-4-340B", "llama 3.3 nemotron super 49b v1": "Llama-3.3-Nemotron-Super-49B",
