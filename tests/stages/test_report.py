@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime, tzinfo
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,23 @@ def test_without_a_run_the_newest_of_each_engine_is_reported(tkit: Tkit, reports
     assert "demo-fp8-tp1-3f9c2a against demo-none-tp1-3f9c2a, 128/64 at C = 4: output tok/s +2" in result.stderr
     record = json.loads((path.parent / "report.json").read_text())
     assert [run["run"] for run in record["runs"]] == ["none-new", "fp8"]  # the unquantized engine is the baseline
-    again = tkit("report")
-    assert again.exit_code == 0 and again.stdout != result.stdout  # also within the same second; reports are no runs
+    assert [run["run"] for run in json.loads(tkit("report", "--json").stdout)["runs"]] == ["none-new", "fp8"]
+
+
+def test_two_reports_of_one_second_do_not_share_a_directory(
+    tkit: Tkit, reports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Noon:
+            return cls(2025, 6, 1, 12, tzinfo=tz)
+
+    monkeypatch.setattr("tkit.stages.report.datetime", Noon)
+    written = [tkit("report", "fp8", "--quiet").stdout for _ in range(2)]
+    assert written == [
+        "reports/report-20250601T120000Z/report.html\n",
+        "reports/report-20250601T120000Z-2/report.html\n",
+    ]
 
 
 def test_an_unreadable_newest_run_gives_way_to_the_one_before(tkit: Tkit, reports: Path) -> None:
