@@ -116,7 +116,7 @@ def test_awq_with_folded_norms_computes_what_the_other_checkpoint_computes(make_
     assert (found - expected).abs().mean() < 0.2 * quantization_error
 
 
-@pytest.mark.parametrize("quant", ["none", "fp8", "int4_awq"])
+@pytest.mark.parametrize("quant", ["none", "fp8", "fp8_rowwise", "int4", "int4_awq"])
 def test_the_runtime_reads_either_checkpoint(make_llama, build, quant):
     """FP8 holds the same numbers in both; AWQ's folded norms are rounded once more."""
     from tkit.runtime.load import load_model

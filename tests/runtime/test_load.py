@@ -100,7 +100,7 @@ def test_int4_awq_runs_the_stored_codes(make_llama, build, tp_size):
 
 def test_shards_dequantize_to_what_one_rank_holds(make_llama, build):
     model_dir = make_llama(**SIZES)
-    for quant in ("fp8", "int4_awq"):
+    for quant in ("fp8", "fp8_rowwise", "int4", "int4_awq"):
         whole, _ = load_model(build(model_dir, quant, 1), "cpu")
         split, _ = load_model(build(model_dir, quant, 2), "cpu")
         for (name, one), (_, two) in zip(whole.named_parameters(), split.named_parameters(), strict=True):

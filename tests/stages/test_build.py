@@ -136,6 +136,26 @@ def test_int4_tensors_equal_a_direct_recomputation_on_both_ranks(tkit, make_llam
         assert torch.equal(stored[layer + "attention.dense.weight"], int4.pack(codes))
 
 
+def test_rowwise_fp8_and_plain_int4_equal_a_direct_recomputation(tkit, make_llama):
+    source = load_file(make_llama(**WIDE) / "model.safetensors")
+    weight = source["model.layers.2.mlp.up_proj.weight"].float()
+    name = "transformer.layers.2.mlp.gate."
+    engine = Path(tkit("build", make_llama(**WIDE), "--quant", "fp8_rowwise").stdout.strip())
+    stored = load_file(engine / "checkpoint" / "rank0.safetensors")
+    scale = weight.abs().amax(dim=1) / 448
+    assert torch.equal(stored[name + "per_channel_scale"], scale)
+    expected = (weight / scale[:, None]).to(torch.float8_e4m3fn)
+    assert torch.equal(stored[name + "weight"].view(torch.uint8), expected.view(torch.uint8))
+    engine = Path(tkit("build", make_llama(**WIDE), "--quant", "int4").stdout.strip())
+    stored = load_file(engine / "checkpoint" / "rank0.safetensors")
+    codes, scale = int4.quantize(weight, 128, torch.bfloat16)
+    assert torch.equal(stored[name + "weight"], int4.pack(codes))
+    assert torch.equal(stored[name + "weights_scaling_factor"], scale)
+    assert name + "prequant_scaling_factor" not in stored
+    config = json.loads((engine / "checkpoint" / "config.json").read_text())
+    assert (config["quantization"]["quant_algo"], config["quantization"]["pre_quant_scale"]) == ("W4A16_AWQ", False)
+
+
 def test_bytes_depend_on_nothing_but_the_inputs(tkit, make_llama):
     digests = []
     for out, workers in (("a", 1), ("b", 3)):

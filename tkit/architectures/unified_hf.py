@@ -84,9 +84,9 @@ def quantization_config(quant: QuantFormat, version: str) -> dict[str, Any] | No
     group: dict[str, Any] = {"weights": weights, "targets": ["Linear"]}
     if quant.group_size is not None:
         weights["group_size"] = quant.group_size
-    if quant.name == "fp8":
+    if quant.name.startswith("fp8"):
         weights["type"] = "float"
-        group["input_activations"] = dict(weights)
+        group["input_activations"] = weights | {"dynamic": quant.name == "fp8_rowwise"}
     return {
         "quant_method": "modelopt",
         "quant_algo": quant.algo,

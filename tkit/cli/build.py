@@ -16,7 +16,7 @@ from tkit.units import format_bytes, format_seconds
 @click.argument("model", required=False)
 @click.option("--tp", "tp_size", type=click.IntRange(min=1), help="Tensor-parallel size, in GPUs.  [default: 1]")
 @click.option("--pp", "pp_size", type=click.IntRange(min=1), help="Pipeline-parallel size, in GPUs.  [default: 1]")
-@click.option("--quant", help="none, int8, fp8 or int4_awq.  [default: none]")
+@click.option("--quant", help="none, int8, fp8, fp8_rowwise, int4 or int4_awq.  [default: none]")
 @click.option(
     "--format",
     type=click.Choice(FORMATS),

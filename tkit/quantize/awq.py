@@ -19,7 +19,6 @@ import torch
 from tkit.quantize import int4
 from tkit.quantize.statistics import InputStatistics
 
-GROUP_SIZE = 128
 EXPONENTS = tuple(step / 20 for step in range(21))
 
 
@@ -30,7 +29,7 @@ def quantize(
     prequant = search_prequant(weights, inputs, dtype)
     stored = {}
     for module, weight in weights.items():
-        codes, scale = int4.quantize(weight / prequant.float(), GROUP_SIZE, dtype)
+        codes, scale = int4.quantize(weight / prequant.float(), int4.GROUP_SIZE, dtype)
         stored[module] = {
             "weight": int4.pack(codes),
             "weights_scaling_factor": scale,
@@ -41,8 +40,7 @@ def quantize(
 
 def dequantize(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The weight that multiplies the *unscaled* input: (out, in) float32."""
-    weight = int4.dequantize(int4.unpack(stored["weight"]), stored["weights_scaling_factor"])
-    return weight * stored["prequant_scaling_factor"].float()
+    return int4.dequantize_groups(stored) * stored["prequant_scaling_factor"].float()
 
 
 def search_prequant(weights: Mapping[str, torch.Tensor], inputs: InputStatistics, dtype: torch.dtype) -> torch.Tensor:
@@ -52,7 +50,7 @@ def search_prequant(weights: Mapping[str, torch.Tensor], inputs: InputStatistics
     best_error, best = float("inf"), torch.ones(0)
     for exponent in EXPONENTS:
         prequant = candidate(inputs.abs_mean, exponent).to(dtype)
-        codes, scale = int4.quantize(stacked / prequant.float(), GROUP_SIZE, dtype)
+        codes, scale = int4.quantize(stacked / prequant.float(), int4.GROUP_SIZE, dtype)
         difference = int4.dequantize(codes, scale) * prequant.float() - stacked
         error = (sample @ difference.T).square().sum().item()
         if error < best_error:

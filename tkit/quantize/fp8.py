@@ -1,10 +1,13 @@
-"""FP8 per tensor, weights and activations.
+"""FP8: per tensor with static activations, and per row with dynamic ones.
 
     scale = amax(|w|) / 448        q = e4m3(w / scale), nearest even, saturating        w ~ q * scale
     activation scale = amax(|x|) / 448 over the calibration tokens (static)
 
+Per row (`quantize_rows`): scale = max(amax(|row|) / 448, 1 / (448 * 512)); activations are scaled per token when they come.
+
 Layout: TensorRT-LLM `FP8`: weight (out, in) float8_e4m3fn, both scales (1,) float32. A fused q/k/v weight has one scale,
-the largest of the three, because the weight is quantized as it is stored: stacked. Follows NVIDIA ModelOpt 0.47.
+the largest of the three, because the weight is quantized as it is stored: stacked. `FP8_PER_CHANNEL_PER_TOKEN`: weight and
+per_channel_scale (out,) float32. Follows NVIDIA ModelOpt 0.47.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from tkit.quantize.statistics import InputStatistics
 
 FP8_MAX = 448.0  # largest finite e4m3fn value
+MIN_ROW_SCALE = 1 / (FP8_MAX * 512)  # the kernel's own floor
 
 
 def fp8_scale(amax: torch.Tensor) -> torch.Tensor:
@@ -39,6 +43,26 @@ def quantize(weights: Mapping[str, torch.Tensor], inputs: InputStatistics) -> di
             "activation_scaling_factor": fp8_scale(inputs.abs_max.amax()),
         }
     return stored
+
+
+def quantize_rows(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """{module: {stored tensor: values}} for float32 weights (out, in)."""
+    stored = {}
+    for module, weight in weights.items():
+        scale = (weight.abs().amax(dim=1) / FP8_MAX).clamp(min=MIN_ROW_SCALE)
+        stored[module] = {"weight": round_to_fp8(weight, scale[:, None]), "per_channel_scale": scale}
+    return stored
+
+
+def dequantize_rows(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(out, in) float32."""
+    return stored["weight"].float() * stored["per_channel_scale"][:, None]
+
+
+def rounded_per_token(x: torch.Tensor) -> torch.Tensor:
+    """What the kernel multiplies by: x (..., in) with one dynamic scale per token."""
+    scale = (x.float().abs().amax(dim=-1, keepdim=True) / FP8_MAX).clamp(min=MIN_ROW_SCALE)
+    return (round_to_fp8(x.float(), scale).float() * scale).to(x.dtype)
 
 
 def dequantize(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -11,7 +11,11 @@ complement; scales (out, in/group).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+
+GROUP_SIZE = 128
 
 
 def quantize(weight: torch.Tensor, group_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,6 +25,20 @@ def quantize(weight: torch.Tensor, group_size: int, dtype: torch.dtype) -> tuple
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     codes = (groups / scale[..., None]).round().clamp(-8, 7)
     return codes.reshape(weight.shape).to(torch.int8), scale
+
+
+def quantize_groups(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
+    """Round to nearest: {module: {stored tensor: values}} for float32 weights (out, in)."""
+    stored = {}
+    for module, weight in weights.items():
+        codes, scale = quantize(weight, GROUP_SIZE, dtype)
+        stored[module] = {"weight": pack(codes), "weights_scaling_factor": scale}
+    return stored
+
+
+def dequantize_groups(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(out, in) float32."""
+    return dequantize(unpack(stored["weight"]), stored["weights_scaling_factor"])
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from tkit.files import read_jsonl_texts
 from tkit.quantize.statistics import InputStatistics
 from tkit.quantize.table import quantize
 from tkit.runtime.bits import to_raw, to_torch
+from tkit.runtime.data_free import as_linear
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
 
@@ -59,7 +60,7 @@ class CalibratedQuantizer:
         for input_name in dict.fromkeys(move.input for move in moves):
             group = [move for move in moves if move.input == input_name]
             stacked = {
-                move.module: torch.cat([_as_linear(weights[name.removeprefix(prefix)], move) for name in move.sources])
+                move.module: torch.cat([as_linear(weights[name.removeprefix(prefix)], move) for name in move.sources])
                 for move in group
             }
             assert group[0].format is not None
@@ -93,11 +94,6 @@ class CalibratedQuantizer:
             hook.remove()
         layer.to("meta")
         return statistics
-
-
-def _as_linear(weight: torch.Tensor, move: Move) -> torch.Tensor:
-    """(out, in) float32."""
-    return (weight.T if move.transform == "transpose" else weight).float()
 
 
 def calibration_tokens(file: Path, tokenizer: Tokenizer, num_samples: int, length: int, seed: int) -> torch.Tensor:

@@ -50,12 +50,14 @@ def load_model(engine_dir: Path, device: str = "auto") -> tuple[PreTrainedModel,
     model = model_from_weights(spec, weights, _dtype(spec, device))
     torch.nn.Module.to(model, device)
     for name, scale in input_scales.items():
-        model.get_submodule(name).register_forward_pre_hook(_fp8_input(scale.to(device)))
+        model.get_submodule(name).register_forward_pre_hook(_fp8_input(None if scale is None else scale.to(device)))
     return model, spec
 
 
 Weights = dict[str, torch.Tensor]  # by Hugging Face name, dequantized
-InputScales = dict[str, torch.Tensor]  # by Hugging Face module
+InputScales = dict[
+    str, torch.Tensor | None
+]  # of FP8 layers, by Hugging Face module; None = one per token, when it comes
 
 
 def _dtype(spec: ModelSpec, device: str) -> torch.dtype:
@@ -71,9 +73,9 @@ def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, Inpu
         for move, parts in merge(files, plan_moves(spec, quant, parallel)):
             stored = {part: to_torch(raw, code) for part, (raw, code) in parts.items()}
             weights.update(_hugging_face_weights(move, stored, quant, _dtype(spec, device)))
-            if "activation_scaling_factor" in stored:
+            if stored["weight" if "weight" in stored else "bias"].dtype == torch.float8_e4m3fn:
                 for source in move.sources:
-                    input_scales[source.removesuffix(".weight")] = stored["activation_scaling_factor"]
+                    input_scales[source.removesuffix(".weight")] = stored.get("activation_scaling_factor")
     return spec, weights, input_scales
 
 
@@ -96,8 +98,12 @@ def _read_hf(directory: Path, device: str) -> tuple[ModelSpec, Weights, InputSca
             if part == "input_scale":
                 input_scales[module] = read(name).reshape(1)
             elif entry.dtype == "F8_E4M3":
-                stored = {"weight": read(name), "weights_scaling_factor": read(f"{module}.weight_scale")}
-                weights[name] = fp8.dequantize(stored).to(dtype)
+                scale = read(f"{module}.weight_scale")
+                if scale.numel() > 1:
+                    weights[name] = fp8.dequantize_rows({"weight": read(name), "per_channel_scale": scale}).to(dtype)
+                    input_scales[module] = None
+                else:
+                    weights[name] = fp8.dequantize({"weight": read(name), "weights_scaling_factor": scale}).to(dtype)
             elif entry.dtype == "U8":
                 codes = int4.unpack(read(name).view(torch.int8))
                 weight = int4.dequantize(codes, read(f"{module}.weight_scale"))
@@ -112,7 +118,12 @@ def _read_hf(directory: Path, device: str) -> tuple[ModelSpec, Weights, InputSca
 def quant_of(config: dict[str, Any]) -> QuantFormat:
     """The format that config.json names."""
     algo = config["quantization"]["quant_algo"]
-    return next(format for format in QUANT_FORMATS.values() if format.algo == algo)
+    has_prequant_scale = config["quantization"]["pre_quant_scale"]
+    return next(
+        format
+        for format in QUANT_FORMATS.values()
+        if format.algo == algo and format.has_prequant_scale == has_prequant_scale
+    )
 
 
 def model_from_weights(spec: ModelSpec, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
@@ -141,9 +152,11 @@ def _hugging_face_weights(
     return dict(zip(move.sources, (part.to(dtype).contiguous() for part in parts), strict=True))
 
 
-def _fp8_input(scale: torch.Tensor) -> Any:
+def _fp8_input(scale: torch.Tensor | None) -> Any:
     def round_input(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         x = arguments[0]
+        if scale is None:
+            return (fp8.rounded_per_token(x),)
         return ((fp8.round_to_fp8(x.float(), scale).float() * scale).to(x.dtype),)
 
     return round_input

@@ -63,10 +63,14 @@ _FP8 = (
     StoredTensor(name="weights_scaling_factor", dtype="F32", hf_name="weight_scale"),
     StoredTensor(name="activation_scaling_factor", dtype="F32", hf_name="input_scale"),
 )
+_FP8_ROWWISE = (
+    StoredTensor(name="weight", dtype="F8_E4M3", out_axis=(0, 1), in_axis=(1, 1), hf_name="weight"),
+    StoredTensor(name="per_channel_scale", dtype="F32", out_axis=(0, 1), hf_name="weight_scale"),
+)
 
 
-def _int4(group_size: int) -> tuple[StoredTensor, ...]:
-    return (
+def _int4(group_size: int, *, has_prequant_scale: bool) -> tuple[StoredTensor, ...]:
+    stored = (
         StoredTensor(name="weight", dtype="I8", out_axis=(0, 2), in_axis=(1, 1), hf_name="weight", hf_dtype="U8"),
         StoredTensor(
             name="weights_scaling_factor",
@@ -75,6 +79,11 @@ def _int4(group_size: int) -> tuple[StoredTensor, ...]:
             in_axis=(1, group_size),
             hf_name="weight_scale",
         ),
+    )
+    if not has_prequant_scale:
+        return stored
+    return (
+        *stored,
         StoredTensor(name="prequant_scaling_factor", dtype="model", in_axis=(0, 1), hf_name="pre_quant_scale"),
     )
 
@@ -84,8 +93,11 @@ QUANT_FORMATS: dict[str, QuantFormat] = {format.name: format for format in (
     QuantFormat(name="none",     algo=None,         weight_bits=16, tensors=_PLAIN),
     QuantFormat(name="int8",     algo="W8A16",      weight_bits=8,  tensors=_PLAIN, size_multiple=64),
     QuantFormat(name="fp8",      algo="FP8",        weight_bits=8,  tensors=_FP8, needs_calibration=True),
-    QuantFormat(name="int4_awq", algo="W4A16_AWQ",  weight_bits=4,  tensors=_int4(128), needs_calibration=True,
-                group_size=128, has_prequant_scale=True, size_multiple=128),
+    QuantFormat(name="fp8_rowwise", algo="FP8_PER_CHANNEL_PER_TOKEN", weight_bits=8, tensors=_FP8_ROWWISE),
+    QuantFormat(name="int4",     algo="W4A16_AWQ",  weight_bits=4,  tensors=_int4(128, has_prequant_scale=False),
+                group_size=128, size_multiple=128),
+    QuantFormat(name="int4_awq", algo="W4A16_AWQ",  weight_bits=4,  tensors=_int4(128, has_prequant_scale=True),
+                needs_calibration=True, group_size=128, has_prequant_scale=True, size_multiple=128),
 )}
 # fmt: on
 

@@ -173,7 +173,7 @@ def _write_engine(
 ) -> EngineCard:
     journal = work / "journal.jsonl"
     tokenizer = copy_tokenizer(plan.source.directory, work / "tokenizer", plan.spec.vocab_size)
-    quantizer = _quantizer(plan, tokenizer, device) if plan.quant.needs_calibration else None
+    quantizer = _quantizer(plan, tokenizer, device)
     _write_configs(plan, work)
     convert_started = time.monotonic()
     with open_source(plan.source.directory) as source:
@@ -284,7 +284,14 @@ def _publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineC
     return card
 
 
-def _quantizer(plan: BuildPlan, tokenizer: Tokenizer, device: str) -> LayerQuantizer:
+def _quantizer(plan: BuildPlan, tokenizer: Tokenizer, device: str) -> LayerQuantizer | None:
+    """None where weights are only moved; torch is imported only where it computes."""
+    if plan.quant.is_stored_plain:
+        return None
+    if not plan.quant.needs_calibration:
+        from tkit.runtime.data_free import DataFreeQuantizer
+
+        return DataFreeQuantizer()
     from tkit.runtime.calibration import CalibratedQuantizer, calibration_tokens
     from tkit.runtime.load import pick_device
 
