@@ -223,6 +223,7 @@ def _write_engine(
             "stages": {"hash source": round(plan.hash_seconds, 3), "convert": round(convert_seconds, 3)},
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "source_bytes": sum(facts["bytes"] for facts in plan.source_files.values()),
+            "kv_bytes_per_token": kv_bytes_per_token(plan.spec),
             "device": device,
         },
         notes=notes,
@@ -385,6 +386,11 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
+
+
+def kv_bytes_per_token(spec: ModelSpec) -> int:
+    """Keys and values of one token in all layers, 16 bits each; over all ranks, repeated KV heads not counted."""
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_size * 2
 
 
 def _command(plan: BuildPlan) -> str:
