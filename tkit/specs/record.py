@@ -42,7 +42,7 @@ TOKEN_SOURCES = ("server_usage", "token_ids", "tokenizer", "chunks")
 # requests.parquet; times are nanoseconds of one monotonic clock, null when it did not happen
 REQUEST_COLUMNS = {
     "id": "int64",
-    "phase": "string",  # warmup | measured | drain (started in time, ended after the window) | drain; only measured counts: sent and answered in the steady window, or failed
+    "phase": "string",  # warmup | measured (sent and answered in the steady window, or failed) | drain
     "scheduled_ns": "int64",
     "sent_ns": "int64",
     "first_byte_ns": "int64",
