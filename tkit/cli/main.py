@@ -14,6 +14,7 @@ from tkit.errors import TkitError, did_you_mean
 
 # name -> (module with a click command named `command`, help line)
 COMMANDS = {
+    "plan":     ("tkit.cli.plan",     "Predict memory, layout, speed and cost before building."),
     "build":    ("tkit.cli.build",    "Convert and quantize a Hugging Face checkpoint into an engine directory."),
     "validate": ("tkit.cli.validate", "Run a built engine against its source: perplexity, KL divergence, top-1 agreement."),
     "inspect":  ("tkit.cli.inspect",  "Show what is in an engine: its card, sizes, tensors."),

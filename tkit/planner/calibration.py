@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tkit.planner.engines import generation_index
 from tkit.planner.published import Row
-from tkit.planner.roofline import Efficiencies, Machine, decode_step, prefill_s, stacked
+from tkit.planner.roofline import Efficiencies, Machine, Number, decode_step, prefill_s, stacked
 from tkit.planner.speed import offline_throughput, throughput, tpot_s
 
 Floats = NDArray[np.float64]
@@ -46,6 +46,7 @@ class Constant:
 # fmt: off
 CONSTANTS: dict[str, Constant] = {
     "memory":              Constant(start=0.75,  width=0.2,  group_width=0.1, most=0.95),
+    "memory_fp4":          Constant(start=0.90,  width=0.2,  most=1.0),
     "kv":                  Constant(start=0.80,  width=0.2,  group_width=0.2, most=0.98),
     "kv_heads":            Constant(start=0.10,  width=1.0,  group_width=1.0),
     "gemm_fp16":           Constant(start=0.70,  width=0.2,  group_width=0.15, most=0.95),
@@ -70,10 +71,11 @@ MOE_CONSTANTS: dict[str, Constant] = {
 # fmt: on
 # of the way in and out, per engine generation; a server on the same machine
 TTFT_CONSTANTS: dict[str, Constant] = {
-    "request_s": Constant(start=20e-3, width=1.5),
-    "moe_request_s": Constant(start=30e-3, width=1.5),
-    "request_in_flight_s": Constant(start=5e-4, width=1.5),
-}
+    "request_s": Constant(start=20e-3, width=2.0),
+    "moe_request_s": Constant(start=30e-3, width=2.0),
+    "request_in_flight_s": Constant(start=5e-4, width=2.0),
+    "waiting": Constant(start=1.0, width=0.4),
+}  # fmt: skip
 NEVER_MEASURED = {"gemm_int8": 0.62}  # no published INT8 row; as FP8
 
 
@@ -126,7 +128,7 @@ def is_steady(row: Row) -> bool:
     return row.load in ("offline", "static") or (row.load == "closed" and row.metric != "ttft")
 
 
-def capacity(pool: Floats, per_sequence: Floats, reserved_bytes: Floats) -> Floats:
+def capacity(pool: Number, per_sequence: Number, reserved_bytes: Number) -> Number:
     """Sequences that fit. An engine that reserves more than there is still runs a few, as the published ones did."""
     return np.maximum(pool - 0.9 * reserved_bytes, 0.02 * pool) / np.maximum(per_sequence, 1)
 

@@ -18,6 +18,7 @@ from tkit.files import read_json
 from tkit.planner.roofline import Efficiencies
 
 DIRECTORY = Path(__file__).with_name("data") / "engines"
+ENGINE_SCHEMA = "tkit.planner-engine/1"
 DEFAULT_ENGINE = "tensorrt-llm"
 
 

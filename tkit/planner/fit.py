@@ -28,6 +28,7 @@ class Demand:
     concurrency: int
     max_num_tokens: int = 8192  # of one prefill step: the engine's default
     engine: str = "tensorrt-llm"
+    reserved_bytes: int = 0  # of the engine, per GPU
 
     @property
     def context(self) -> int:
@@ -89,6 +90,7 @@ def layout(
         engine=demand.engine,
         max_num_tokens=demand.max_num_tokens,
         max_batch=max(demand.concurrency, 1),
+        reserved_bytes=demand.reserved_bytes,
     )
     fixed = book.weight_bytes + book.activations + book.overhead
     binds = None

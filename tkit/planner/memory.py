@@ -141,12 +141,14 @@ def ledger(
     engine: str = "tensorrt-llm",
     max_num_tokens: int = 8192,
     max_batch: int = 256,
+    reserved_bytes: int = 0,
 ) -> Ledger:
-    """The card, line by line. Nothing is refused here: a plan that does not fit shows by how much."""
+    """The card, line by line. Nothing is refused here: a plan that does not fit shows by how much. `reserved_bytes` is what
+    the engine was seen to hold besides."""
     kinds, dtypes = _resident(shape, precision, parallel)
     weights = sum(kinds.values())
     activations = activation_bytes(shape, parallel.tp_size, max_num_tokens, max_batch)
-    overhead = overhead_bytes(parallel)
+    overhead = overhead_bytes(parallel) + reserved_bytes
     rest = gpu.usable_bytes - weights - activations - overhead
     rule, fraction = KV_RULES[engine]
     if rule == "total":

@@ -42,6 +42,7 @@ class Efficiencies:
     """
 
     memory: float  # of the bandwidth, reading weights
+    memory_fp4: float  # of that, when the weights are 4-bit floating point with a scale per 16
     kv: float  # of the bandwidth, reading the cache
     gemm_fp16: float  # of the dense peak, at large batch
     gemm_fp8: float
@@ -62,6 +63,7 @@ class Efficiencies:
     request_s: float  # a request's way in and its first token's way out, outside the model; of dense models
     moe_request_s: float
     request_in_flight_s: float  # the same, per request that the server holds
+    waiting: float  # waits under load, relative to the simulated ones
     kv_heads: float  # KV heads per rank at which reading the cache reaches half of its efficiency
     reserved_bytes: float  # what the engine holds besides weights, activations and the ledger's overhead
 
@@ -204,7 +206,7 @@ def layer_contexts(m: Machine, context: Number) -> Number:
 def decode_step(m: Machine, batch: Number, context: Number, e: Efficiencies) -> Step:
     """One token for each of `batch` sequences, of `context` tokens on average."""
     b = np.maximum(batch / m.pp, 1)
-    weights = (m.dense_bytes + m.expert_bytes * experts_read(m, b)) / (m.tp * m.bandwidth * e.memory)
+    weights = _reading(m, b, e)
     kv_share = m.kv_heads / (m.kv_heads + e.kv_heads)
     return Step(
         weights=weights,
@@ -220,11 +222,16 @@ def prefill_s(m: Machine, tokens: Number, e: Efficiencies, cached: Number = 0, r
     All pipeline stages in turn."""
     count = tokens * requests
     products = _products(m, count, m.dense_params - m.lm_head_params, e) / e.prefill
-    weights = (m.dense_bytes + m.expert_bytes * experts_read(m, count)) / (m.tp * m.bandwidth * e.memory)
+    weights = _reading(m, count, e)
     # causal: on average half of the new tokens are visible
     seen = layer_contexts(m, cached + tokens / 2)
     attention = 4 * count * seen * m.attention_width / (m.tp * m.fp16_flops * e.attention)
     return np.maximum(products, weights) + attention + _all_reduce(m, count, e)
+
+
+def _reading(m: Machine, tokens: Number, e: Efficiencies) -> Number:
+    share = e.memory * np.where(np.asarray(m.math) == MATH.index("fp4"), e.memory_fp4, 1.0)
+    return (m.dense_bytes + m.expert_bytes * experts_read(m, tokens)) / (m.tp * m.bandwidth * share)
 
 
 def _products(m: Machine, tokens: Number, dense_params: Number, e: Efficiencies) -> Number:

@@ -104,5 +104,7 @@ def served(
         concurrency if concurrency is not None else float(np.sum(result.ttft + result.tpot * osl)) / result.duration_s
     )
     return Served(
-        ttft=result.ttft + alone + float(way_in_s(m, in_flight, e)), tpot=result.tpot, duration_s=result.duration_s
+        ttft=(result.ttft + alone) * e.waiting + float(way_in_s(m, in_flight, e)),
+        tpot=result.tpot,
+        duration_s=result.duration_s,
     )
