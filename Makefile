@@ -19,6 +19,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## build, validate, serve, sweep and compare three engines of the demo model
 	$(BIN)/tkit run model_configs/demo.yaml
 
+example: demo  ## keep the demo's report as the committed example
+	mkdir -p reports/example
+	cp reports/demo/* reports/example/
+
 test: $(READY)
 	$(BIN)/pytest
 

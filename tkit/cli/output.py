@@ -62,8 +62,9 @@ class Output(Progress):
         from rich.progress import Progress as Bars
 
         if self._bar is None:
+            # few redraws: while a sweep runs, this process is the one that measures
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Bars(*columns, console=Console(stderr=True))
+            self._bar = Bars(*columns, console=Console(stderr=True), refresh_per_second=4)
             self._bar.start()
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(what, total=total)
