@@ -1,10 +1,11 @@
 """The reference engine beside transformers' own ways to generate: tokens per second on one fixed load, in one process.
 
-    python benchmarks/runtime.py [--model demo|100m|DIR] [--requests 16] [--prompt-tokens 128] [--new-tokens 64]
+    python -m benchmarks.runtime [--model demo|100m|DIR] [--requests 16] [--prompt-tokens 128] [--new-tokens 64]
 
 Every way gets the same prompts, generates greedily, and must give the same tokens. Rounds alternate between the ways, so
-a disturbance of the machine falls on all of them; the best round of each counts. Beside the rate stands its share of the
-time the machine would need for the arithmetic and the weight traffic alone, at the speeds measured right before.
+that a disturbance of the machine falls on all of them; the best round of each counts. `x static` compares CPU seconds:
+with one thread that is the time alone on the machine. `of limit` is the CPU time that the arithmetic and the weight
+traffic alone would take, at speeds measured in the same run.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import queue
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -43,6 +43,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 Tokens = list[list[int]]
+
+
+class Seconds(NamedTuple):
+    wall: float
+    cpu: float
 
 
 class Words:
@@ -99,14 +104,14 @@ def make_model(name: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(Path(name), dtype=torch.float32).eval()
 
 
-def measure(ways: dict[str, Callable[[], Tokens]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Tokens]]:
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def measure(ways: dict[str, Callable[[], Tokens]], rounds: int) -> tuple[dict[str, list[Seconds]], dict[str, Tokens]]:
+    seconds: dict[str, list[Seconds]] = {name: [] for name in ways}
     answers: dict[str, Tokens] = {}
     for _ in range(rounds):
         for name, run in ways.items():
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             answers[name] = run()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(Seconds(time.perf_counter() - started[0], time.process_time() - started[1]))
     return seconds, answers
 
 
@@ -184,32 +189,33 @@ def machine_limit_s(model: PreTrainedModel, requests: int, prompt_tokens: int, n
 def best_s(run: Callable[[], object]) -> float:
     times = []
     for _ in range(7):
-        started = time.perf_counter()
+        started = time.process_time()
         run()
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     return min(times)
 
 
-def report(seconds: dict[str, list[float]], num_tokens: int, limit_s: float, *, as_json: bool) -> None:
-    reference = min(seconds["generate, static batch"])
+def report(seconds: dict[str, list[Seconds]], num_tokens: int, limit_s: float, *, as_json: bool) -> None:
+    best = {name: Seconds(*map(min, zip(*times, strict=True))) for name, times in seconds.items()}
+    reference = best["generate, static batch"]
     rows = [
         {
             "way": name,
-            "tokens_per_s": num_tokens / min(times),
-            "best_s": min(times),
-            "median_s": statistics.median(times),
-            "ratio_to_static": reference / min(times),
-            "share_of_limit": limit_s / min(times),
+            "tokens_per_s": num_tokens / wall,
+            "wall_s": wall,
+            "cpu_s": cpu,
+            "ratio_to_static": reference.cpu / cpu,
+            "share_of_limit": limit_s / cpu,
         }
-        for name, times in seconds.items()
+        for name, (wall, cpu) in best.items()
     ]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    print(f"{'':28} {'tok/s':>8} {'best':>8} {'median':>8} {'x static':>9} {'of limit':>9}")
+    print(f"{'':28} {'tok/s':>7} {'wall':>8} {'CPU':>8} {'x static':>9} {'of limit':>9}")
     for row in rows:
         print(
-            f"{row['way']:28} {row['tokens_per_s']:8.0f} {row['best_s']:7.2f}s {row['median_s']:7.2f}s "
+            f"{row['way']:28} {row['tokens_per_s']:7.0f} {row['wall_s']:7.2f}s {row['cpu_s']:7.2f}s "
             f"{row['ratio_to_static']:9.2f} {row['share_of_limit']:9.0%}"
         )
 
