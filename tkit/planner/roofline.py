@@ -5,7 +5,7 @@
             + 2 L (alpha + 2 (tp-1)/tp b hidden 2 B / (link e_l))              all-reduce, twice a layer
             + host + b host_per_sequence                                       scheduling, sampling
     prefill = 2 P_active T / (tp F e_c(T)) + 2 sum_layers(T context H d) / (tp F16 e_a) + all-reduce + host
-    e_c(b)  = e_c b / (b + ramp): small products do not fill the tensor cores
+    e_c(b)  = e_c b / (b + ramp (1 - exp(-b / ramp))): small products do not fill the tensor cores
 
 With pipeline stages a batch B runs as pp micro-batches of b = B / pp, so a token takes step(B / pp) on tp GPUs. A MoE reads
 dense + experts (1 - (1 - k/E)^b): the experts that b tokens are expected to touch.
@@ -48,7 +48,7 @@ class Efficiencies:
     gemm_fp8: float
     gemm_int8: float
     gemm_fp4: float
-    ramp: float  # tokens at which products reach half of their efficiency
+    ramp: float  # tokens' worth of time that a large product loses to filling the tensor cores
     attention: float  # of the 16-bit peak, in prefill
     nvlink: float
     pcie: float
@@ -236,7 +236,7 @@ def _reading(m: Machine, tokens: Number, e: Efficiencies) -> Number:
 
 def _products(m: Machine, tokens: Number, dense_params: Number, e: Efficiencies) -> Number:
     peak = np.choose(np.asarray(m.math, dtype=int), [e.gemm_fp16, e.gemm_fp8, e.gemm_int8, e.gemm_fp4])
-    rate = m.tp * m.flops * peak * tokens / (tokens + e.ramp)
+    rate = m.tp * m.flops * peak * tokens / (tokens + e.ramp * (1 - np.exp(-tokens / e.ramp)))
     return 2 * tokens * (dense_params + m.expert_params / e.moe_gemm) / rate
 
 

@@ -150,9 +150,9 @@ def _alternatives(plan: Plan) -> list[str]:
 def _speculation(plan: Plan) -> list[str]:
     if not plan.speculation:
         return []
-    parts = [f"a={item.acceptance}: x{item.gain:.2f} to batch {item.break_even_batch:,}" for item in plan.speculation]
+    parts = [f"a={item.acceptance}: x{item.gain:.2f} to {item.break_even_batch:,}" for item in plan.speculation]
     return [
-        f"  drafting {plan.speculation[0].tokens} tokens, gain at {plan.concurrency} and break-even:  {'   '.join(parts)}"
+        f"  drafting {plan.speculation[0].tokens} tokens, gain at {plan.concurrency}, break-even batch:  {'  '.join(parts)}"
     ]
 
 

@@ -42,7 +42,7 @@ def resolve_shape(model: str | None) -> tuple[ModelShape, str, Recipe]:
         return shape_from_file(path, name), f"{path.parent.name}/config.json", recipe
     shape = find_shape(recipe.model)
     if shape is not None:
-        return shape, f"shipped model table: {recipe.model} is not on this machine, its shape is {shape.name}'s", recipe
+        return shape, f"shipped model table; {recipe.model} is not on this machine", recipe
     raise InputError(
         f"{recipe.model}: neither on this machine nor in the shipped model table",
         hint=f"give a directory with config.json; the table has {', '.join(shape_table())}",

@@ -1,0 +1,229 @@
+"""`tkit plan` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tkit.planner.models import find_shape
+from tkit.stages.plan import resolve_shape
+
+RECIPES = Path(__file__).parents[2] / "model_configs"
+
+
+def record(result):
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_planned_offline(tkit, recipe):
+    plan = record(tkit("plan", recipe, "--gpu", "h200", "--json"))
+    assert plan["num_params"] > 1e6
+    assert plan["fits"]
+    assert plan["tok_s"]["low"] < plan["tok_s"]["value"] < plan["tok_s"]["high"]
+
+
+def test_one_screen(tkit):
+    result = tkit("plan", RECIPES / "llama-3.1-70b.yaml", "--gpu", "h100", "--slo", "conversational")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 125
+    assert "shipped model table; meta-llama/Llama-3.1-70B-Instruct is not on this machine" in lines[0]
+    assert lines[2].startswith("VERDICT  fits on 2 x H100-SXM (tp 2, pp 1)")
+    assert "327,680 B per token (0.3125 MiB)" in result.stdout
+    assert "SLO conversational" in result.stdout
+
+
+def test_stored_weights_are_what_a_build_writes(tkit):
+    """Byte for byte, against the tensors in the files."""
+    for quant, tp in (("none", 1), ("none", 2), ("int8", 2)):
+        built = tkit("build", "--quant", quant, "--tp", tp, "--json")
+        assert built.exit_code == 0, built.output
+        card = json.loads(built.stdout)
+        directory = Path("engines") / card["name"] / "checkpoint"
+        stored = sum(tensor_bytes(path) for path in directory.glob("rank*.safetensors"))
+        plan = record(tkit("plan", "--quant", quant, "--tp", tp, "--gpu", "l4", "--json"))
+        assert plan["stored_bytes"] == stored
+        assert plan["num_params"] == card["num_params"]
+
+
+def tensor_bytes(path):
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return sum(
+        entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
+    )
+
+
+def test_a_model_directory_needs_only_its_config(tkit, tmp_path):
+    directory = tmp_path / "my-model"
+    directory.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "dtype": "bfloat16",
+        "max_position_embeddings": 131072, "quantization_config": {"quant_method": "fp8"},
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    plan = record(tkit("plan", directory, "--json"))
+    assert plan["num_params"] == 8_030_261_248
+    assert plan["model_source"] == "my-model/config.json"
+
+
+def test_the_hub_cache_comes_before_the_table(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--Qwen--Qwen3-8B" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    config = {
+        "architectures": ["Qwen3ForCausalLM"], "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "dtype": "bfloat16",
+    }  # fmt: skip
+    (snapshot / "config.json").write_text(json.dumps(config))
+    assert resolve_shape("Qwen/Qwen3-8B")[0] == find_shape("Qwen/Qwen3-8B")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    shape, source, _ = resolve_shape("Qwen/Qwen3-8B")
+    assert shape.num_layers == 2
+    assert source == "abc/config.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["--gpu", "h1000"], ['unknown GPU "h1000" (did you mean', "known: T4"]),
+        (["--gpu", "a100", "--quant", "fp8"], ["fp8 needs compute capability 8.9, A100-SXM-80 has 8.0", "int4_awq"]),
+        (["--gpu", "a100", "--kv-cache", "fp8"], ["a fp8 KV cache needs", "--kv-cache fp16"]),
+        (["--isl", "200000"], ["exceeds the 131072 positions", "--isl 130048"]),
+        (["--tp", "3"], ["64 attention heads do not divide by tp 3; nearest that does: tp 2"]),
+        (["--tp", "128"], ["64 attention heads do not divide by tp 128; nearest that does: tp 64"]),
+        (["--pp", "100"], ["pp 100 exceeds 80 layers"]),
+        (["--quant", "fp9"], ['unknown quantization "fp9" (did you mean "fp8"?)']),
+        (["--kv-cache", "fp7"], ['unknown type "fp7"']),
+        (["--slo", "interactiv"], ['slo is "interactiv", expected one of interactive']),
+        (["--tp", "2", "--pp", "2", "--num-gpus", "8"], ["tp 2 x pp 2 is not num-gpus 8"]),
+        (["--engine", "vlm"], ['unknown engine "vlm" (did you mean "vllm"?)']),
+        (["--tp", "two"], ['"two" is neither a whole number nor auto']),
+        (["--compare", "gpus=h100"], ['"gpus=h100" (did you mean "gpu"?)']),
+    ],
+)
+def test_nonsense_is_refused_with_the_nearest_sensible_choice(tkit, arguments, messages):
+    result = tkit("plan", "llama-3.1-70b", *arguments)
+    assert result.exit_code == 2
+    for message in messages:
+        assert message in result.stderr
+
+
+def test_what_does_not_fit_says_what_binds(tkit):
+    plan = record(tkit("plan", "llama-3.1-70b", "--gpu", "l4", "--num-gpus", 4, "--quant", "none", "--json"))
+    assert not plan["fits"]
+    assert plan["verdict"].startswith("does not fit: weights on 4 x L4")
+    assert "times are those of as many requests as fit" in plan["notes"]
+
+
+def test_unknown_models_are_named(tkit):
+    result = tkit("plan", "nobody/unheard-of")
+    assert result.exit_code == 2
+    assert "nobody/unheard-of: neither on this machine nor in the shipped model table" in result.stderr
+
+
+def test_planned_only_models(tkit):
+    plan = record(tkit("plan", "deepseek-ai/DeepSeek-V3", "--gpu", "h200", "--quant", "fp8_block", "--json"))
+    assert plan["chosen"]["parallel"]["tp_size"] == 8  # 685 GB of 8-bit weights: one node
+    assert any("does not convert deepseek_v3" in note for note in plan["notes"])
+    assert any("the same on all 8 ranks" in note for note in plan["notes"])
+
+
+def test_comparison(tkit, tmp_path):
+    (tmp_path / "prices.yaml").write_text(
+        "date: 2026-11-01\ngpus:\n  h100: {usd_per_hour: 2}\n  a100: {usd_per_hour: 1}\n"
+    )
+    result = tkit(
+        "plan", "llama-3.1-70b", "--compare", "gpu=a100,h100 quant=none,fp8 tp=4,8", "--prices", "prices.yaml"
+    )
+    assert result.exit_code == 0, result.output
+    assert "gpu=H100-SXM quant=fp8 tp=8" in result.stdout
+    assert "$/M tok" in result.stdout
+    assert "gpu=A100-SXM-80 quant=fp8 tp=4: fp8 needs compute capability 8.9" in result.stdout
+
+
+def test_fewer_gpus_are_cheaper(tkit, tmp_path):
+    """FP16 on 8 against INT8 on 4."""
+    (tmp_path / "prices.yaml").write_text("date: 2026-11-01\ngpus:\n  a100: {usd_per_hour: 1}\n")
+    costs = [
+        record(tkit("plan", "llama-3.1-70b", "--gpu", "a100", "--quant", quant, "--tp", tp, "--prices", "prices.yaml",
+                    "--concurrency", 64, "--json"))["cost"]
+        for quant, tp in (("none", 8), ("int8_sq", 4))
+    ]  # fmt: skip
+    assert costs[0]["usd_per_hour"] == pytest.approx(8)
+    assert costs[1]["usd_per_hour"] == pytest.approx(4)
+    assert sum(costs[1]["usd_per_million"]) < sum(costs[0]["usd_per_million"])
+
+
+def test_page(tkit):
+    result = tkit("plan", "demo", "--gpu", "l4", "--html", "plan.html")
+    assert result.exit_code == 0, result.output
+    page = Path("plan.html").read_text()
+    assert page.count("vegaEmbed('#") == 3
+    assert "http://" not in page.split("<script>")[0]
+    assert "Content-Security-Policy" in page
+
+
+def test_a_plan_takes_less_than_a_second(tkit):
+    tkit("plan", "llama-3.1-70b", "--json")
+    started = time.monotonic()
+    tkit("plan", "llama-3.1-405b" if (RECIPES / "llama-3.1-405b.yaml").exists() else "llama-3.1-70b", "--json")
+    assert time.monotonic() - started < 1
+
+
+def test_a_plan_loads_no_torch():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.argv = ['tkit', 'plan', 'demo', '--quiet']\n"
+        "from tkit.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def write_run(directory, factor):
+    """A sweep of an engine that takes `factor` times the planned time."""
+    points = [
+        ("c1", 1, 20.0, 8.0, 120.0), ("c4", 4, 24.0, 8.4, 450.0), ("c16", 16, 40.0, 9.6, 1550.0),
+        ("c64", 64, 90.0, 14.0, 4200.0),
+    ]  # fmt: skip
+    (directory / "points").mkdir(parents=True)
+    (directory / "manifest.json").write_text(json.dumps({"engine": {"tp_size": 1, "pp_size": 1, "quant": "none"}}))
+    for name, concurrency, ttft, tpot, tok_s in points:
+        point = {
+            "isl": 512, "osl": 256, "concurrency": concurrency, "is_valid": True, "output_tok_s": tok_s / factor,
+            "ttft": {"p50": ttft * factor}, "tpot": {"p50": tpot * factor},
+        }  # fmt: skip
+        (directory / "points" / name).mkdir()
+        (directory / "points" / name / "point.json").write_text(json.dumps(point))
+
+
+def test_a_sweep_narrows_the_band(tkit, tmp_path):
+    write_run(tmp_path / "run", factor=2.0)
+    arguments = ["plan", "llama-3.1-8b", "--gpu", "h100", "--quant", "none", "--concurrency", 16, "--json"]
+    before = record(tkit(*arguments))
+    after = record(tkit(*arguments, "--calibrate", "run"))
+    saved = json.loads(Path("run/plan-calibration.json").read_text())
+    assert saved["points"] == 4
+    assert saved["mape_after"]["tpot"] < 0.1 < saved["mape_before"]["tpot"]
+    assert after["tpot_ms"]["value"] > 1.4 * before["tpot_ms"]["value"]
+    assert after["tpot_ms"]["n"] == 4
+    assert "refitted to 4 points of run" in after["provenance"]
+
+
+def test_too_few_points_are_refused(tkit, tmp_path):
+    (tmp_path / "run").mkdir()
+    result = tkit("plan", "demo", "--calibrate", "run")
+    assert result.exit_code == 2
+    assert "--calibrate run: 0 valid points of 0, expected at least 3" in result.stderr
