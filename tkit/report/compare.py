@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from tkit.report.statistics import (
     Statistic,
     change,
     estimate,
+    min_requests,
     percentile_of,
     ratio_of_sums,
     supported_tail,
@@ -36,11 +37,28 @@ from tkit.report.statistics import (
 )
 from tkit.specs.record import SLO_TIERS
 
+# name -> (metric, percentile), (rate, column of the requests that it sums, "" = their number) or ("goodput", tier)
+ASKABLE: dict[str, tuple[str, int | str]] = {
+    **{f"{metric}_p{p}": (metric, p) for metric in ("ttft", "ttfb", "tpot", "e2e") for p in (50, 90, 95, 99)},
+    "input_tok_s": ("input_tok_s", "isl"),
+    "requests_s": ("requests_s", ""),
+    **{f"goodput_{tier}": ("goodput", tier) for tier in SLO_TIERS},
+}
+
 
 def compare(
-    runs: Sequence[Run], *, baseline: Run | None, left_out: Sequence[LeftOut], created: str, tkit: str
+    runs: Sequence[Run],
+    *,
+    baseline: Run | None,
+    left_out: Sequence[LeftOut],
+    created: str,
+    tkit: str,
+    asked: Collection[str] = (),
 ) -> Comparison:
-    """Everything a report says, except the verdict's words. `baseline` is one of `runs`; one run has none."""
+    """Everything a report says, except the verdict's words and the gates' outcomes.
+
+    `baseline` is one of `runs`; one run has none. `asked`: what to estimate beyond MEASURES, names of ASKABLE.
+    """
     ids = {run.name: run_id for run, run_id in zip(runs, run_ids(len(runs)), strict=True)}
     by_id = {ids[run.name]: run for run in runs}
     baseline_id = ids[baseline.name] if baseline is not None else None
@@ -53,7 +71,7 @@ def compare(
         baseline=baseline_id,
         runs=tuple(_facts(run, ids[run.name], device) for run in runs),
         differences=differences(by_id),
-        groups=_groups(by_id, baseline_id, device),
+        groups=_groups(by_id, baseline_id, device, asked),
         left_out=tuple(left_out),
     )
 
@@ -154,7 +172,7 @@ def _num_devices(run: Run, device: str) -> int:
 # ---- groups -------------------------------------------------------------------------------------------------------
 
 
-def _groups(runs: Mapping[str, Run], baseline: str | None, device: str) -> tuple[Group, ...]:
+def _groups(runs: Mapping[str, Run], baseline: str | None, device: str, asked: Collection[str]) -> tuple[Group, ...]:
     keys: dict[tuple[str, str, str], dict[str, list[Point]]] = {}
     for run_id, run in runs.items():
         for point in run.points:
@@ -169,7 +187,7 @@ def _groups(runs: Mapping[str, Run], baseline: str | None, device: str) -> tuple
                 f"tokens counted by {token_source} under {definitions}: "
                 f"not comparable with the other {shape} {'group' if shapes[shape] == 2 else 'groups'}"
             )
-        levels = _levels(points, runs, baseline if baseline in points else None, device)
+        levels = _levels(points, runs, baseline if baseline in points else None, device, asked)
         groups.append(
             Group(
                 shape=shape,
@@ -188,12 +206,16 @@ def _tokens(shape: str) -> tuple[int, ...]:
 
 
 def _levels(
-    points: Mapping[str, Sequence[Point]], runs: Mapping[str, Run], baseline: str | None, device: str
+    points: Mapping[str, Sequence[Point]],
+    runs: Mapping[str, Run],
+    baseline: str | None,
+    device: str,
+    asked: Collection[str],
 ) -> tuple[Level, ...]:
     levels = []
-    asked = {level for run_id in points for level in runs[run_id].manifest.concurrency}
+    planned = {level for run_id in points for level in runs[run_id].manifest.concurrency}
     measured = {point.summary.concurrency for some in points.values() for point in some}
-    for concurrency in sorted(asked | measured):
+    for concurrency in sorted(planned | measured):
         here = {
             run_id: _usable([point for point in some if point.summary.concurrency == concurrency])
             for run_id, some in points.items()
@@ -205,7 +227,7 @@ def _levels(
         ]
         tail = supported_tail(min(counts)) if counts else None
         cells = {
-            run_id: _cell(run_id, concurrency, points[run_id], some, tail, _num_devices(runs[run_id], device))
+            run_id: _cell(run_id, concurrency, points[run_id], some, tail, _num_devices(runs[run_id], device), asked)
             for run_id, some in here.items()
             if some
         }
@@ -227,7 +249,13 @@ def _usable(points: Sequence[Point]) -> list[Point]:
 
 
 def _cell(
-    run_id: str, concurrency: int, points: Sequence[Point], used: Sequence[Point], tail: int | None, num_devices: int
+    run_id: str,
+    concurrency: int,
+    points: Sequence[Point],
+    used: Sequence[Point],
+    tail: int | None,
+    num_devices: int,
+    asked: Collection[str],
 ) -> Cell:
     """`points` are all of the run in this group, `used` those of this load that count."""
     everything = [point for point in points if point.summary.concurrency == concurrency]
@@ -249,6 +277,7 @@ def _cell(
         if measure.percentile is not None
     }
     estimates |= {"tok_s_user": _inverse(latencies["tpot_p50"])} | latencies
+    estimates |= {name: _asked(name, used) for name in asked if name not in estimates}
     errors: Counter[str] = Counter()
     for point in used:
         errors.update(point.summary.errors)
@@ -269,6 +298,34 @@ def _cell(
         output_tok_s_repeats=tuple(reported),
         goodput=_goodput(used),
     )
+
+
+def _asked(name: str, points: Sequence[Point]) -> Estimate | None:
+    """One of ASKABLE over the points, all of one load; None when too few requests support a percentile."""
+    kind, detail = ASKABLE[name]
+    block = points[0].summary.concurrency
+    frames = [point.measured for point in points]
+    if isinstance(detail, int):
+        if detail > 50 and sum(map(len, frames)) < min_requests(detail):
+            return None
+        samples = [frame[[kind]].dropna().to_numpy(dtype=float) for frame in frames]
+        return estimate(samples, percentile_of(detail), block=block)
+    if kind == "goodput":
+        reported = [float(point.summary.goodput.get(detail, {}).get("requests_s", 0.0)) for point in points]
+        counted = [
+            np.logical_and.reduce(
+                [frame[metric] <= limit for metric, limit in SLO_TIERS[detail].items()] or [frame["e2e"] > 0]
+            )
+            for frame in frames
+        ]
+    else:
+        reported = [float(getattr(point.summary, kind)) for point in points]
+        counted = [frame[detail] if detail else np.ones(len(frame)) for frame in frames]
+    rows = [
+        np.column_stack([np.asarray(count, dtype=float), frame["e2e"].to_numpy(dtype=float)])
+        for count, frame in zip(counted, frames, strict=True)
+    ]
+    return estimate(rows, ratio_of_sums, block=block, reported=reported)
 
 
 def _scaled(value: Estimate | None, factor: float) -> Estimate | None:
@@ -303,7 +360,7 @@ def _goodput(points: Sequence[Point]) -> dict[str, Goodput]:
 
 
 def _changes(cell: Cell, baseline: Cell) -> dict[str, Change]:
-    pairs = {name: (cell.estimates[name], baseline.estimates[name]) for name in MEASURES}
+    pairs = {name: (mine, baseline.estimates[name]) for name, mine in cell.estimates.items()}
     return {name: change(mine, its) for name, (mine, its) in pairs.items() if mine is not None and its is not None}
 
 

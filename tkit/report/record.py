@@ -1,7 +1,11 @@
 """What `report.json` holds, as it stands (schema tkit.report/1), and what every rendering is drawn from.
 
 Numbers are unrounded. Times are milliseconds, rates per second, changes fractions of the baseline. A run is named by its
-`id`, a letter; measures by the keys of MEASURES, tiers by those of `specs.record.SLO_TIERS`.
+`id`, a letter; measures by the keys of MEASURES, tiers by those of `specs.record.SLO_TIERS`. What gates ask for beyond
+MEASURES (`ttft_p95`, `goodput_interactive`) stands among a cell's estimates and changes under the gate's own name.
+
+`gates` holds one GateOutcome per gate, in the order written, each with a GateCheck per run and point that it looked at;
+it is empty when there are none.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Any
 from tkit.report.read import LeftOut
 from tkit.report.statistics import Change, Estimate
 from tkit.specs.engine import EngineCard
+from tkit.specs.gate import Gate
 
 REPORT_SCHEMA = "tkit.report/1"
 
@@ -39,6 +44,9 @@ MEASURES = {
     "e2e_tail":     Measure(metric="e2e",  percentile="tail"),
 }
 # fmt: on
+
+# how a gate, and each of its checks, can come out
+PASSED, FAILED, NOT_EVALUATED = "passed", "failed", "not evaluated"
 
 # Comparison.device -> what a rate per device is
 DEVICES = {
@@ -70,10 +78,10 @@ class Cell:
     is_valid: bool
     invalid_reasons: tuple[str, ...]
     is_on_frontier: bool = False
-    estimates: Mapping[str, Estimate | None]  # by MEASURES
+    estimates: Mapping[str, Estimate | None]  # by MEASURES, and by what gates ask for
     output_tok_s_repeats: tuple[float, ...]
     goodput: Mapping[str, Goodput]  # by tier
-    changes: Mapping[str, Change] = field(default_factory=dict)  # by MEASURES, against the baseline
+    changes: Mapping[str, Change] = field(default_factory=dict)  # as `estimates`, against the baseline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +161,33 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GateCheck:
+    """One gate at one point of one run; `shape` and `concurrency` are None for what a run has once, such as `kl`.
+
+    `value`, `low` and `high`: what was held against the limit, a change as a fraction or a number in the metric's unit,
+    and its 95 % interval where it has one. `text` says it in words, or why it could not be said.
+    """
+
+    run: str | None  # RunFacts.id; None for a directory that was left out
+    shape: str | None = None
+    concurrency: int | None = None
+    state: str  # PASSED, FAILED, NOT_EVALUATED
+    text: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateOutcome:
+    """`state`: FAILED when a check failed, else NOT_EVALUATED when one could not be made, else PASSED."""
+
+    gate: Gate
+    state: str
+    checks: tuple[GateCheck, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     schema: str = REPORT_SCHEMA
     created: str  # UTC, ISO 8601
@@ -161,6 +196,7 @@ class Comparison:
     threshold: float  # smaller changes are never called
     baseline: str | None  # run id
     verdict: tuple[Verdict, ...] = ()
+    gates: tuple[GateOutcome, ...] = ()
     runs: tuple[RunFacts, ...]
     differences: tuple[Difference, ...]
     groups: tuple[Group, ...]

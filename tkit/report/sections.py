@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tkit.report import plots, tables, text
+from tkit.report import gates, plots, tables, text
 from tkit.report.plots import Plot
 from tkit.report.read import Point, Run
 from tkit.report.record import Comparison
@@ -40,7 +40,23 @@ class Section:
 
 def sections(comparison: Comparison, runs: Sequence[Run]) -> tuple[Section, ...]:
     by_id = {facts.id: run for facts, run in zip(comparison.runs, runs, strict=True)}
-    return tuple(section(comparison, by_id) for section in SECTIONS)
+    found = tuple(section(comparison, by_id) for section in SECTIONS)
+    return (gated(comparison), *found) if comparison.gates else found
+
+
+def gated(comparison: Comparison) -> Section:
+    """What the gates say: stands before everything else, when there are any."""
+    return Section(
+        id="gates",
+        title="Gates",
+        lead=(
+            f"{gates.summary(comparison)}.",
+            "A change fails a gate only where it is significant and larger than the practical threshold. What cannot be "
+            "evaluated does not pass.",
+        ),
+        tables=(tables.gates_table(comparison),),
+        is_brief=True,
+    )
 
 
 def what_differs(comparison: Comparison, runs: Runs) -> Section:

@@ -8,15 +8,28 @@ from typing import Any
 
 import pandas as pd
 
-from tkit.report import text
+from tkit.report import gates, text
 from tkit.report.differences import flat_facts
 from tkit.report.read import Point
-from tkit.report.record import DEVICES, MEASURES, Cell, Comparison, Goodput, Group, Level, RunFacts
+from tkit.report.record import (
+    DEVICES,
+    FAILED,
+    MEASURES,
+    NOT_EVALUATED,
+    PASSED,
+    Cell,
+    Comparison,
+    Goodput,
+    Group,
+    Level,
+    RunFacts,
+)
 from tkit.report.verdict import judgement
 from tkit.specs.record import METRICS, SLO_TIERS
 from tkit.units import format_bytes, format_seconds
 
 MAX_STALLS = 5
+GATE_TONES = {FAILED: "worse", NOT_EVALUATED: "invalid"}
 KINDS = {
     "engine": "the engine",
     "model": "the model it was built from: may explain a result instead",
@@ -103,6 +116,34 @@ def differences_tables(comparison: Comparison) -> list[Table]:
             columns = _text("", *(run.id for run in comparison.runs))
             tables.append(Table(id=f"differs-{kind}", caption=f"Differs in {words}", columns=columns, rows=rows))
     return tables
+
+
+def gates_table(comparison: Comparison) -> Table:
+    """A row per check that did not pass; of a gate that passed, the check that came closest to its limit."""
+    rows: list[tuple[Entry, ...]] = []
+    for outcome in comparison.gates:
+        told = [check for check in outcome.checks if check.state != PASSED]
+        nearest = gates.closest(outcome)
+        if not told and nearest is not None:
+            told = [nearest]
+        total = text.plural(len(outcome.checks), "check")
+        for check in sorted(told, key=lambda check: check.state != FAILED):
+            found = (
+                f"{total}; closest: {check.text}" if check.state == PASSED and len(outcome.checks) > 1 else check.text
+            )
+            rows.append(
+                (
+                    Entry(text=outcome.gate.text),
+                    Entry(text=check.state, tone=GATE_TONES.get(check.state, "")),
+                    Entry(text=comparison.facts(check.run).name, run=check.run)
+                    if check.run
+                    else Entry(text=text.ABSENT),
+                    Entry(text=gates.place(check) or text.ABSENT),
+                    Entry(text=found),
+                )
+            )
+    columns = _text("Fails when", "Outcome", "Run", "Point", "Found")
+    return Table(id="gates", caption="Gates", columns=columns, rows=tuple(rows))
 
 
 def throughput_table(comparison: Comparison, group: Group) -> Table:

@@ -61,6 +61,7 @@ class SweepRecipe:
 class ReportRecipe:
     out: str | None = None  # None = reports/<recipe name>
     baseline: str | None = None  # quant name of the engine the others are compared with; None = the first engine
+    fail_on: str | None = None  # gates, as `tkit report --fail-on` takes them
 
 
 @dataclass(frozen=True, kw_only=True)

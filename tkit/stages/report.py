@@ -1,4 +1,4 @@
-"""Report: run directories -> report.html, report.md, report.csv, report.json in one directory."""
+"""Report: run directories -> report.html, report.md, report.csv, report.json in one directory; gates for a pipeline."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tkit import __version__
-from tkit.errors import InputError
-from tkit.files import sync_directory, to_json
+from tkit.errors import GateFailed, InputError
+from tkit.files import sync_directory, to_json, write_atomic
 from tkit.report.compare import compare, find_baseline
+from tkit.report.gates import asked, evaluate, failures, summary
 from tkit.report.plots import render_png
 from tkit.report.read import LeftOut, Run, newest_runs, read_runs
 from tkit.report.record import Comparison
 from tkit.report.render_csv import render_csv
 from tkit.report.render_html import render_html
+from tkit.report.render_junit import render_junit
 from tkit.report.render_markdown import render_markdown
-from tkit.report.sections import sections
+from tkit.report.sections import Section, sections
 from tkit.report.verdict import verdicts
+from tkit.specs.gate import Gate
 from tkit.specs.progress import Progress
 
 REPORTS_DIR = Path("reports")
 HTML_FILE = "report.html"
+MAX_SUMMARY_BYTES = 1 << 20  # GitHub shows nothing of a longer one
 
 
 def report(
@@ -34,9 +38,16 @@ def report(
     out: Path | None = None,
     baseline: str | None = None,
     with_png: bool = False,
+    gates: Sequence[Gate] = (),
+    junit: Path | None = None,
+    step_summary: Path | None = None,
     reports_dir: Path = REPORTS_DIR,
 ) -> tuple[Path, Comparison]:
-    """(path of report.html, what report.json holds). Without `runs`: the newest readable one of every engine."""
+    """(path of report.html, what report.json holds). Without `runs`: the newest readable one of every engine.
+
+    `gates` are evaluated and reported, not acted on: that is `check_gates`. `junit` is written and `step_summary`
+    appended to after the report is in place.
+    """
     found, left_out, chosen = _read(runs, baseline, reports_dir, progress)
     now = datetime.now(UTC)
     comparison = compare(
@@ -45,8 +56,9 @@ def report(
         left_out=left_out,
         created=now.isoformat(timespec="seconds"),
         tkit=__version__,
+        asked=asked(gates),
     )
-    comparison = replace(comparison, verdict=verdicts(comparison))
+    comparison = replace(comparison, verdict=verdicts(comparison), gates=evaluate(gates, comparison))
     progress.step("rendering", 0, 1)
     parts = sections(comparison, found)
     files: dict[str, str | bytes] = {
@@ -60,8 +72,45 @@ def report(
             files["pareto.png"] = render_png(plot, comparison)
     directory = out or _free_name(reports_dir / f"report-{now:%Y%m%dT%H%M%SZ}")
     _publish(directory, files)
+    if junit is not None:
+        _write_junit(junit, comparison)
+    if step_summary is not None:
+        _append_summary(step_summary, comparison, parts)
     progress.step("rendering", 1, 1)
     return directory / HTML_FILE, comparison
+
+
+def check_gates(comparison: Comparison, path: Path) -> None:
+    """Raises GateFailed unless every gate passed. `path`: where the report is."""
+    problems = failures(comparison)
+    if problems:
+        raise GateFailed(summary(comparison), problems=problems, hint=f"every number: {path}")
+
+
+def _write_junit(path: Path, comparison: Comparison) -> None:
+    try:
+        write_atomic(path, render_junit(comparison))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot write the JUnit file: {error.strerror}", hint="choose another --junit"
+        ) from error
+
+
+def _append_summary(path: Path, comparison: Comparison, parts: Sequence[Section]) -> None:
+    """What stands open in report.md; the verdict and the gates alone when the file would grow too large."""
+    brief = [part for part in parts if part.is_brief]
+    try:
+        there = path.stat().st_size if path.exists() else 0
+        written = render_markdown(comparison, brief).encode()
+        if there + len(written) > MAX_SUMMARY_BYTES:
+            written = render_markdown(comparison, [part for part in brief if part.id == "gates"]).encode()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(written)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot append the summary: {error.strerror}", hint="choose another --step-summary"
+        ) from error
 
 
 def _read(

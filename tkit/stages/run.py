@@ -6,11 +6,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tkit.report.gates import parse_gates
 from tkit.specs.progress import Progress
 from tkit.specs.server import ServeOptions
 from tkit.stages.build import build, plan_build
 from tkit.stages.models import fetch_model, find_recipe
-from tkit.stages.report import REPORTS_DIR, report
+from tkit.stages.report import REPORTS_DIR, check_gates, report
 from tkit.stages.serve import running_server
 from tkit.stages.sweep import Target, run_sweep
 from tkit.stages.validate import validate
@@ -27,9 +28,13 @@ class RunRecord:
 
 
 def run_recipe(recipe_name: str, progress: Progress, *, device: str = "auto") -> RunRecord:
-    """Engines that exist are reused; every engine is validated and measured anew, on ports of its own."""
+    """Engines that exist are reused; every engine is validated and measured anew, on ports of its own.
+
+    Raises GateFailed, after the report is written, unless every gate of the recipe passes.
+    """
     started = time.monotonic()
     name, recipe = find_recipe(recipe_name)
+    gates = parse_gates(recipe.report.fail_on, f"{name}: report: fail_on") if recipe.report.fail_on is not None else ()
     source = fetch_model(recipe, name)
     plans = [plan_build(source, engine, progress) for engine in recipe.engines]  # all are checked before one is built
     engines: list[Path] = []
@@ -51,13 +56,15 @@ def run_recipe(recipe_name: str, progress: Progress, *, device: str = "auto") ->
         sweeps.append(Path(sweep.directory))
     quants = [engine.quant for engine in recipe.engines]
     baseline = sweeps[quants.index(recipe.report.baseline)] if recipe.report.baseline else sweeps[0]
-    path, _ = report(
+    path, comparison = report(
         sweeps,
         progress,
         out=Path(recipe.report.out) if recipe.report.out else REPORTS_DIR / name,
         baseline=str(baseline),
         with_png=True,
+        gates=gates,
     )
+    check_gates(comparison, path)
     return RunRecord(
         recipe=name,
         engines=tuple(map(str, engines)),
