@@ -269,6 +269,14 @@ def test_a_server_dies_with_a_killed_foreground_and_the_next_one_starts(engine: 
     assert_nothing_left(engine, record.pid)
 
 
+def test_a_place_that_cannot_be_written_is_told(engine: Path) -> None:
+    servers = engine.parent / ".servers"
+    servers.write_text("")
+    result = tkit("serve", "--detach", *FREE_PORTS)
+    assert (result.exit_code, result.stderr) == (1, f"error: {servers}/tiny.lock cannot be locked: File exists\n")
+    servers.unlink()
+
+
 def test_a_changed_file_is_refused_before_anything_starts(engine: Path) -> None:
     (engine / "checkpoint" / "rank0.safetensors").write_bytes(b"weightz")
     result = tkit("serve", "--detach", *FREE_PORTS)

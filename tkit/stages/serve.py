@@ -105,7 +105,8 @@ def stop_server(engine: str | None = None, *, engines_dir: Path = ENGINES_DIR) -
         name = Path(engine).name
         if name not in known:
             raise ServerError(
-                f'no server is running for "{name}"', hint=f"running: {', '.join(running)}" if running else "tkit serve"
+                f'no server is running for "{name}"',
+                hint=f"running: {', '.join(running)}" if running else "start one: tkit serve",
             )
         return [_stop(known[name])]
     if len(running) > 1:
@@ -154,14 +155,16 @@ class _Server:
         self._model_pids = process.child_pids()
 
     def watch(self) -> None:
-        """Returns when the server was stopped in an orderly way; raises when it or its model's process died."""
-        while (code := self._process.wait(1.0)) is None:
-            if not self._model_pids <= self._process.child_pids() and self._process.wait(1.0) is None:
-                error = self._process.failure("the model's process died (killed, or out of memory)")
-                self._process.kill()  # asked to end, it would wait for the dead model
+        """Returns when the server has ended because someone asked it to; raises when it or its model's process died."""
+        process = self._process
+        while (code := process.wait(1.0)) is None:
+            is_model_gone = not self._model_pids <= process.child_pids()
+            if is_model_gone and process.wait(1.0) is None and not process.is_asked_to_end:
+                error = process.failure("the model's process died (killed, or out of memory)")
+                process.kill()  # asked to end, it would wait for the dead model
                 raise error
-        if code != 0:
-            raise self._process.failure(f"the server died: {describe_exit(code)}")
+        if not process.is_asked_to_end:
+            raise process.failure(f"the server died: {describe_exit(code)}")
 
     def leave(self) -> None:
         self._process.leave()
@@ -191,9 +194,11 @@ def _start(
         verify_files(engine_dir, card, progress)
         launch = _Launch(engine_dir, backend, install, files, lock, is_detached, progress)
         process, options = _launch_until_it_generates(launch, options)
-    except BaseException:
+    except BaseException as error:
         files.remove_leftovers()
         lock.release()
+        if isinstance(error, OSError):
+            raise ServerError(f"the server could not be started: {error}") from error
         raise
     record = ServerRecord(
         engine=str(engine_dir),
@@ -287,7 +292,11 @@ def _launch(launch: _Launch, options: ServeOptions, instance: str) -> ServerProc
         dies_with_parent=not launch.is_detached,
         keep_open=[launch.lock.descriptor],
     )
-    launch.lock.write_pid(process.pid)
+    try:
+        launch.lock.write_pid(process.pid)
+    except BaseException:
+        process.kill()
+        raise
     return process
 
 

@@ -86,22 +86,14 @@ class ServerLock:
 
     def __init__(self, files: ServerFiles):
         """Takes the lock and removes what a dead server left; raises ServerError when the engine is being served."""
-        files.directory.mkdir(parents=True, exist_ok=True)
         self._path = files.lock
-        deadline = time.monotonic() + LOCK_PATIENCE_S
-        while True:
-            descriptor = _try_lock(files.lock, fcntl.LOCK_EX, os.O_CREAT)
-            if descriptor is not None:
-                break
-            pid = files.pid()
-            if pid is not None and not is_running(pid):
-                kill_group(pid)
-            if time.monotonic() > deadline:
-                raise _already_served(files)
-            time.sleep(0.05)
-        self.descriptor = descriptor
+        try:
+            files.directory.mkdir(parents=True, exist_ok=True)
+            self.descriptor = _patient_lock(files)
+        except OSError as error:
+            raise ServerError(f"{files.lock} cannot be locked: {error.strerror}") from error
         files.remove_leftovers()
-        os.ftruncate(descriptor, 0)  # the dead server's process id may become anybody's
+        os.ftruncate(self.descriptor, 0)  # the dead server's process id may become anybody's
 
     def write_pid(self, pid: int) -> None:
         os.ftruncate(self.descriptor, 0)
@@ -116,6 +108,20 @@ class ServerLock:
         os.close(self.descriptor)
 
 
+def _patient_lock(files: ServerFiles) -> int:
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        descriptor = _try_lock(files.lock, fcntl.LOCK_EX, os.O_CREAT)
+        if descriptor is not None:
+            return descriptor
+        pid = files.pid()
+        if pid is not None and not is_running(pid):
+            kill_group(pid)  # what a killed server left running holds its lock
+        if time.monotonic() > deadline:
+            raise _already_served(files)
+        time.sleep(0.05)
+
+
 def _try_lock(path: Path, kind: int, flags: int = 0) -> int | None:
     """An open, locked descriptor of the file that has this name now; None when it is locked or absent."""
     try:
@@ -128,6 +134,9 @@ def _try_lock(path: Path, kind: int, flags: int = 0) -> int | None:
             return descriptor
     except (BlockingIOError, FileNotFoundError):
         pass
+    except OSError:
+        os.close(descriptor)
+        raise
     os.close(descriptor)
     return None
 

@@ -27,8 +27,9 @@ STACK_BYTES = 64 * 1024 * 1024
 # What a client has no business with. The key is made up and thrown away, so nobody has access.
 RESTRICTED_APIS = "model-repository,shared-memory,trace,logging"
 # After the exit timeout. Then the server has failed to end by itself: a client that keeps an idle gRPC stream open blocks
-# it for ever, a gRPC request that was refused for an unknown input until its exit timeout.
+# it for ever; a gRPC request refused for an unknown input, or cancelled after its end, until the exit timeout.
 GRACE_S = 5
+ASKED_TO_END = "Signal (15) received"  # in the log
 LOG_LINES = 15
 LINE_CHARACTERS = 400
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -133,6 +134,10 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             return None
 
+    @property
+    def is_asked_to_end(self) -> bool:
+        return self.log_contains(ASKED_TO_END)
+
     def child_pids(self) -> set[int]:
         """The models' processes that run now."""
         try:
@@ -165,7 +170,7 @@ class ServerProcess:
         try:
             return stop_group(self.pid, patience_s)
         finally:
-            self.exit_code()  # reaps it
+            self.wait(GRACE_S)  # reaps it
 
     def leave(self) -> None:
         """The server outlives this object, which is what Popen would otherwise warn about."""
@@ -217,9 +222,10 @@ def _members(group: int) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    """A zombie has ended: nothing but its parent's curiosity keeps it."""
+    """A zombie has ended, nothing but its parent's curiosity keeps it; unless other threads of it are still ending."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
     except psutil.NoSuchProcess:
         return False
 

@@ -73,9 +73,14 @@ def generate(host: str, grpc_port: int, prompt: str, max_tokens: int, timeout_s:
         client.start_stream(lambda result, error: responses.put((result, error)), stream_timeout=timeout_s)
         client.async_stream_infer(MODEL_NAME, inputs, enable_empty_final_response=True)
         try:
-            return "".join(_texts(responses, timeout_s))
-        finally:
+            texts = _texts(responses, timeout_s)
+        except BaseException:
             client.stop_stream(cancel_requests=True)
+            raise
+        # Not cancelled: 9 of 70 servers whose finished stream was cancelled (0 of 30 without) kept the model loaded when
+        # they were to end, until the exit timeout.
+        client.stop_stream()
+        return "".join(texts)
 
 
 def _input(name: str, array: np.ndarray) -> tritonclient.grpc.InferInput:
