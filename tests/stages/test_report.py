@@ -7,8 +7,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime, tzinfo
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import Result
@@ -16,6 +20,8 @@ from click.testing import Result
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 
 from factory import card, edit, make_run, validation
+
+from tkit.specs.recipe import EngineRecipe
 
 Tkit = Callable[..., Result]
 FILES = {"report.html", "report.md", "report.csv", "report.json"}
@@ -112,6 +118,138 @@ def test_one_run_is_reported_alone(tkit: Tkit, reports: Path) -> None:
 def test_pareto_png(tkit: Tkit, reports: Path) -> None:
     assert tkit("report", "reports/fp8", "--out", "out", "--png").exit_code == 0
     assert Path("out/pareto.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+# ---- gates -------------------------------------------------------------------------------------------------------
+
+
+def test_a_gate_that_passes_exits_0(tkit: Tkit, reports: Path) -> None:
+    result = tkit(
+        "report", "none-new", "fp8", "--fail-on", "output_tok_s<-5%,weight_bytes>0%", "--out", "out", "--quiet"
+    )
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "out/report.html\n", "")
+    gates = json.loads(Path("out/report.json").read_text())["gates"]
+    assert [(outcome["state"], len(outcome["checks"])) for outcome in gates] == [("passed", 2), ("passed", 1)]
+
+
+def test_a_gate_that_fails_exits_3_and_says_where_and_by_how_much(tkit: Tkit, reports: Path) -> None:
+    """fp8 is 20 % faster than none; the report is written all the same, and its path is the last line of stdout."""
+    expression = "output_tok_s<-5%, ttft_p50>+10%,kl>0.001"
+    result = tkit("report", "fp8", "none-new", "--fail-on", expression, "--out", "out", "--quiet")
+    assert (result.exit_code, result.stdout) == (3, "out/report.html\n")
+    lines = result.stderr.replace("\u202f", " ").splitlines()
+    assert lines[0] == "error: 3 of 3 gates failed"
+    change = r"\(95 % CI [+−][\d.]+ to [+−][\d.]+\), \d[\d.]* against \d[\d.]* "
+    assert re.fullmatch(
+        r"  - output_tok_s<-5%: demo-none-tp1-3f9c2a, 128/64 at C = 1: −\d\d\.\d % " + change + "tok/s", lines[1]
+    )
+    assert re.fullmatch(
+        r"  - ttft_p50>\+10%: demo-none-tp1-3f9c2a, 128/64 at C = 4: \+\d\d\.\d % " + change + "ms", lines[4]
+    )
+    assert lines[5:] == ["  - kl>0.001: demo-none-tp1-3f9c2a: 0.0040 nats/token", "hint: every number: out/report.html"]
+    assert {file.name for file in Path("out").iterdir()} == FILES
+    assert "3 of 3 gates failed" in Path("out/report.html").read_text()
+
+
+def test_a_gate_that_cannot_be_evaluated_exits_3_with_a_message_of_its_own(tkit: Tkit, reports: Path) -> None:
+    invalid = {"is_valid": False, "invalid_reasons": ["client CPU 83 %"]}
+    edit(reports / "fp8" / "points" / "128x64-c4-r1" / "point.json", **invalid)
+    shutil.rmtree(reports / "fp8" / "points" / "128x64-c1-r1")
+    result = tkit("report", "none-new", "fp8", "--fail-on", "output_tok_s<-5%,kl>1", "--json", "--out", "out")
+    assert result.exit_code == 3
+    assert [outcome["state"] for outcome in json.loads(result.stdout)["gates"]] == ["not evaluated"] * 2
+    assert result.stderr.splitlines()[-5:] == [
+        "error: 2 of 2 gates could not be evaluated",
+        "  - output_tok_s<-5%: demo-fp8-tp1-3f9c2a, 128/64 at C = 1: not evaluated: point is missing",
+        "  - output_tok_s<-5%: demo-fp8-tp1-3f9c2a, 128/64 at C = 4: not evaluated: point is invalid: client CPU 83 %",
+        "  - kl>1: demo-fp8-tp1-3f9c2a: not evaluated: not validated (tkit validate, then sweep again)",
+        "hint: every number: out/report.html",
+    ]
+
+
+def test_a_run_left_out_is_no_pass(tkit: Tkit, reports: Path) -> None:
+    result = tkit("report", "none-new", "fp8", "absent", "--fail-on", "output_tok_s<-5%", "--out", "out", "--quiet")
+    assert result.exit_code == 3
+    assert "  - output_tok_s<-5%: not evaluated: absent was left out: no such directory\n" in result.stderr
+
+
+def test_a_gate_that_is_mistyped_exits_2_before_anything_is_read(tkit: Tkit) -> None:
+    result = tkit("report", "absent", "--fail-on", "output_toks<-5%,kl=1")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines() == [
+        'error: --fail-on "output_toks<-5%,kl=1": 2 problems',
+        '  - unknown metric "output_toks" (did you mean "output_tok_s"?)',
+        '  - "kl=1": unknown comparison =, expected < or >',
+        "hint: a gate is METRIC<NUMBER or METRIC>NUMBER, with % for a change against the baseline: ttft_p99>+10%",
+    ]
+
+
+def test_junit_is_written_whether_or_not_a_gate_fails(tkit: Tkit, reports: Path) -> None:
+    for expression, code in (("kl>1", 3), ("output_tok_s<-5%", 0)):
+        arguments = ("--fail-on", expression, "--junit", "results/tkit.xml", "--out", "out")
+        assert tkit("report", "none-new", "fp8", *arguments).exit_code == code
+        root = ElementTree.parse("results/tkit.xml").getroot()
+        assert [suite.get("name") for suite in root] == ["points", "gates"]
+        assert (root.get("tests"), root.get("errors")) == ("5", str(int(code == 3)))
+    assert tkit("report", "none-new", "fp8", "--junit", "results/tkit.xml", "--out", "out").exit_code == 0
+    assert [suite.get("name") for suite in ElementTree.parse("results/tkit.xml").getroot()] == ["points"]
+    result = tkit("report", "fp8", "--junit", "out/report.html/tkit.xml", "--out", "out")
+    assert result.exit_code == 2
+    assert "error: out/report.html/tkit.xml: cannot write the JUnit file: " in result.stderr
+
+
+def test_the_step_summary_is_appended_to(tkit: Tkit, reports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("summary.md").write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary.md")
+    assert tkit("report", "none-new", "fp8", "--fail-on", "kl>1", "--out", "out").exit_code == 3
+    written = Path("summary.md").read_text()
+    assert written.startswith("before\n# Comparison report\n")
+    assert "\n## Gates\n" in written and "<details>" not in written
+    assert tkit("report", "fp8", "--out", "out", "--step-summary", "other.md").exit_code == 0
+    assert Path("summary.md").read_text() == written
+    assert Path("other.md").read_text().startswith("# Report\n")
+    monkeypatch.setattr("tkit.stages.report.MAX_SUMMARY_BYTES", len(written.encode()))
+    assert tkit("report", "none-new", "fp8", "--fail-on", "kl>1", "--out", "out").exit_code == 3
+    added = Path("summary.md").read_text().removeprefix(written)
+    assert "\n## Gates\n" in added and "What was compared" not in added
+    result = tkit("report", "fp8", "--out", "out", "--step-summary", "out/report.html/s.md")
+    assert (result.exit_code, "error: out/report.html/s.md: cannot append the summary: " in result.stderr) == (2, True)
+
+
+RECIPE = "model: demo\nengines: [{quant: none}, {quant: fp8}]\nreport: {out: out, fail_on: '%s'}\n"
+
+
+@pytest.mark.parametrize(("gate", "code"), [("output_tok_s<-5%", 0), ("output_tok_s<90%", 3), ("output_toks<1", 2)])
+def test_a_recipe_holds_gates(tkit: Tkit, reports: Path, monkeypatch: pytest.MonkeyPatch, gate: str, code: int) -> None:
+    """Everything before the report is there already; a mistyped gate is told before anything is built."""
+    Path("r.yaml").write_text(RECIPE % gate)
+    done: list[str] = []
+
+    def plan_build(source: Any, engine: EngineRecipe, progress: Any) -> str:
+        done.append(engine.quant)
+        return engine.quant
+
+    built = SimpleNamespace(name="engine", build={"seconds": 1.0})
+    quality = SimpleNamespace(ppl=1.0, ppl_source=1.0, kl=0.0, top1=1.0)
+    monkeypatch.setattr("tkit.stages.run.fetch_model", lambda *_: None)
+    monkeypatch.setattr("tkit.stages.run.plan_build", plan_build)
+    monkeypatch.setattr("tkit.stages.run.build", lambda plan, *_, **__: (Path(plan), built, True))
+    monkeypatch.setattr("tkit.stages.run.validate", lambda *_, **__: quality)
+    monkeypatch.setattr("tkit.stages.run.running_server", lambda *_, **__: nullcontext())
+    sweeps = {"none": "reports/none-new", "fp8": "reports/fp8"}
+    monkeypatch.setattr(
+        "tkit.stages.run.run_sweep", lambda _, target, **__: SimpleNamespace(directory=sweeps[target.engine])
+    )
+    result = tkit("run", "r.yaml")
+    assert result.exit_code == code, result.stderr
+    assert done == ([] if code == 2 else ["none", "fp8"])
+    assert Path("out/report.html").exists() == (code != 2)
+    if code == 3:
+        assert (
+            "error: 1 of 1 gate failed\n  - output_tok_s<90%: demo-fp8-tp1-3f9c2a, 128/64 at C = 1: +" in result.stderr
+        )
+    if code == 2:
+        assert 'error: r: report: fail_on "output_toks<1": 1 problem\n' in result.stderr
 
 
 # ---- what goes wrong ----------------------------------------------------------------------------------------------
