@@ -47,7 +47,8 @@ def make_tokenizer(directory: Path) -> Path:
 class PacedServer:
     """Triton with two models: `ensemble` (all of TensorRT-LLM's inputs) and `bare` (text and length, no token counts)."""
 
-    url: str
+    url: str  # gRPC
+    http_url: str
     tokenizer_dir: Path
     ttft_ms: float
     itl_ms: float
@@ -57,6 +58,19 @@ class PacedServer:
         """What the model says it did, by request id."""
         lines = [json.loads(line) for line in self.log.read_text().splitlines()]
         return {line["id"]: line for line in lines}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeHttp:
+    """A running fake_http.py."""
+
+    url: str
+    log: Path
+
+    def sent(self, model: str) -> dict[str, dict[str, Any]]:
+        """What it did when it was asked for a model, by request id."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        return {line["id"]: line for line in lines if line["body"].get("model", model) == model}
 
 
 BARE = ModelConfig(
@@ -96,8 +110,8 @@ def paced_server(directory: Path, *, ttft_ms: float = 50, itl_ms: float = 10) ->
             assert time.monotonic() < deadline, (directory / "server.log").read_text()
             time.sleep(0.05)
         yield PacedServer(
-            url=f"{HOST}:{grpc_port}", tokenizer_dir=tokenizer_dir, ttft_ms=ttft_ms, itl_ms=itl_ms,
-            log=directory / "sent.jsonl",
+            url=f"{HOST}:{grpc_port}", http_url=f"{HOST}:{http_port}", tokenizer_dir=tokenizer_dir, ttft_ms=ttft_ms,
+            itl_ms=itl_ms, log=directory / "sent.jsonl",
         )  # fmt: skip
     finally:
         process.stop()
@@ -112,6 +126,19 @@ def fake_server(engine_dir: str = "") -> Iterator[str]:
         assert process.stdout is not None
         try:
             yield f"{HOST}:{int(process.stdout.readline())}"
+        finally:
+            process.stdin.close()
+            process.wait(10)
+
+
+@contextlib.contextmanager
+def fake_http_server(log: Path) -> Iterator[FakeHttp]:
+    command = [sys.executable, str(HERE / "fake_http.py"), str(log)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield FakeHttp(url=f"{HOST}:{int(process.stdout.readline())}", log=log)
         finally:
             process.stdin.close()
             process.wait(10)

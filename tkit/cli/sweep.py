@@ -36,8 +36,12 @@ class _Numbers(_Words):
 @click.command("sweep")
 @click.argument("profile", required=False)
 @click.option("--url", metavar="HOST:PORT", help="Server to measure.  [default: the newest that tkit serve started]")
-@click.option("--protocol", help="triton-grpc.  [default: triton-grpc]")
-@click.option("--model", metavar="NAME", help="Served model's name.  [default: ensemble]")
+@click.option("--protocol", metavar="NAME",
+              help="triton-grpc, triton-http, or openai: streamed completions of any server that speaks it, at "
+              "HOST:PORT or http://HOST:PORT/v1.  [default: triton-grpc]")  # fmt: skip
+@click.option("--model", metavar="NAME", help="Served model's name.  [default: ensemble; openai: the only one served]")
+@click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE",
+              help="File with the key that openai is sent.  [default: none]")  # fmt: skip
 @click.option("--shape", "shapes", type=_Words(), metavar="ISL/OSL[,..]",
               help="Input/output tokens.  [default: profile]")  # fmt: skip
 @click.option("--concurrency", type=_Numbers(), metavar="C[,..]", help="Streams at a time.  [default: profile]")

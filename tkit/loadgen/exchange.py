@@ -13,6 +13,8 @@ ERRORS = {
     "timeout":      "no message, or no end, within the limit",
     "truncated":    "the stream ended without a final response",
     "server":       "the server answered with an error",
+    "overloaded":   "the server refused the request for now (HTTP 429, 503)",
+    "rejected":     "the server refused the request (HTTP 4xx)",
     "short":        "fewer tokens than asked",
     "unreadable":   "an answer that the protocol does not allow",
 }  # fmt: skip

@@ -16,6 +16,7 @@ DEFAULT_PROTOCOL = "triton-grpc"
 class Client(Protocol):
     """One open connection to one model. Everything but `perform` may be slow: it runs before the load or after it."""
 
+    model: str  # its name, once the client is open
     token_source: str  # one of specs.record.TOKEN_SOURCES
     identity: Mapping[str, Any]  # what the server says of itself
 
@@ -39,13 +40,18 @@ class Client(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolRow:
-    client: str  # module:class, called with (url, model, token_ends)
-    port: str  # the field of ServerRecord that holds its port
+    client: str  # module:class, called with (url, model, token_ends), and api_key where it takes one
+    port: str | None  # the field of ServerRecord that holds its port; None = `tkit serve` does not speak it
+    is_http: bool
+    has_api_key: bool = False
 
 
 PROTOCOLS = {
-    "triton-grpc": ProtocolRow(client="tkit.loadgen.triton_grpc:TritonGrpcClient", port="grpc_port"),
-}
+    "triton-grpc": ProtocolRow(client="tkit.loadgen.triton_grpc:TritonGrpcClient", port="grpc_port", is_http=False),
+    "triton-http": ProtocolRow(client="tkit.loadgen.triton_http:TritonHttpClient", port="http_port", is_http=True),
+    "openai":      ProtocolRow(client="tkit.loadgen.openai_http:OpenAIClient",     port=None,        is_http=True,
+                               has_api_key=True),
+}  # fmt: skip
 
 
 def find_protocol(name: str) -> ProtocolRow:
@@ -57,8 +63,12 @@ def find_protocol(name: str) -> ProtocolRow:
     return PROTOCOLS[name]
 
 
-def make_client(protocol: str, url: str, model: str, token_ends: Callable[[str], list[int]]) -> Client:
+def make_client(
+    protocol: str, url: str, model: str | None, token_ends: Callable[[str], list[int]], api_key: str | None = None
+) -> Client:
     """`token_ends` gives the end of each token in a text, for servers that do not count tokens themselves."""
-    module, _, name = find_protocol(protocol).client.partition(":")
-    client: Client = getattr(importlib.import_module(module), name)(url, model, token_ends)
+    row = find_protocol(protocol)
+    module, _, name = row.client.partition(":")
+    key = {"api_key": api_key} if row.has_api_key else {}
+    client: Client = getattr(importlib.import_module(module), name)(url, model, token_ends, **key)
     return client

@@ -45,15 +45,16 @@ class Session:
         self,
         protocol: str,
         url: str,
-        model: str,
+        model: str | None,
         *,
         prompts: PromptMaker,
         profile: Profile,
         seed: int = 0,
         idle_timeout_s: float = 60.0,
         num_gpus: int | None = None,
+        api_key: str | None = None,
     ):
-        self._client = make_client(protocol, url, model, prompts.token_ends)
+        self._client = make_client(protocol, url, model, prompts.token_ends, api_key)
         self._url = url
         self._prompts = prompts
         self._profile = profile
@@ -83,6 +84,10 @@ class Session:
     def identity(self) -> Mapping[str, Any]:
         """What the server says of itself."""
         return self._client.identity
+
+    @property
+    def model(self) -> str:
+        return self._client.model
 
     @property
     def token_source(self) -> str:

@@ -18,8 +18,10 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2 as pb
 
-from tkit.errors import ServerError, did_you_mean
+from tkit.errors import ServerError
 from tkit.loadgen.exchange import Answer, Exchange
+from tkit.loadgen.token_counts import added_tokens, tokens_of_texts
+from tkit.loadgen.triton import ensemble_inputs, refuse_unless_streaming, token_source
 
 SERVICE = "/inference.GRPCInferenceService/"
 FINAL = "triton_final_response"
@@ -33,27 +35,6 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # a proxy from the environment would be measured, or refuse loopback
     ("grpc.use_local_subchannel_pool", 1),  # or all channels would share one connection
 )
-
-# name -> (Triton data type, value). Sent when the model lists them; the first two must be there.
-REQUIRED_INPUTS = ("text_input", "max_tokens")
-Values = dict[str, tuple[str, Any]]
-
-
-def _inputs(prompt: str, osl: int, seed: int) -> Values:
-    return {
-        "text_input":               ("BYTES", prompt),
-        "max_tokens":               ("INT32", osl),
-        "min_tokens":               ("INT32", osl),
-        "end_id":                   ("INT32", -1),  # no token ends the text
-        "stream":                   ("BOOL", True),
-        "top_k":                    ("INT32", 1),  # greedy at any temperature; some releases refuse temperature 0
-        "temperature":              ("FP32", 1.0),
-        "seed":                     ("UINT64", seed),
-        "exclude_input_in_output":  ("BOOL", True),
-        "return_num_input_tokens":  ("BOOL", True),
-        "return_num_output_tokens": ("BOOL", True),
-    }  # fmt: skip
-
 
 FORMATS = {"INT32": "<i", "BOOL": "<?", "FP32": "<f", "UINT64": "<Q"}
 
@@ -106,10 +87,10 @@ class TritonGrpcClient:
         metadata = await self._ask("ModelMetadata", timeout_s)
         config = (await self._ask("ModelConfig", timeout_s)).config
         self._input_ranks = {tensor.name: len(tensor.shape) for tensor in metadata.inputs}
-        self._refuse_unless_streaming(config.model_transaction_policy.decoupled)
+        is_decoupled = config.model_transaction_policy.decoupled
+        refuse_unless_streaming(self.url, self.model, self._input_ranks, is_decoupled=is_decoupled)
         outputs = [tensor.name for tensor in metadata.outputs]
-        if {"num_output_tokens", "return_num_output_tokens"} <= {*outputs, *self._input_ranks}:
-            self.token_source = "server_usage"
+        self.token_source = token_source(self._input_ranks, outputs)
         self.identity = {
             "server": server.name,
             "version": server.version,
@@ -122,26 +103,11 @@ class TritonGrpcClient:
             "parameters": {key: value.string_value for key, value in sorted(config.parameters.items())},
         }
 
-    def _refuse_unless_streaming(self, is_decoupled: bool) -> None:
-        problems = [
-            f'no input "{name}"{did_you_mean(name, self._input_ranks)}'
-            for name in REQUIRED_INPUTS
-            if name not in self._input_ranks
-        ]
-        if not is_decoupled:
-            problems.append("not decoupled, so it cannot stream")
-        if problems:
-            raise ServerError(
-                f'{self.url}: model "{self.model}" does not speak as TensorRT-LLM\'s ensemble does',
-                problems=problems,
-                hint=f"its inputs: {', '.join(self._input_ranks)}; name another model: --model NAME",
-            )
-
     def request(self, name: str, prompt: str, osl: int, seed: int) -> bytes:
         message = pb.ModelInferRequest(model_name=self.model, id=name)
         # Where the model ends a stream apart from its last token, only an empty final response tells that it is whole.
         message.parameters["triton_enable_empty_final_response"].bool_param = True
-        for tensor, (data_type, value) in _inputs(prompt, osl, seed).items():
+        for tensor, (data_type, value) in ensemble_inputs(prompt, osl, seed).items():
             if tensor not in self._input_ranks:
                 continue
             message.inputs.add(name=tensor, datatype=data_type, shape=[1] * self._input_ranks[tensor])
@@ -193,8 +159,8 @@ class TritonGrpcClient:
     def _token_counts(self, responses: list[_Response], osl: int) -> array[int]:
         """Tokens that each response adds."""
         if self.token_source == "server_usage":
-            return array("q", _added_tokens([response.num_output_tokens for response in responses], osl))
-        return array("q", _tokens_of_texts([response.text for response in responses], self._token_ends))
+            return array("q", added_tokens([response.num_output_tokens for response in responses], osl))
+        return array("q", tokens_of_texts([response.text for response in responses], self._token_ends))
 
 
 class _Response:
@@ -252,45 +218,6 @@ def _drop_uniform(exchange: Exchange) -> None:
     if final.is_final and counts_add_up and (len(messages) == osl or not final.num_output_tokens):
         exchange.messages = [messages[0]]
         exchange.is_uniform = True
-
-
-def _added_tokens(counts: list[int | None], osl: int) -> list[int]:
-    """What each response adds. Some servers count the tokens of the response, some those so far."""
-    given = [count for count in counts if count]
-    if not _is_running_total(given, osl):
-        return [count or 0 for count in counts]
-    added, so_far = [], 0
-    for count in counts:
-        added.append(max((count or 0) - so_far, 0))
-        so_far = max(so_far, count or 0)
-    return added
-
-
-def _is_running_total(counts: list[int], osl: int) -> bool:
-    steps = [later - earlier for earlier, later in zip(counts, counts[1:], strict=False)]
-    if not steps or min(steps) < 0:
-        return False
-    return counts[-1] == osl or sum(counts) > osl or (len(steps) > 1 and min(steps) > 0)
-
-
-def _tokens_of_texts(texts: list[str], token_ends: Callable[[str], list[int]]) -> list[int]:
-    """A token belongs to the response that brought its last character. Servers send deltas or the text so far."""
-    spoken = [text for text in texts if text]
-    is_so_far = len(set(spoken)) > 2 and all(
-        later.startswith(earlier) for earlier, later in zip(spoken, spoken[1:], strict=False)
-    )
-    lengths, length = [], 0
-    for text in texts:
-        length = max(length, len(text)) if is_so_far else length + len(text)
-        lengths.append(length)
-    ends = token_ends(spoken[-1] if is_so_far else "".join(spoken))
-    added, taken = [], 0
-    for length in lengths:
-        before = taken
-        while taken < len(ends) and ends[taken] <= length:
-            taken += 1
-        added.append(taken - before)
-    return added
 
 
 def _named(error: grpc.aio.AioRpcError) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from tkit import __version__
 from tkit.errors import InputError, ServerError
 from tkit.files import read_json, sha256_file
 from tkit.loadgen.exchange import ERRORS
+from tkit.loadgen.http import http_address
 from tkit.loadgen.point import Place
 from tkit.loadgen.profiles import Profile, resolve_profile
 from tkit.loadgen.prompts import PromptMaker
@@ -35,19 +36,21 @@ from tkit.stages.engines import ENGINES_DIR, find_engine, read_card
 from tkit.stages.servers import running_servers
 
 REPORTS_DIR = Path("reports")
+GRPC_ADDRESS = re.compile(r"(grpc://)?(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """What is measured. With nothing given, the newest server that `tkit serve` started."""
 
-    url: str | None = None  # host:port
+    url: str | None = None  # host:port; over HTTP also http://host:port[/v1]
     protocol: str = DEFAULT_PROTOCOL
-    model: str | None = None  # None = the one that `tkit serve` serves
+    model: str | None = None  # None = the one that `tkit serve` serves; openai: the only one there is
     engine: str | None = None  # path or name
     tokenizer: Path | None = None  # None = the engine's
     num_gpus: int | None = None  # None = those of the engine, unless the reference backend serves it
     timeout_s: float = 60.0  # without a message from the server
+    api_key_file: Path | None = None  # the key itself is written nowhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class SweepRecord:
 @dataclass(frozen=True, kw_only=True)
 class _Endpoint:
     url: str
-    model: str
+    model: str | None  # None = the server is asked
     engine_dir: Path | None
     card: EngineCard | None
     num_servers: int = 1  # that it was chosen from
@@ -83,6 +86,7 @@ def run_sweep(
     progress = progress or Progress()
     profile = resolve_profile(recipe)
     _check_options(target, name)
+    api_key = _api_key(target)
     endpoint = _find_endpoint(target, engines_dir)
     _check_shapes(profile, endpoint)
     prompts = PromptMaker(_tokenizer_dir(target, endpoint), recipe.seed)
@@ -98,7 +102,9 @@ def run_sweep(
         seed=recipe.seed,
         idle_timeout_s=target.timeout_s,
         num_gpus=num_gpus,
+        api_key=api_key,
     ) as session:
+        endpoint = dataclasses.replace(endpoint, model=session.model)
         _refuse_stranger(endpoint, session.identity)
         for shape in profile.shapes:
             session.probe(shape)
@@ -111,7 +117,7 @@ def run_sweep(
             seed=recipe.seed,
             protocol=target.protocol,
             url=endpoint.url,
-            model=endpoint.model,
+            model=session.model,
             shapes=tuple(map(str, profile.shapes)),
             concurrency=profile.concurrency,
             repeats=profile.repeats,
@@ -186,27 +192,50 @@ def _refuse_dead_server(session: Session, measurement: Measurement, what: str, u
 
 
 def _check_options(target: Target, name: str | None) -> None:
-    find_protocol(target.protocol)
+    row = find_protocol(target.protocol)
     problems = []
     if not 0 < target.timeout_s < float("inf"):
         problems.append(f"--timeout is {target.timeout_s}, expected more than 0 seconds")
     if target.num_gpus is not None and target.num_gpus < 1:
         problems.append(f"--gpus is {target.num_gpus}, expected at least 1")
-    if target.url is not None and not re.fullmatch(r"(grpc://)?(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}", target.url):
+    if target.url is None and row.port is None:
+        problems.append(f"--protocol {target.protocol} needs a server's address: --url HOST:PORT")
+    if target.url is not None and row.is_http:
+        http_address(target.url)
+    elif target.url is not None and not GRPC_ADDRESS.fullmatch(target.url):
         problems.append(f"--url is {target.url!r}, expected host:port")
+    if target.api_key_file is not None and not row.has_api_key:
+        problems.append(f"--api-key-file is given, but {target.protocol} sends no key")
     if name is not None and (name != Path(name).name or name.startswith(".")):
         problems.append(f"--name is {name!r}, expected a directory name without a path")
     if problems:
         raise InputError("impossible sweep", problems=problems)
 
 
+def _api_key(target: Target) -> str | None:
+    if target.api_key_file is None:
+        return None
+    try:
+        key = target.api_key_file.read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not plain text"
+        raise InputError(f"--api-key-file: {target.api_key_file}: {reason}") from error
+    if not re.fullmatch(r"[!-~]+", key):
+        raise InputError(
+            f"--api-key-file: {target.api_key_file} holds {len(key.split())} words, expected one",
+            hint="the file holds the key and nothing else",
+        )
+    return key
+
+
 def _find_endpoint(target: Target, engines_dir: Path) -> _Endpoint:
     if target.url is not None:
         engine_dir = find_engine(target.engine, engines_dir) if target.engine is not None else None
         card = read_card(engine_dir) if engine_dir else None
-        return _Endpoint(
-            url=target.url.removeprefix("grpc://"), model=target.model or MODEL_NAME, engine_dir=engine_dir, card=card
-        )
+        row = find_protocol(target.protocol)
+        url = str(http_address(target.url)) if row.is_http else target.url.removeprefix("grpc://")
+        model = target.model or (MODEL_NAME if row.port else None)
+        return _Endpoint(url=url, model=model, engine_dir=engine_dir, card=card)
     servers = running_servers(engines_dir)
     if target.engine is not None:
         wanted = str(find_engine(target.engine, engines_dir))
@@ -222,7 +251,9 @@ def _find_endpoint(target: Target, engines_dir: Path) -> _Endpoint:
             hint="restart the server: tkit stop, tkit serve",
         )
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
-    port = getattr(server, find_protocol(target.protocol).port)
+    field = find_protocol(target.protocol).port
+    assert field is not None, "checked with the options"
+    port = getattr(server, field)
     return _Endpoint(
         url=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
         model=target.model or server.model,
@@ -276,7 +307,7 @@ def _num_gpus(target: Target, endpoint: _Endpoint) -> int | None:
 
 
 def _label(endpoint: _Endpoint) -> str:
-    return endpoint.card.name if endpoint.card else endpoint.model
+    return endpoint.card.name if endpoint.card else endpoint.model or "the model"
 
 
 def _run_name(endpoint: _Endpoint, profile: Profile) -> str:
@@ -342,6 +373,7 @@ def sweep_command(recipe: SweepRecipe, target: Target, out: Path) -> str:
         "tokenizer": target.tokenizer,
         "engine": target.engine,
         "gpus": target.num_gpus,
+        "api-key-file": target.api_key_file,
         "timeout": target.timeout_s if target.timeout_s != Target.timeout_s else None,
         "out": out if out != REPORTS_DIR else None,
     }

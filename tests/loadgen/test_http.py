@@ -1,0 +1,325 @@
+"""Streams over HTTP: times against the servers' own records, and answers that are cut, wrong, or do not come."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tkit.errors import InputError, ServerError
+from tkit.loadgen.exchange import Exchange
+from tkit.loadgen.http import _Connection, http_address
+from tkit.loadgen.metrics import tpot_ms
+from tkit.loadgen.point import Place
+from tkit.loadgen.profiles import Profile, Shape, find_profile
+from tkit.loadgen.prompts import PromptMaker
+from tkit.loadgen.session import Measurement, Session
+from tkit.loadgen.sse import sse_events
+from tkit.loadgen.token_counts import tokens_of_total
+
+MS = 1_000_000
+SHAPE = Shape(isl=24, osl=16)
+QUICK = dataclasses.replace(find_profile("quick"), shapes=(SHAPE,), max_duration_s=None)
+KEY = "sk-secret-0123456789"
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    import servers
+
+    with servers.fake_http_server(tmp_path_factory.mktemp("http") / "sent.jsonl") as server:
+        yield server
+
+
+@functools.cache
+def prompts(tokenizer_dir: Path) -> PromptMaker:
+    return PromptMaker(tokenizer_dir, 0)
+
+
+def measure(
+    protocol: str, url: str, model: str | None, tokenizer_dir: Path, requests: int = 1, concurrency: int = 1,
+    *, probes: bool = False, **settings: Any,
+) -> Measurement:  # fmt: skip
+    """Without probes a point whose every request fails is measured too."""
+    used: Profile = dataclasses.replace(QUICK, requests=requests, min_warmup=1)
+    with Session(protocol, url, model, prompts=prompts(tokenizer_dir), profile=used, **settings) as session:
+        if probes:
+            session.probe(SHAPE)
+        else:
+            session._e2e_s[SHAPE, 0] = 0.01
+        return session.measure(Place(shape=SHAPE, concurrency=concurrency, repeat=1), lambda done, total: None)
+
+
+def check_times(point: Measurement, sent: dict[str, dict[str, Any]]) -> None:
+    """Never before the server acted; the medians a few milliseconds after, whatever else this machine does."""
+    to_client, tpot_ratio, ttft_delay = [], [], []
+    for record in point.records:
+        line = sent[f"24x16-16-4-1-{record.id}"]
+        assert record.first_token_ns is not None
+        assert record.last_token_ns is not None
+        assert record.sent_ns < line["arrived_ns"]
+        assert all(seen > left for seen, left in zip(record.token_ns, line["sent_ns"], strict=True))
+        assert record.last_token_ns <= record.end_ns
+        to_client += [(seen - left) / MS for seen, left in zip(record.token_ns, line["sent_ns"], strict=True)]
+        own_ttft = line["sent_ns"][0] - line["arrived_ns"]
+        ttft_delay.append((record.first_token_ns - record.sent_ns - own_ttft) / MS)
+        tpot = tpot_ms(record)
+        assert tpot is not None
+        tpot_ratio.append(tpot / ((line["sent_ns"][-1] - line["sent_ns"][0]) / MS / 15))
+    assert statistics.median(to_client) < 15
+    assert 0 < statistics.median(ttft_delay) < 30
+    assert statistics.median(tpot_ratio) == pytest.approx(1, abs=0.1)
+
+
+def test_triton_http_against_a_real_triton(paced: Any) -> None:
+    point = measure("triton-http", paced.http_url, "ensemble", paced.tokenizer_dir, 12, 4, probes=True)
+    assert point.failures == []
+    assert point.summary.token_source == "server_usage"
+    assert {(r.isl, r.osl, r.chunks, r.n_first) for r in point.records} == {(24, 16, 16, 1)}
+    sent = paced.sent()
+    check_times(point, sent)
+    assert sent[f"24x16-16-4-1-{point.records[0].id}"]["inputs"] == {
+        "max_tokens": "16", "min_tokens": "16", "end_id": "-1", "stream": "True", "top_k": "1", "temperature": "1.0",
+        "seed": "0", "exclude_input_in_output": "True", "return_num_input_tokens": "True",
+        "return_num_output_tokens": "True",
+    }  # fmt: skip
+
+
+def test_openai_times_agree_with_the_servers_own(fake: Any, tokenizer_dir: Path) -> None:
+    point = measure("openai", f"http://{fake.url}/one", None, tokenizer_dir, 12, 4, probes=True)
+    assert point.failures == []
+    assert point.summary.token_source == "server_usage"
+    assert {(r.isl, r.osl, r.chunks, r.n_first) for r in point.records} == {(24, 16, 16, 1)}
+    sent = fake.sent("plain")
+    check_times(point, sent)
+    lines = [sent[f"24x16-16-4-1-{record.id}"] for record in point.records]
+    assert len({line["connection"] for line in lines}) <= 5, "connections are used again"
+    body = lines[0]["body"]
+    assert prompts(tokenizer_dir).count_tokens(body.pop("prompt")) == 24
+    assert body == {
+        "model": "plain", "max_tokens": 16, "min_tokens": 16, "ignore_eos": True, "temperature": 0, "seed": 0,
+        "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    assert lines[0]["key"] is None
+
+
+@pytest.mark.parametrize(
+    ("protocol", "model", "expected", "source"),
+    [
+        ("openai", "role_first", (16, 16, 1), "server_usage"),
+        ("openai", "split", (16, 16, 1), "server_usage"),
+        ("openai", "coalescing", (16, 4, None), "server_usage"),
+        ("openai", "until_closed", (16, 16, 1), "server_usage"),
+        ("openai", "so_far", (16, 16, 1), "server_usage"),
+        ("triton-http", "coalescing", (16, 4, 4), "server_usage"),
+        ("triton-http", "split", (16, 16, 1), "server_usage"),
+    ],
+)
+def test_ways_to_stream(
+    fake: Any, tokenizer_dir: Path, protocol: str, model: str, expected: tuple[int, int, int | None], source: str
+) -> None:
+    point = measure(protocol, fake.url, model, tokenizer_dir)
+    assert point.failures == []
+    assert point.summary.token_source == source
+    for record in point.records:
+        assert (record.osl, record.chunks) == expected[:2]
+        assert expected[2] is None or record.n_first == expected[2]
+        assert record.first_byte_ns is not None
+        assert record.first_token_ns is not None
+        assert record.first_token_ns - record.sent_ns >= 29 * MS, "the role chunk before it is no token"
+        if model == "role_first":
+            assert record.first_token_ns - record.first_byte_ns > 20 * MS
+
+
+@pytest.mark.parametrize(
+    ("protocol", "model"), [("openai", "no_usage"), ("triton-http", "bare"), ("triton-http", "so_far")]
+)
+def test_servers_that_do_not_count_are_counted_by_the_tokenizer(
+    fake: Any, tokenizer_dir: Path, protocol: str, model: str
+) -> None:
+    """The fake's word is several tokens to this tokenizer, the same number each time."""
+    point = measure(protocol, fake.url, model, tokenizer_dir)
+    assert point.failures == []
+    assert point.summary.token_source == "tokenizer"
+    each = len(prompts(tokenizer_dir).token_ends(" wörd"))
+    assert {(record.osl, record.chunks, record.n_first) for record in point.records} == {(16 * each, 16, each)}
+
+
+FAILURES = [
+    ("openai", "busy", "overloaded", "HTTP 429: too many requests"),
+    ("openai", "full", "overloaded", "HTTP 503: Exceeds maximum queue size"),
+    ("openai", "refusing", "rejected", "HTTP 400: ignore_eos is not known"),
+    ("openai", "broken", "server", "HTTP 500: worker died"),
+    ("openai", "error_200", "server", "generate expects exactly 1 response"),
+    ("openai", "failing", "server", "out of memory"),
+    ("openai", "garbled", "unreadable", "event 9 is '{not json'"),
+    ("openai", "no_sse", "unreadable", "not a line of an event stream: '<html>'"),
+    ("openai", "bad_chunk", "unreadable", "a chunk's size is 'xyz'"),
+    ("openai", "truncated", "truncated", "ended after 8 events, without [DONE]"),
+    ("openai", "cut_event", "truncated", "ended in the middle of event 9"),
+    ("openai", "closed", "disconnected", "closed after "),
+    ("openai", "reset", "disconnected", "closed after "),
+    ("openai", "stalled", "timeout", "no message for 0.3 s"),
+    ("openai", "silent", "timeout", "no message for 0.3 s"),
+    ("openai", "short", "short", "8 tokens, asked for 16"),
+    ("triton-http", "full", "overloaded", "HTTP 503: Exceeds maximum queue size"),
+    ("triton-http", "error_200", "server", "generate expects exactly 1 response"),
+    ("triton-http", "failing", "server", "out of memory"),
+    ("triton-http", "garbled", "unreadable", "event 9 is '{not json'"),
+    ("triton-http", "truncated", "short", "8 tokens, asked for 16"),
+    ("triton-http", "closed", "disconnected", "closed after "),
+]
+
+
+@pytest.mark.parametrize(("protocol", "model", "error", "detail"), FAILURES)
+def test_failures_have_names(
+    fake: Any, tokenizer_dir: Path, protocol: str, model: str, error: str, detail: str
+) -> None:
+    point = measure(protocol, fake.url, model, tokenizer_dir, idle_timeout_s=0.3)
+    assert {record.error for record in point.records} == {error}
+    assert all(record.detail.startswith(detail) for record in point.records), point.records[0].detail
+    assert not point.summary.is_valid
+    if model in ("failing", "truncated", "closed", "stalled", "cut_event", "garbled"):
+        assert {record.chunks for record in point.records} == {8}, "what came before is kept"
+
+
+def test_a_server_that_goes_away_ends_the_point(tokenizer_dir: Path, tmp_path: Path) -> None:
+    import servers
+
+    with contextlib.ExitStack() as stack:
+        with servers.fake_http_server(tmp_path / "log") as server:
+            used = dataclasses.replace(QUICK, requests=30)
+            session = stack.enter_context(
+                Session("openai", server.url, "plain", prompts=prompts(tokenizer_dir), profile=used)
+            )
+            session.probe(SHAPE)
+            assert session.is_ready()
+        point = session.measure(Place(shape=SHAPE, concurrency=1, repeat=1), lambda done, total: None)
+        assert not session.is_ready()
+    assert {record.error for record in point.records} == {"refused"}
+    assert len(point.records) == 3, "given up, not run through"
+
+
+@pytest.mark.parametrize("protocol", ["openai", "triton-http"])
+def test_nobody_answers(tokenizer_dir: Path, protocol: str) -> None:
+    with pytest.raises(ServerError, match="127.0.0.1:9: no server answers over HTTP: ") as caught:
+        measure(protocol, "127.0.0.1:9", "plain", tokenizer_dir)
+    assert "--url HOST:PORT" in (caught.value.hint or "")
+
+
+EVENTS = (
+    'data: {"text": "wörd"}\n'.encode(),
+    b"\n",
+    b': alive\r\n\r\nevent: x\r\ndata: {"a":\r\ndata:  1}\r\n\r\ndata: c\n\n',
+)
+ANSWER = (
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + b"".join(b"%X;x=1\r\n%s\r\n" % (len(part), part) for part in EVENTS)
+    + b"0\r\nTrailer: 1\r\n\r\n"
+)
+DATA = ['{"text": "wörd"}'.encode(), b'{"a":\n 1}', b"c"]
+
+
+class FakeTransport(asyncio.Transport):
+    def write(self, data: Any) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+
+def received(parts: list[bytes]) -> Exchange:
+    """What a connection makes of parts of an answer."""
+
+    async def receive() -> Exchange:
+        exchange = Exchange(index=0, request=b"", isl=1, osl=1)
+        connection = _Connection()
+        connection.connection_made(FakeTransport())
+        task = asyncio.create_task(connection.answer(exchange))
+        await asyncio.sleep(0)
+        for part in parts:
+            connection.data_received(part)
+        await asyncio.wait_for(task, 1)
+        assert connection.is_reusable is (exchange.error is None)
+        return exchange
+
+    return asyncio.run(receive())
+
+
+def test_an_answer_may_be_cut_anywhere() -> None:
+    for cut in range(1, len(ANSWER)):
+        exchange = received([ANSWER[:cut], ANSWER[cut:]])
+        assert exchange.error is None
+        assert [event.data for event in sse_events(exchange.messages, exchange.times)] == DATA, cut
+    exchange = received([bytes([byte]) for byte in ANSWER])
+    assert [event.data for event in sse_events(exchange.messages, exchange.times)] == DATA
+
+
+def test_an_event_has_the_time_of_its_last_byte() -> None:
+    messages = [b"da", b"ta: a\n", b"\nda", b"ta: b\n\ndata: c\n\n\n", b"\n", b"data: d"]
+    events = [(event.when_ns, event.data, event.is_complete) for event in sse_events(messages, range(6))]
+    assert events == [(2, b"a", True), (3, b"b", True), (3, b"c", True), (5, b"d", False)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "detail"),
+    [
+        (b"SSH-2.0-x\r\n\r\n", "not an answer of HTTP/1.1: 'SSH-2.0-x'"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", "content-length is '-1'"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nabc", "2 bytes after the end of the answer"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nabc\r\n", "a chunk is followed by 'c'"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nHT", "2 bytes after the end of the answer"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"0" * 5000, "a line of the chunk framing is longer than"),
+        (b"x" * 70000, "no end of the head in 65536 bytes"),
+    ],
+)  # fmt: skip
+def test_what_is_no_http(answer: bytes, detail: str) -> None:
+    exchange = received([answer])
+    assert exchange.error == "unreadable"
+    assert exchange.detail.startswith(detail)
+
+
+@pytest.mark.parametrize(
+    ("texts", "total", "expected"),
+    [
+        (["", "a", "b", "c"], 3, [0, 1, 1, 1]),  # one each, whatever the tokenizer thinks
+        (["aaa", "b"], 4, [3, 1]),
+        (["aa", "", "bb"], 5, [2, 0, 3]),  # a token that showed no text goes with a later one
+        (["a", "b", "c", "d"], 2, [1, 0, 1, 0]),  # the first chunk brought a token
+        (["", ""], 2, [0, 0]),
+    ],
+)
+def test_a_total_is_spread_over_the_chunks(texts: list[str], total: int, expected: list[int]) -> None:
+    counts = tokens_of_total(texts, total, lambda text: list(range(1, len(text) + 1)))
+    assert counts == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("h:1", "h:1"),
+        ("http://h:80/", "h:80"),
+        ("http://[::1]:8000/v1/", "[::1]:8000/v1"),
+        ("127.0.0.1:8000/v1", "127.0.0.1:8000/v1"),
+    ],
+)
+def test_addresses(url: str, expected: str) -> None:
+    assert str(http_address(url)) == expected
+
+
+@pytest.mark.parametrize("url", ["h", "h:0", "h:99999", "http://user:pass@h:1", "ftp://h:1", "h:1/v1?key=1"])
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(InputError, match="expected host:port or http://host:port"):
+        http_address(url)
+
+
+def test_https_is_refused() -> None:
+    with pytest.raises(InputError, match="https is not spoken yet"):
+        http_address("https://h:1/v1")
