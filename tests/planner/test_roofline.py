@@ -17,7 +17,7 @@ from tkit.specs.parallel import Parallel
 FULL = Efficiencies(
     memory=1.0, memory_fp4=1.0, kv=1.0, gemm_fp16=1.0, gemm_fp8=1.0, gemm_int8=1.0, gemm_fp4=1.0, ramp=1e-9,
     attention=1.0, nvlink=1.0, pcie=1.0, pcie_far=1.0, alpha_nvlink_s=0.0, alpha_pcie_s=0.0, host_s=0.0,
-    host_per_sequence_s=0.0, moe_gemm=1.0, moe_layer_s=0.0, prefill=1.0, request_s=0.0, moe_request_s=0.0,
+    host_per_sequence_s=0.0, moe_gemm=1.0, moe_layer_s=0.0, moe_host_s=0.0, prefill=1.0, request_s=0.0, moe_request_s=0.0,
     request_in_flight_s=0.0, waiting=1.0, kv_heads=0.0, reserved_bytes=0.0,
 )  # fmt: skip
 

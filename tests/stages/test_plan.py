@@ -170,6 +170,19 @@ def test_page(tkit):
     assert "Content-Security-Policy" in page
 
 
+def test_the_plots_compile():
+    import vl_convert
+
+    from tkit.planner.gpus import find_gpu
+    from tkit.planner.page import memory_plot, pareto_plot, roofline_plot
+    from tkit.planner.planning import Wish, make_plan
+
+    plan = make_plan(find_shape("Llama-3.1-8B"), Wish(gpu=find_gpu("l40s")), "table")
+    for plot in (memory_plot, pareto_plot, roofline_plot):
+        svg = vl_convert.vegalite_to_svg(plot(plan) | {"width": 400})
+        assert svg.count("<path") > 5
+
+
 def test_a_plan_takes_less_than_a_second(tkit):
     tkit("plan", "llama-3.1-70b", "--json")
     started = time.monotonic()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tkit.planner.engines import generation_index
 from tkit.planner.published import Row
-from tkit.planner.roofline import Efficiencies, Machine, Number, decode_step, prefill_s, stacked
+from tkit.planner.roofline import Efficiencies, Machine, Number, decode_step, host_s, prefill_s, stacked
 from tkit.planner.speed import offline_throughput, throughput, tpot_s
 
 Floats = NDArray[np.float64]
@@ -66,7 +66,8 @@ CONSTANTS: dict[str, Constant] = {
 }
 MOE_CONSTANTS: dict[str, Constant] = {
     "moe_gemm":            Constant(start=0.60,  width=0.5,  group_width=0.2),
-    "moe_layer_s":         Constant(start=20e-6, width=0.7,  group_width=0.4),
+    "moe_layer_s":         Constant(start=15e-6, width=1.0,  group_width=0.5),
+    "moe_host_s":          Constant(start=1e-3,  width=1.0,  group_width=0.5),
 }
 # fmt: on
 # of the way in and out, per engine generation; a server on the same machine
@@ -142,7 +143,7 @@ def predict(rows: Table, values: Values) -> Floats:
     load = np.array([row.load for row in rows.rows])
     metric = np.array([row.metric for row in rows.rows])
     batch = np.clip(np.minimum(amount, fits), 1, None)
-    first = prefill_s(m, isl, e, requests=amount) + e.host_s
+    first = prefill_s(m, isl, e, requests=amount) + host_s(m, e)
     static = amount * osl / (first + osl * decode_step(m, amount, isl + osl / 2, e).total)
     finite = np.where(load == "offline", amount, 1.0)
     cases = [

@@ -176,7 +176,14 @@ def max_context(shape: ModelShape, kv_dtype: str, parallel: Parallel, bytes_per_
     return low
 
 
+def contexts(max_position: int) -> list[int]:
+    """The powers of two that a model can read."""
+    return [context for context in CONTEXTS if context <= max_position] or [max_position]
+
+
 def concurrency_by_context(shape: ModelShape, kv_dtype: str, parallel: Parallel, pool: int) -> dict[int, int]:
-    """{context: sequences} along the powers of two that the model can read."""
-    contexts = [context for context in CONTEXTS if context <= shape.max_position] or [shape.max_position]
-    return {context: pool // max(kv_bytes_per_sequence(shape, kv_dtype, context, parallel), 1) for context in contexts}
+    """{context: sequences}."""
+    return {
+        context: pool // max(kv_bytes_per_sequence(shape, kv_dtype, context, parallel), 1)
+        for context in contexts(shape.max_position)
+    }

@@ -21,6 +21,7 @@ ALIASES = {
 }  # fmt: skip
 
 
+@functools.cache
 def find_gpu(name: str) -> Gpu:
     """By the table's name or a usual short one, in any case. Raises InputError with the near name."""
     gpus = gpu_table()

@@ -40,7 +40,7 @@ MIN_ROWS = 30  # of a cell with a band of its own
 NUM_FOLDS = 5
 # of the held-out errors beyond either end of a band: 5 % would do if folds were alike; they are not, and left-out folds are
 # then covered less often than 90 %
-TAIL = 0.03
+TAIL = 0.02
 
 
 def efficiencies(values: Values, group: int) -> Efficiencies:

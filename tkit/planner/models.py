@@ -31,10 +31,14 @@ _OTHER_NAMES = {
 
 def find_shape(name: str) -> ModelShape | None:
     """By hub id or published name; instruction-tuned and quantized variants have the shape of their base."""
-    keys = {_key(model): model for model in shape_table()} | _OTHER_NAMES
-    keys |= {_key(row["hf_id"]): row["model"] for row in _rows()}
-    model = keys.get(_key(name))
+    model = _names().get(_key(name))
     return shape_table()[model] if model else None
+
+
+@functools.cache
+def _names() -> dict[str, str]:
+    names = {_key(model): model for model in shape_table()} | _OTHER_NAMES
+    return names | {_key(row["hf_id"]): row["model"] for row in _rows()}
 
 
 @functools.cache

@@ -69,12 +69,11 @@ ROOFLINE_CAPTION = (
 def memory_plot(plan: Plan) -> Spec:
     book = plan.chosen.ledger
     fixed = (book.weight_bytes + book.activations + book.overhead) / 1e9
-    tokens = plan.isl + plan.osl
-    rows = []
-    for users in sorted({1, 4, 16, 64, plan.concurrency}):
-        for context, fitting in plan.concurrency_by_context.items():
-            per_sequence = book.kv_pool / fitting if fitting else book.kv_bytes_per_sequence * context / tokens
-            rows.append({"context": context, "gigabytes": fixed + users * per_sequence / 1e9, "users": f"{users}"})
+    rows = [
+        {"context": context, "gigabytes": fixed + users * size / 1e9, "users": f"{users}"}
+        for users in sorted({1, 4, 16, 64, plan.concurrency})
+        for context, size in plan.kv_bytes_by_context.items()
+    ]
     top = 2.2 * book.usable / 1e9
     line = {
         "mark": {"type": "line", "clip": True, "point": True},

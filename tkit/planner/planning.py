@@ -14,13 +14,13 @@ import numpy as np
 from tkit.errors import InputError
 from tkit.planner.cost import Cost, Prices, cost, gpus_for_rate
 from tkit.planner.engines import DEFAULT_ENGINE, Band, Engine, engine
-from tkit.planner.fit import Demand, Layout, choose, concurrency_by_context, layout, violations
+from tkit.planner.fit import Demand, Layout, choose, concurrency_by_context, contexts, layout, violations
 from tkit.planner.gpus import gpu_table
-from tkit.planner.memory import kv_bytes_per_token, stored_bytes
+from tkit.planner.memory import kv_bytes_per_sequence, kv_bytes_per_token, stored_bytes
 from tkit.planner.precision import KV_DTYPES, KV_MIN_SM, Precision, kv_dtype, precision
 from tkit.planner.roofline import Efficiencies, Machine, decode_step, experts_read, machine, prefill_s
 from tkit.planner.shapes import ModelShape, num_active_params, num_params
-from tkit.planner.speed import idle_ttft_s, marginal_prefill_s, served, throughput, tpot_s
+from tkit.planner.speed import idle_ttft_s, marginal_prefill_s, served, throughput, tpot_s, way_in_s
 from tkit.specs.hardware import Gpu
 from tkit.specs.parallel import Parallel
 from tkit.specs.record import SLO_TIERS
@@ -157,6 +157,7 @@ class Plan:
     max_context: int
     max_position: int
     concurrency_by_context: Mapping[int, int]
+    kv_bytes_by_context: Mapping[int, int]  # of one sequence on the fullest rank
     ttft_idle_ms: Estimate
     ttft_ms: Estimate  # mean under the load
     ttft_p50_p90_p99_ms: tuple[float, float, float]
@@ -233,10 +234,15 @@ def make_plan(
         max_context=chosen.max_context,
         max_position=shape.max_position,
         concurrency_by_context=concurrency_by_context(shape, kv, chosen.parallel, chosen.ledger.kv_pool),
+        kv_bytes_by_context={
+            context: kv_bytes_per_sequence(shape, kv, context, chosen.parallel)
+            for context in contexts(shape.max_position)
+        },
         ttft_idle_ms=speed.estimate("idle ttft", float(idle_ttft_s(m, wish.isl, e))).scaled(1e3),
         ttft_ms=speed.estimate("ttft", float(run.ttft.mean())).scaled(1e3),
         ttft_p50_p90_p99_ms=tuple(round(1e3 * run.percentile(share), 2) for share in (50, 90, 99)),  # type: ignore[arg-type]
-        ttft_burst_ms=1e3 * (float(idle_ttft_s(m, wish.isl, e)) + (running - 1) * speed.prompt_s),
+        ttft_burst_ms=1e3
+        * (float(idle_ttft_s(m, wish.isl, e) + way_in_s(m, running, e)) + (running - 1) * speed.prompt_s),
         tpot_ms=speed.estimate("tpot", speed.tpot_s(running)).scaled(1e3),
         tok_s=tok_s,
         requests_s=requests_s,
@@ -311,7 +317,8 @@ class _Speed:
         step = decode_step(self.m, running, wish.isl + wish.osl / 2, self.e)
         # a closed loop in balance: each request finds the prompts of those that ended in the step before
         waiting = max(load - running, 0) * wish.osl / tok_s
-        ttft = float(idle_ttft_s(self.m, wish.isl, self.e)) + self._queue_s(running) + waiting
+        way_in = float(way_in_s(self.m, load, self.e))
+        ttft = float(idle_ttft_s(self.m, wish.isl, self.e)) + way_in + self._queue_s(running) + waiting
         return Point(
             concurrency=load,
             running=running,
@@ -512,6 +519,7 @@ def _notes(shape: ModelShape, wish: Wish, weights: Precision, kv: str, chosen: L
 def as_record(plan: Plan) -> dict[str, Any]:
     """JSON: the plan as it is stored."""
     record = asdict(plan)
-    record["concurrency_by_context"] = {str(key): value for key, value in plan.concurrency_by_context.items()}
+    for name in ("concurrency_by_context", "kv_bytes_by_context"):
+        record[name] = {str(key): value for key, value in getattr(plan, name).items()}
     record["chosen"]["ledger"]["weight_bytes"] = plan.chosen.ledger.weight_bytes
     return record

@@ -126,6 +126,8 @@ def _row(number: int, record: Mapping[str, str]) -> Row | str:
     except ValueError:
         return "a length, load, layout or value is not a number"
     quant = _quant(shape, QUANTS[dtype], record["model"])
+    if "DP0" in (record.get("parallel") or ""):
+        return "a layout with no GPUs (DP0)"
     tp, has_attention_dp = _ranks(record.get("parallel") or "", tp, shape, quant, gpu)
     parallel = Parallel(tp_size=tp, pp_size=pp)
     if violations(shape, precision(quant), parallel):

@@ -59,6 +59,7 @@ class Efficiencies:
     host_per_sequence_s: float
     moe_gemm: float  # expert products relative to dense ones
     moe_layer_s: float  # routing and the launch of grouped products, per MoE layer and step
+    moe_host_s: float  # in place of host_s
     prefill: float  # products of a prefill relative to those of a decode batch of as many tokens
     request_s: float  # a request's way in and its first token's way out, outside the model; of dense models
     moe_request_s: float
@@ -213,7 +214,7 @@ def decode_step(m: Machine, batch: Number, context: Number, e: Efficiencies) -> 
         products=_products(m, b, m.dense_params, e),
         kv=b * layer_contexts(m, context) * m.kv_token_bytes / (m.tp * m.bandwidth * e.kv * kv_share),
         communication=_all_reduce(m, b, e),
-        host=e.host_s + b * e.host_per_sequence_s + m.num_moe_layers * e.moe_layer_s,
+        host=host_s(m, e) + b * e.host_per_sequence_s + m.num_moe_layers * e.moe_layer_s,
     )
 
 
@@ -227,6 +228,11 @@ def prefill_s(m: Machine, tokens: Number, e: Efficiencies, cached: Number = 0, r
     seen = layer_contexts(m, cached + tokens / 2)
     attention = 4 * count * seen * m.attention_width / (m.tp * m.fp16_flops * e.attention)
     return np.maximum(products, weights) + attention + _all_reduce(m, count, e)
+
+
+def host_s(m: Machine, e: Efficiencies) -> Number:
+    """Of one step, whatever the batch."""
+    return np.where(np.asarray(m.num_moe_layers) > 0, e.moe_host_s, e.host_s)
 
 
 def _reading(m: Machine, tokens: Number, e: Efficiencies) -> Number:

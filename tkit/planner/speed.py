@@ -3,7 +3,7 @@
     TPOT       = step(B) + (B - 1) / OSL x prefill     each sequence waits for the prompts that start beside it
     throughput = B OSL / (B prefill / pp + OSL step)   B sequences in flight, always replaced
     B          = min(asked, what the KV cache holds, the engine's limit)
-    idle TTFT  = prefill alone + the way in and out
+    idle TTFT  = prefill alone, on the engine; a server adds its way in and out
 
 Under load a prompt's price is the marginal one: it shares its step, and the reading of the weights, with others. TTFT under
 load has no closed formula: `served` simulates it.
@@ -14,15 +14,15 @@ from __future__ import annotations
 import numpy as np
 
 from tkit.planner.arrivals import Floats, Served, lengths, poisson, simulate
-from tkit.planner.roofline import Efficiencies, Machine, Number, decode_step, prefill_s
+from tkit.planner.roofline import Efficiencies, Machine, Number, decode_step, host_s, prefill_s
 
 MAX_NUM_TOKENS = 8192  # of one step; TensorRT-LLM's and vLLM's default
 MAX_BATCH = 4096
 
 
 def idle_ttft_s(m: Machine, isl: Number, e: Efficiencies) -> Number:
-    """One request on an idle engine."""
-    return prefill_s(m, isl, e) + e.host_s + way_in_s(m, 1, e)
+    """One request on an idle engine, without the server around it (`way_in_s`)."""
+    return prefill_s(m, isl, e) + host_s(m, e)
 
 
 def marginal_prefill_s(m: Machine, isl: Number, e: Efficiencies) -> Number:
@@ -78,10 +78,12 @@ def served(
     seed: int = 0,
 ) -> Served:
     """A simulated run of one machine, not an array: `concurrency` requests always in flight, or `rate` per second (infinite
-    = all at once). Ten requests per client, as the public benchmark scripts send, the first ones all together.
+    = all at once). Ten requests per client, as the public benchmark scripts send, the first ones all together; fewer for
+    many clients.
     """
     rng = np.random.default_rng(seed)
-    count = num_requests or max(10 * (concurrency or 50), 20)
+    clients = concurrency or 50
+    count = num_requests or (max(10 * clients, 20) if clients <= 256 else max(2560, 3 * clients))
     arrivals: Floats | None = None
     if rate is not None:
         arrivals = np.zeros(count) if np.isinf(rate) else poisson(rate, count, rng)

@@ -22,7 +22,7 @@ from tkit.planner.planning import Wish, dtype_cell
 from tkit.planner.precision import kv_dtype, precision
 from tkit.planner.roofline import Efficiencies, machine
 from tkit.planner.shapes import ModelShape
-from tkit.planner.speed import idle_ttft_s, throughput, tpot_s
+from tkit.planner.speed import idle_ttft_s, throughput, tpot_s, way_in_s
 from tkit.specs.parallel import Parallel
 
 CALIBRATION_FILE = "plan-calibration.json"
@@ -30,7 +30,15 @@ CALIBRATION_SCHEMA = "tkit.plan-calibration/1"
 MIN_POINTS = 3
 MEMORY = ("memory", "kv")
 PRODUCTS = ("gemm_fp16", "gemm_fp8", "gemm_int8", "gemm_fp4", "attention")
-HOST = ("host_s", "host_per_sequence_s", "request_s", "moe_request_s", "request_in_flight_s", "moe_layer_s")
+HOST = (
+    "host_s",
+    "host_per_sequence_s",
+    "request_s",
+    "moe_request_s",
+    "request_in_flight_s",
+    "moe_layer_s",
+    "moe_host_s",
+)
 WIDTHS = (1.0, 1.0, 3.0)  # of the priors, in ln; wide, because the machine is another, and a host even more so
 
 
@@ -75,7 +83,7 @@ def calibrate(run: Path, shape: ModelShape, wish: Wish) -> Calibration:
             if point.tpot_s:
                 found["tpot"].append(np.log(float(tpot_s(m, batch, point.isl, point.osl, e)) / point.tpot_s))
             if point.ttft_s and point.concurrency == 1:
-                found["ttft"].append(np.log(float(idle_ttft_s(m, point.isl, e)) / point.ttft_s))
+                found["ttft"].append(np.log(float(idle_ttft_s(m, point.isl, e) + way_in_s(m, 1, e)) / point.ttft_s))
         return {metric: np.array(values) for metric, values in found.items() if values}
 
     def scaled(x: np.ndarray) -> Efficiencies:

@@ -40,8 +40,9 @@ def _ledger(plan: Plan) -> list[str]:
         "",
         f"memory of one {book.gpu}, the fullest of {book.num_gpus}",
     ]
-    rows = [(f"weights: {kind}", size) for kind, size in book.weights.items() if size >= 1e6]
-    small = sum(size for size in book.weights.values() if size < 1e6)
+    visible = book.weight_bytes / 1000
+    rows = [(f"weights: {kind}", size) for kind, size in book.weights.items() if size >= visible]
+    small = sum(size for size in book.weights.values() if size < visible)
     if small:
         rows.append(("weights: other", small))
     rows += [
@@ -73,10 +74,11 @@ def _fit(plan: Plan) -> list[str]:
     ]
     others = [item for item in plan.considered if item is not plan.chosen][-3:]
     for item in others:
-        fit = f"fits {item.max_concurrency:,}" if item.fits else f"{item.binds} does not fit"
+        link = f" over {item.link}" if item.parallel.tp_size > 1 else ""
+        fit = f"fits {item.max_concurrency:,}" if item.fits else f"{item.binds} too large"
         lines.append(
             f"  {'next best' if item.fits else 'too small'}: {item.parallel.world_size} x {plan.gpu} "
-            f"tp {item.parallel.tp_size} pp {item.parallel.pp_size} ({item.link}): {fit}"
+            f"tp {item.parallel.tp_size} pp {item.parallel.pp_size}{link}: {fit}"
         )
     return lines
 
@@ -86,7 +88,7 @@ def _speed(plan: Plan) -> list[str]:
     lines = [
         "",
         f"speed, {plan.engine} {plan.engine_generation} ({plan.provenance}); [90 % band]",
-        f"  TTFT   idle {_ms(plan.ttft_idle_ms)}   at {plan.concurrency} in flight: mean {_ms(plan.ttft_ms)}",
+        f"  TTFT   engine idle {_ms(plan.ttft_idle_ms)}   served, {plan.concurrency} in flight: mean {_ms(plan.ttft_ms)}",
         f"         simulated p50 {p50:.0f}  p90 {p90:.0f}  p99 {p99:.0f} ms; last of {plan.concurrency} at once "
         f"{plan.ttft_burst_ms:.0f} ms",
         f"  TPOT   {_ms(plan.tpot_ms)}   throughput {_rate(plan.tok_s)} tok/s   {plan.requests_s:.2f} requests/s",
