@@ -171,6 +171,7 @@ class ServerProcess:
             return stop_group(self.pid, patience_s)
         finally:
             self.wait(GRACE_S)  # reaps it
+            remove_shared_memory(self.pid)
 
     def leave(self) -> None:
         """The server outlives this object, which is what Popen would otherwise warn about."""
