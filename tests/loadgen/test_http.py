@@ -6,24 +6,33 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 
-from tkit.errors import InputError, ServerError
-from tkit.loadgen.exchange import Exchange
+from tkit.errors import InputError, ServerError, TkitError
+from tkit.files import read_json, write_json
+from tkit.loadgen.exchange import Exchange, RequestRecord, request_record
 from tkit.loadgen.http import _Connection, http_address
 from tkit.loadgen.metrics import tpot_ms
+from tkit.loadgen.monitor import Monitor
 from tkit.loadgen.point import Place
 from tkit.loadgen.profiles import Profile, Shape, find_profile
 from tkit.loadgen.prompts import PromptMaker
-from tkit.loadgen.session import Measurement, Session
+from tkit.loadgen.protocols import make_client
+from tkit.loadgen.session import Measurement, Session, _loop_factory
 from tkit.loadgen.sse import sse_events
 from tkit.loadgen.token_counts import tokens_of_total
+from tkit.specs.engine import EngineCard
+from tkit.specs.server import ServerRecord
+from tkit.stages.servers import ServerLock, server_files
 
+Tkit = Callable[..., Result]
 MS = 1_000_000
 SHAPE = Shape(isl=24, osl=16)
 QUICK = dataclasses.replace(find_profile("quick"), shapes=(SHAPE,), max_duration_s=None)
@@ -79,7 +88,7 @@ def check_times(point: Measurement, sent: dict[str, dict[str, Any]]) -> None:
 
 
 def test_triton_http_against_a_real_triton(paced: Any) -> None:
-    point = measure("triton-http", paced.http_url, "ensemble", paced.tokenizer_dir, 12, 4, probes=True)
+    point = measure("triton-http", paced.http_url, "ensemble", paced.tokenizer_dir, 8, 4, probes=True)
     assert point.failures == []
     assert point.summary.token_source == "server_usage"
     assert {(r.isl, r.osl, r.chunks, r.n_first) for r in point.records} == {(24, 16, 16, 1)}
@@ -93,7 +102,7 @@ def test_triton_http_against_a_real_triton(paced: Any) -> None:
 
 
 def test_openai_times_agree_with_the_servers_own(fake: Any, tokenizer_dir: Path) -> None:
-    point = measure("openai", f"http://{fake.url}/one", None, tokenizer_dir, 12, 4, probes=True)
+    point = measure("openai", f"http://{fake.url}/one", None, tokenizer_dir, 8, 4, probes=True)
     assert point.failures == []
     assert point.summary.token_source == "server_usage"
     assert {(r.isl, r.osl, r.chunks, r.n_first) for r in point.records} == {(24, 16, 16, 1)}
@@ -110,48 +119,16 @@ def test_openai_times_agree_with_the_servers_own(fake: Any, tokenizer_dir: Path)
     assert lines[0]["key"] is None
 
 
-@pytest.mark.parametrize(
-    ("protocol", "model", "expected", "source"),
-    [
-        ("openai", "role_first", (16, 16, 1), "server_usage"),
-        ("openai", "split", (16, 16, 1), "server_usage"),
-        ("openai", "coalescing", (16, 4, None), "server_usage"),
-        ("openai", "until_closed", (16, 16, 1), "server_usage"),
-        ("openai", "so_far", (16, 16, 1), "server_usage"),
-        ("triton-http", "coalescing", (16, 4, 4), "server_usage"),
-        ("triton-http", "split", (16, 16, 1), "server_usage"),
-    ],
-)
-def test_ways_to_stream(
-    fake: Any, tokenizer_dir: Path, protocol: str, model: str, expected: tuple[int, int, int | None], source: str
-) -> None:
-    point = measure(protocol, fake.url, model, tokenizer_dir)
-    assert point.failures == []
-    assert point.summary.token_source == source
-    for record in point.records:
-        assert (record.osl, record.chunks) == expected[:2]
-        assert expected[2] is None or record.n_first == expected[2]
-        assert record.first_byte_ns is not None
-        assert record.first_token_ns is not None
-        assert record.first_token_ns - record.sent_ns >= 29 * MS, "the role chunk before it is no token"
-        if model == "role_first":
-            assert record.first_token_ns - record.first_byte_ns > 20 * MS
-
-
-@pytest.mark.parametrize(
-    ("protocol", "model"), [("openai", "no_usage"), ("triton-http", "bare"), ("triton-http", "so_far")]
-)
-def test_servers_that_do_not_count_are_counted_by_the_tokenizer(
-    fake: Any, tokenizer_dir: Path, protocol: str, model: str
-) -> None:
-    """The fake's word is several tokens to this tokenizer, the same number each time."""
-    point = measure(protocol, fake.url, model, tokenizer_dir)
-    assert point.failures == []
-    assert point.summary.token_source == "tokenizer"
-    each = len(prompts(tokenizer_dir).token_ends(" wörd"))
-    assert {(record.osl, record.chunks, record.n_first) for record in point.records} == {(16 * each, 16, each)}
-
-
+WAYS = [
+    ("openai", "role_first", 16, 1),
+    ("openai", "split", 16, 1),
+    ("openai", "coalescing", 4, None),
+    ("openai", "until_closed", 16, 1),
+    ("openai", "so_far", 16, 1),
+    ("triton-http", "coalescing", 4, 4),
+    ("triton-http", "split", 16, 1),
+]
+UNCOUNTED = [("openai", "no_usage"), ("triton-http", "bare"), ("triton-http", "so_far")]
 FAILURES = [
     ("openai", "busy", "overloaded", "HTTP 429: too many requests"),
     ("openai", "full", "overloaded", "HTTP 503: Exceeds maximum queue size"),
@@ -166,8 +143,8 @@ FAILURES = [
     ("openai", "cut_event", "truncated", "ended in the middle of event 9"),
     ("openai", "closed", "disconnected", "closed after "),
     ("openai", "reset", "disconnected", "closed after "),
-    ("openai", "stalled", "timeout", "no message for 0.3 s"),
-    ("openai", "silent", "timeout", "no message for 0.3 s"),
+    ("openai", "stalled", "timeout", "no message for 0.5 s"),
+    ("openai", "silent", "timeout", "no message for 0.5 s"),
     ("openai", "short", "short", "8 tokens, asked for 16"),
     ("triton-http", "full", "overloaded", "HTTP 503: Exceeds maximum queue size"),
     ("triton-http", "error_200", "server", "generate expects exactly 1 response"),
@@ -178,16 +155,69 @@ FAILURES = [
 ]
 
 
-@pytest.mark.parametrize(("protocol", "model", "error", "detail"), FAILURES)
-def test_failures_have_names(
-    fake: Any, tokenizer_dir: Path, protocol: str, model: str, error: str, detail: str
+@pytest.fixture(scope="module")
+def outcomes(fake: Any, tokenizer_dir: Path) -> dict[tuple[str, str], tuple[RequestRecord, str]]:
+    """Per protocol and model one request, all at the same time, and the token source in the end."""
+
+    async def one(protocol: str, model: str, monitor: Monitor) -> tuple[RequestRecord, str]:
+        client = make_client(protocol, fake.url, model, prompts(tokenizer_dir).token_ends)
+        await client.open(10)
+        request = client.request("alone", prompts(tokenizer_dir).prompt(24, protocol, model), 16, 0)
+        exchange = Exchange(index=0, request=request, isl=24, osl=16)
+        monitor.in_flight.add(exchange)
+        await client.perform(exchange)
+        monitor.in_flight.discard(exchange)
+        await client.close()
+        return request_record(exchange, client.answer(exchange)), client.token_source
+
+    async def every() -> dict[tuple[str, str], tuple[RequestRecord, str]]:
+        cases = [*((way[0], way[1]) for way in WAYS), *UNCOUNTED, *((failure[0], failure[1]) for failure in FAILURES)]
+        monitor = Monitor(0.5, 10, lambda: None)
+        watching = asyncio.create_task(monitor.run())
+        done = await asyncio.gather(*(one(protocol, model, monitor) for protocol, model in cases))
+        watching.cancel()
+        return dict(zip(cases, done, strict=True))
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(every())
+
+
+@pytest.mark.parametrize(("protocol", "model", "chunks", "n_first"), WAYS)
+def test_ways_to_stream(outcomes: Any, protocol: str, model: str, chunks: int, n_first: int | None) -> None:
+    record, token_source = outcomes[protocol, model]
+    assert (record.error, record.detail, token_source) == (None, "", "server_usage")
+    assert (record.isl, record.osl, record.chunks) == (24, 16, chunks)
+    assert n_first is None or record.n_first == n_first
+    assert record.first_byte_ns is not None
+    assert record.first_token_ns - record.sent_ns >= 29 * MS, "the role chunk before it is no token"
+    if model == "role_first":
+        assert record.first_token_ns - record.first_byte_ns > 20 * MS
+
+
+@pytest.mark.parametrize(("protocol", "model"), UNCOUNTED)
+def test_servers_that_do_not_count_are_counted_by_the_tokenizer(
+    outcomes: Any, tokenizer_dir: Path, protocol: str, model: str
 ) -> None:
-    point = measure(protocol, fake.url, model, tokenizer_dir, idle_timeout_s=0.3)
-    assert {record.error for record in point.records} == {error}
-    assert all(record.detail.startswith(detail) for record in point.records), point.records[0].detail
-    assert not point.summary.is_valid
+    """The fake's word is several tokens to this tokenizer, the same number each time."""
+    record, token_source = outcomes[protocol, model]
+    each = len(prompts(tokenizer_dir).token_ends(" wörd"))
+    assert (record.error, token_source) == (None, "tokenizer")
+    assert (record.osl, record.chunks, record.n_first) == (16 * each, 16, each)
+
+
+@pytest.mark.parametrize(("protocol", "model", "error", "detail"), FAILURES)
+def test_failures_have_names(outcomes: Any, protocol: str, model: str, error: str, detail: str) -> None:
+    record, _ = outcomes[protocol, model]
+    assert (record.error, record.status) == (error, "error")
+    assert record.detail.startswith(detail)
     if model in ("failing", "truncated", "closed", "stalled", "cut_event", "garbled"):
-        assert {record.chunks for record in point.records} == {8}, "what came before is kept"
+        assert record.chunks == 8, "what came before is kept"
+
+
+def test_failures_make_a_point_invalid(fake: Any, tokenizer_dir: Path) -> None:
+    point = measure("openai", fake.url, "busy", tokenizer_dir)
+    assert not point.summary.is_valid
+    assert " overloaded), the first: HTTP 429: too many requests" in point.summary.invalid_reasons[0]
 
 
 def test_a_server_that_goes_away_ends_the_point(tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -323,3 +353,101 @@ def test_what_is_no_address(url: str) -> None:
 def test_https_is_refused() -> None:
     with pytest.raises(InputError, match="https is not spoken yet"):
         http_address("https://h:1/v1")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "path", "model", "message"),
+    [
+        ("openai", "/two", None, "serves 2 models (plain, other)"),
+        ("openai", "/two", "plian", 'no model "plian" (did you mean "plain"?)'),
+        ("openai", "/v1", None, "does not say which models it serves"),
+        ("triton-http", "", "not_ready", 'model "not_ready" is not ready'),
+        ("triton-http", "", "unary", "not decoupled, so it cannot stream"),
+        ("triton-http", "/v1", "ensemble", "expected host:port for Triton, without a path"),
+    ],
+)
+def test_models_that_cannot_be_measured(
+    fake: Any, tokenizer_dir: Path, protocol: str, path: str, model: str | None, message: str
+) -> None:
+    with pytest.raises(TkitError) as caught:
+        measure(protocol, fake.url + path, model, tokenizer_dir)
+    assert message in str(caught.value)
+
+
+SMALL = ("--shape", "16/8", "--concurrency", "1", "--requests", "2", "--name", "run")
+
+
+def test_the_key_is_sent_and_written_nowhere(tkit: Tkit, fake: Any, tokenizer_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    arguments = ("sweep", "--protocol", "openai", "--url", f"http://{fake.url}/locked", "--tokenizer", tokenizer_dir)
+    result = tkit(*arguments, "--api-key-file", "key", *SMALL)
+    assert result.exit_code == 0, result.stderr
+    assert {line["key"] for id, line in fake.sent("plain").items() if id.startswith("16x8-8")} == {f"Bearer {KEY}"}
+    manifest = read_json(tmp_path / "reports/run/manifest.json")
+    assert (manifest["protocol"], manifest["model"], manifest["label"]) == ("openai", "plain", "plain")
+    assert manifest["url"] == f"{fake.url}/locked"
+    assert "--api-key-file key" in manifest["command"]
+    identity = manifest["identity"]
+    assert identity["token_source"] == "server_usage"
+    assert identity["server"] == {"server": "fake", "version": "0.9", "model": "plain", "models": ["plain"]}
+    result_of_wrong = tkit(*arguments, "--api-key-file", "wrong", *SMALL)
+    assert (result_of_wrong.exit_code, "wrong: No such file" in result_of_wrong.stderr) == (2, True)
+    written = [path.read_bytes() for path in (tmp_path / "reports").rglob("*") if path.is_file()]
+    assert len(written) > 5
+    assert all(KEY.encode() not in data for data in [*written, result.output.encode(), result.stderr.encode()])
+
+
+def test_a_key_that_the_server_repeats_is_not_shown(tkit: Tkit, fake: Any, tokenizer_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(KEY)
+    (tmp_path / "other").write_text("sk-other")
+    arguments = ("sweep", "--protocol", "openai", "--tokenizer", tokenizer_dir, *SMALL)
+    result = tkit(*arguments, "--url", fake.url, "--model", "locked", "--api-key-file", "key")
+    assert result.exit_code == 1
+    assert "the server refused the request (HTTP 4xx): HTTP 401: Incorrect API key provided: ***" in result.stderr
+    result = tkit(*arguments, "--url", f"{fake.url}/locked", "--api-key-file", "other")
+    assert result.exit_code == 2
+    assert "HTTP 401: not Bearer ***" in result.stderr
+    assert "hint: give the file that holds the key: --api-key-file FILE" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--protocol", "openai"], "--protocol openai needs a server's address: --url HOST:PORT"),
+        (["--protocol", "openai", "--url", "https://h:1/v1"], "https is not spoken yet"),
+        (["--protocol", "triton-http", "--url", "h"], "--url is 'h', expected host:port or http://host:port"),
+        (["--api-key-file", "f"], "--api-key-file is given, but triton-grpc sends no key"),
+        (["--protocol", "openai", "--url", "h:1", "--api-key-file", "two"], "two holds 2 words, expected one"),
+    ],
+)
+def test_what_was_typed_is_wrong(tkit: Tkit, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "two").write_text("a b")
+    result = tkit("sweep", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+
+
+def test_triton_http_finds_the_running_servers_port(tkit: Tkit, fake: Any, tokenizer_dir: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "engines/toy"
+    card = EngineCard(
+        name="toy", key="0" * 64, created="2026-01-01T00:00:00Z", backend="reference", architecture="LlamaForCausalLM",
+        dtype="float32", quant="int8", quant_algo="W8A16", tp_size=1, pp_size=1, num_params=1, weight_bytes=4,
+        max_position_embeddings=256, vocab_size=256, recipe={}, source={}, files={}, versions={}, command="tkit build",
+        build={},
+    )  # fmt: skip
+    write_json(engine / "engine.json", card)
+    (engine / "tokenizer").symlink_to(tokenizer_dir)
+    files = server_files("toy", tmp_path / "engines")
+    lock = ServerLock(files)
+    record = ServerRecord(
+        engine=str(engine), pid=os.getpid(), host="127.0.0.1", http_port=int(fake.url.rpartition(":")[2]), grpc_port=1,
+        metrics_port=2, started="2026-01-01T00:00:00Z", log=str(files.log),
+    )  # fmt: skip
+    write_json(files.record, record)
+    try:
+        result = tkit("sweep", "--protocol", "triton-http", *SMALL)
+    finally:
+        lock.release()
+    assert result.exit_code == 0, result.stderr
+    assert read_json(tmp_path / "reports/run/manifest.json")["url"] == fake.url
+    assert read_json(tmp_path / "reports/run/points/16x8-c1-r1/point.json")["errors"] == {}
