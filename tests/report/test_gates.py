@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +14,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from factory import card, edit, make_run, validation
 
+from tkit.cli.main import COMMANDS
 from tkit.errors import InputError
 from tkit.files import to_json
 from tkit.report.compare import compare
@@ -400,3 +405,39 @@ def test_junit_holds_any_name(base: Path, tmp_path: Path) -> None:
     assert cases[0].get("classname") == 'a<b>&"c"\ufffd\ufffd[31m\ufffd]]>\n'
     assert [case.get("name") for case in cases][-2:] == ["128/64 C=9 repeat 1", "kl>1"]
     assert str(next(root.iter("failure")).get("message")).endswith("\ufffd<![CDATA[")
+
+
+# ---- docs/ci.md ---------------------------------------------------------------------------------------------------
+
+GUIDE = Path(__file__).parents[2] / "docs" / "ci.md"
+
+
+def test_the_pipelines_of_the_guide_can_be_read() -> None:
+    blocks = re.findall(r"^## (GitHub Actions|GitLab)\n\n((?:    .*\n|\n)+)", GUIDE.read_text(), re.MULTILINE)
+    github, gitlab = (yaml.safe_load(textwrap.dedent(block)) for _, block in blocks)
+    assert list(github["jobs"]) == list(gitlab) == ["quality", "speed"]
+    uploaded = [
+        step["with"]["path"]
+        for job in github["jobs"].values()
+        for step in job["steps"]
+        if "path" in step.get("with", {})
+    ]
+    assert uploaded == ["reports/ci\njunit.xml"] * 2
+    assert gitlab["speed"]["artifacts"]["reports"] == {"junit": "junit.xml"}
+
+
+def test_commands_and_gates_of_the_guide_exist() -> None:
+    guide = GUIDE.read_text()
+    commands = re.findall(r"\btkit (\w+)((?: +(?!&&)[^\n`#)]+)?)", guide)
+    assert {name for name, _ in commands} >= {"build", "validate", "serve", "sweep", "stop", "report"}
+    for name, rest in commands:
+        command = importlib.import_module(COMMANDS[name][0]).command
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= known, (name, rest)
+    for expression in re.findall(r"(?:--fail-on '|fail_on: \")([^'\"]+)", guide):
+        parse_gates(expression, "docs/ci.md")
+    rows = re.findall(r"^\| (`.+) \| .+ \|$", guide, re.MULTILINE)[:7]
+    told = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    suffixes = {name for name in told if name.startswith("_")}
+    whole = {name for name in told if name in (*MEASURED, *FACTS)}
+    assert whole | {f"{name}{suffix}" for name in told - whole - suffixes for suffix in suffixes} == {*MEASURED, *FACTS}
