@@ -27,7 +27,7 @@ def nearest_e4m3(value: float) -> float:
 
 
 def statistics(x: torch.Tensor) -> InputStatistics:
-    inputs = InputStatistics(len(x))
+    inputs = InputStatistics()
     inputs.update(x)
     return inputs
 

@@ -46,3 +46,26 @@ def test_error_stays_within_half_a_step():
 def test_scales_survive_the_loaders_cast_to_the_models_dtype():
     _, scales = int4.quantize(torch.randn(8, 128, generator=GENERATOR), 128, torch.bfloat16)
     assert torch.equal(scales.to(torch.bfloat16).float(), scales)
+
+
+def test_clipping_picks_the_best_ratio_of_every_group_by_itself():
+    weight = torch.randn(4, 256, generator=GENERATOR)
+    weight[1, 5] = 9.0  # an outlier on a channel that hardly matters
+    moments = torch.rand(256, generator=GENERATOR) + 0.1
+    moments[5] = 1e-3
+    codes, scales = int4.quantize(weight, 128, torch.bfloat16, moments)
+    chosen = set()
+    for row in range(4):
+        for group in range(2):
+            columns = slice(group * 128, (group + 1) * 128)
+            values, importance = weight[row, columns], moments[columns]
+            errors = {}
+            for clip in (1.0, *int4.CLIPS):
+                scale = (clip * values.abs().max() / 7).to(torch.bfloat16).float()
+                rounded = (values / scale).round().clamp(-8, 7)
+                errors[clip] = (((rounded * scale - values) ** 2 * importance).sum().item(), scale)
+            best = min(errors, key=lambda clip: errors[clip][0])
+            chosen.add(best)
+            assert scales[row, group] == errors[best][1]
+            assert torch.equal(codes[row, columns], (values / scales[row, group]).round().clamp(-8, 7).to(torch.int8))
+    assert len(chosen) > 2

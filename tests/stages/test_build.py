@@ -118,22 +118,26 @@ def test_fp8_tensors_equal_a_direct_recomputation(tkit, make_llama):
             assert stored[f"{ours}{module}.activation_scaling_factor"].shape == (1,)
 
 
-def test_int4_tensors_equal_a_direct_recomputation_on_both_ranks(tkit, make_llama):
+def test_int4_awq_stores_codes_and_scales_of_the_grid_on_both_ranks(tkit, make_llama):
+    """Given the factor and the scales that the search chose, every code is the nearest; the byte layout is by hand."""
     source = load_file(make_llama(**WIDE) / "model.safetensors")
     engine = Path(tkit("build", make_llama(**WIDE), "--quant", "int4_awq", "--tp", "2").stdout.strip())
+    layer = "transformer.layers.1."
     for rank in range(2):
         stored = load_file(engine / "checkpoint" / f"rank{rank}.safetensors")
-        layer = "transformer.layers.1."
-        weight = source["model.layers.1.mlp.up_proj.weight"].float().chunk(2)[rank]
-        factor = stored[layer + "mlp.gate.prequant_scaling_factor"]
-        assert torch.equal(factor, stored[layer + "mlp.fc.prequant_scaling_factor"])
-        codes, scale = int4.quantize(weight / factor.float(), 128, torch.bfloat16)
-        assert torch.equal(stored[layer + "mlp.gate.weight"], int4.pack(codes))
-        assert torch.equal(stored[layer + "mlp.gate.weights_scaling_factor"], scale)
-        weight = source["model.layers.1.self_attn.o_proj.weight"].float().chunk(2, dim=1)[rank]
-        factor = stored[layer + "attention.dense.prequant_scaling_factor"]
-        codes, scale = int4.quantize(weight / factor.float(), 128, torch.bfloat16)
-        assert torch.equal(stored[layer + "attention.dense.weight"], int4.pack(codes))
+        assert torch.equal(*(stored[f"{layer}mlp.{name}.prequant_scaling_factor"] for name in ("fc", "gate")))
+        for name, weight in (
+            ("mlp.gate", source["model.layers.1.mlp.up_proj.weight"].float().chunk(2)[rank]),
+            ("attention.dense", source["model.layers.1.self_attn.o_proj.weight"].float().chunk(2, dim=1)[rank]),
+        ):
+            scaled = weight / stored[f"{layer}{name}.prequant_scaling_factor"].float()
+            scales = stored[f"{layer}{name}.weights_scaling_factor"]
+            groups = scaled.reshape(len(scaled), -1, 128)
+            ratio = scales * 7 / groups.abs().amax(dim=-1)
+            assert ((ratio > 0.69) & (ratio < 1.01)).all() and ratio.min() < 0.95  # clipped, within the grid of ratios
+            codes = (groups / scales[..., None]).round().clamp(-8, 7).reshape(scaled.shape).to(torch.int64)
+            expected = (codes[0::2] & 15) | ((codes[1::2] & 15) << 4)
+            assert torch.equal(stored[f"{layer}{name}.weight"].to(torch.int64) & 255, expected)
 
 
 def test_rowwise_fp8_and_plain_int4_equal_a_direct_recomputation(tkit, make_llama):

@@ -3,8 +3,10 @@
     s = mean(|x|)^a, normalised by sqrt(max s * min s)        stored weight = int4(w * s)        x is multiplied by 1 / s
 
 `a` is searched over a grid for all weights that read the same activations at once (q, k and v; fc and gate), against the
-summed squared error of their outputs on the calibration sample. One exponent per input means that what is searched is what
-ships: nothing is averaged afterwards. The factor 1 / s is rounded to the model's dtype first, as the kernel reads it.
+expected squared error of their outputs, each group's range clipped as int4.py does. One exponent per input means that what is
+searched is what ships: nothing is averaged afterwards. The factor 1 / s is rounded to the model's dtype first, as the kernel
+reads it. The error is sum_j E[x_j^2] (w^_j - w_j)^2, as if rounding errors were independent: measured on the outputs of 512
+tokens instead, the demo model's KL divergence was 2.39e-2, with this sum 2.32e-2, at a fraction of the cost.
 
 Method: Lin et al., AWQ, https://arxiv.org/abs/2306.00978. Layout: TensorRT-LLM `W4A16_AWQ` (see int4.py), with
 `prequant_scaling_factor` (in,) = 1 / s in the model's dtype.
@@ -29,7 +31,8 @@ def quantize(
     prequant = search_prequant(weights, inputs, dtype)
     stored = {}
     for module, weight in weights.items():
-        codes, scale = int4.quantize(weight / prequant.float(), int4.GROUP_SIZE, dtype)
+        factor = prequant.float()
+        codes, scale = int4.quantize(weight / factor, int4.GROUP_SIZE, dtype, inputs.square_mean * factor.square())
         stored[module] = {
             "weight": int4.pack(codes),
             "weights_scaling_factor": scale,
@@ -45,14 +48,15 @@ def dequantize(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def search_prequant(weights: Mapping[str, torch.Tensor], inputs: InputStatistics, dtype: torch.dtype) -> torch.Tensor:
     """The (in,) factor with the smallest output error, in `dtype`."""
-    sample = inputs.sample  # (tokens, in)
+    moments = inputs.square_mean
     stacked = torch.cat(list(weights.values()))  # (sum of out, in)
     best_error, best = float("inf"), torch.ones(0)
     for exponent in EXPONENTS:
         prequant = candidate(inputs.abs_mean, exponent).to(dtype)
-        codes, scale = int4.quantize(stacked / prequant.float(), int4.GROUP_SIZE, dtype)
-        difference = int4.dequantize(codes, scale) * prequant.float() - stacked
-        error = (sample @ difference.T).square().sum().item()
+        factor = prequant.float()
+        codes, scale = int4.quantize(stacked / factor, int4.GROUP_SIZE, dtype, moments * factor.square())
+        difference = int4.dequantize(codes, scale) * factor - stacked
+        error = (difference.square() * moments).sum().item()
         if error < best_error:
             best_error, best = error, prequant
     return best

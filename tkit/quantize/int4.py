@@ -1,6 +1,10 @@
 """INT4 in groups along the input: the grid and the packing, shared by every int4 format.
 
-    scale = amax(|w|, group) / 7        q = clip(round_half_even(w / scale), -8, 7)        w ~ q * scale
+    scale = c amax(|w|, group) / 7      q = clip(round_half_even(w / scale), -8, 7)        w ~ q * scale
+
+c is 1, or, where the inputs' second moments m are known, the one of CLIPS with the smallest sum_j m_j (q_j scale - w_j)^2 over
+the group: cutting off the largest weight makes the grid finer for all others. That sum is the expected squared error of the
+output if rounding errors of different weights are independent.
 
 The loader casts scales to the model's dtype, so the scale is rounded to it *before* the codes are chosen: what is searched
 and validated is what the kernel multiplies by. Stored as float32, the type every reader accepts.
@@ -16,15 +20,38 @@ from collections.abc import Mapping
 import torch
 
 GROUP_SIZE = 128
+CLIPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # on the demo model 0.65 is never chosen
 
 
-def quantize(weight: torch.Tensor, group_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (out, in) int8 and scales (out, in/group) float32 holding values of `dtype`."""
+def quantize(
+    weight: torch.Tensor, group_size: int, dtype: torch.dtype, moments: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (out, in) int8 and scales (out, in/group) float32 holding values of `dtype`. `moments` (in,) are E[x^2]."""
     groups = weight.reshape(len(weight), -1, group_size)  # (out, groups, group)
-    scale = (groups.abs().amax(dim=-1) / 7).to(dtype).float()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    codes = (groups / scale[..., None]).round().clamp(-8, 7)
+    amax = groups.abs().amax(dim=-1)
+    codes, scale = _codes(groups, amax, dtype)
+    if moments is not None:
+        importance = moments.reshape(-1, group_size)  # (groups, group)
+        error = _error(groups, codes, scale, importance)
+        for clip in CLIPS:
+            clipped_codes, clipped_scale = _codes(groups, clip * amax, dtype)
+            clipped_error = _error(groups, clipped_codes, clipped_scale, importance)
+            is_better = clipped_error < error
+            error = torch.where(is_better, clipped_error, error)
+            scale = torch.where(is_better, clipped_scale, scale)
+            codes = torch.where(is_better[..., None], clipped_codes, codes)
     return codes.reshape(weight.shape).to(torch.int8), scale
+
+
+def _codes(groups: torch.Tensor, amax: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = (amax / 7).to(dtype).float()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (groups / scale[..., None]).round().clamp(-8, 7), scale
+
+
+def _error(groups: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    """(out, groups)"""
+    return ((codes * scale[..., None] - groups).square() * importance).sum(dim=-1)
 
 
 def quantize_groups(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:

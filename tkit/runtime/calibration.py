@@ -80,7 +80,7 @@ class CalibratedQuantizer:
         """Passes the activations through layer `index`; returns the input statistics of each module."""
         layer, call = self._layers[index], self._calls[index]
         layer.load_state_dict({name: w.float().to(self.device) for name, w in weights.items()}, assign=True)
-        statistics = {move.module: InputStatistics(self.tokens.numel()) for move in moves}
+        statistics = {move.module: InputStatistics() for move in moves}
         hooks = []
         for move in moves:
             linear = layer.get_submodule(move.sources[0].removeprefix(prefix).removesuffix(".weight"))
