@@ -98,6 +98,9 @@ def test_the_hub_cache_comes_before_the_table(tmp_path, monkeypatch):
         (["--isl", "200000"], ["exceeds the 131072 positions", "--isl 130048"]),
         (["--tp", "3"], ["64 attention heads do not divide by tp 3; nearest that does: tp 2"]),
         (["--tp", "128"], ["64 attention heads do not divide by tp 128; nearest that does: tp 64"]),
+        (["--tp", "16"], ["tp 16 is more than the 8 GPUs that a fast link joins", "--tp 8 --pp 2"]),
+        (["--num-gpus", "7", "--tp", "2"], ["7 GPUs are no multiple"]),
+        (["--num-gpus", "3", "--pp", "1"], ["no split of 64 heads and 80 layers"]),
         (["--pp", "100"], ["pp 100 exceeds 80 layers"]),
         (["--quant", "fp9"], ['unknown quantization "fp9" (did you mean "fp8"?)']),
         (["--kv-cache", "fp7"], ['unknown type "fp7"']),
@@ -233,6 +236,19 @@ def test_a_sweep_narrows_the_band(tkit, tmp_path):
     assert after["tpot_ms"]["value"] > 1.4 * before["tpot_ms"]["value"]
     assert after["tpot_ms"]["n"] == 4
     assert "refitted to 4 points of run" in after["provenance"]
+
+
+def test_a_slow_host_is_told_from_slow_memory(tkit, tmp_path):
+    """The demo's weights take microseconds: only the host can explain 30 ms a token."""
+    write_run(tmp_path / "run", factor=1.0)
+    for path in Path("run/points").glob("*/point.json"):
+        point = json.loads(path.read_text())
+        point |= {"tpot": {"p50": 30.0}, "ttft": {"p50": 300.0}, "output_tok_s": point["concurrency"] / 0.030}
+        path.write_text(json.dumps(point))
+    arguments = ["plan", "demo", "--gpu", "l4", "--isl", 512, "--osl", 256, "--json", "--calibrate", "run"]
+    plan = record(tkit(*arguments))
+    assert plan["phases"][1]["binds"] == "host"
+    assert plan["tpot_ms"]["value"] == pytest.approx(30, rel=0.2)
 
 
 def test_too_few_points_are_refused(tkit, tmp_path):

@@ -47,7 +47,8 @@ class Engine:
         for cell in (f"{metric}/{dtype}/{kind}/{seen}", f"{metric}/{kind}/{seen}", f"{metric}/{kind}", metric):
             if cell in self.errors:
                 row = self.errors[cell]
-                return Band(low=row["low"], high=row["high"], n=row["n"], cell=cell)
+                # a cell whose errors all lie on one side still holds the estimate itself
+                return Band(low=min(row["low"], 1.0), high=max(row["high"], 1.0), n=row["n"], cell=cell)
         return Band(low=0.5, high=2.0, n=0, cell="no published rows: a factor of two either way")
 
 

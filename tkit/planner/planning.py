@@ -15,7 +15,7 @@ from tkit.errors import InputError
 from tkit.planner.cost import Cost, Prices, cost, gpus_for_rate
 from tkit.planner.engines import DEFAULT_ENGINE, Band, Engine, engine
 from tkit.planner.fit import Demand, Layout, choose, concurrency_by_context, contexts, layout, violations
-from tkit.planner.gpus import gpu_table
+from tkit.planner.gpus import GPUS_PER_NODE, gpu_table
 from tkit.planner.memory import kv_bytes_per_sequence, kv_bytes_per_token, stored_bytes
 from tkit.planner.precision import KV_DTYPES, KV_MIN_SM, Precision, kv_dtype, precision
 from tkit.planner.roofline import Efficiencies, Machine, decode_step, experts_read, machine, prefill_s
@@ -199,10 +199,7 @@ def make_plan(
     )
     best, considered = choose(shape, weights, kv, wish.gpu, demand, num_gpus=wish.num_gpus, tp=wish.tp, pp=wish.pp)
     if not considered:
-        raise InputError(
-            f"{shape}: no layout with num-gpus {wish.num_gpus}, tp {wish.tp}, pp {wish.pp}",
-            problems=violations(shape, weights, Parallel(tp_size=wish.tp or 1, pp_size=wish.pp or 1)),
-        )
+        raise _no_layout(shape, wish)
     chosen = best or min(considered, key=lambda item: (item.max_concurrency == 0, -item.max_concurrency))
     e, m = used.efficiencies, machine(shape, weights, kv, wish.gpu, chosen.parallel)
     running = max(min(wish.concurrency, chosen.max_concurrency), 1)
@@ -282,6 +279,24 @@ def check(shape: ModelShape, wish: Wish, weights: Precision, kv: str) -> None:
         problems += violations(shape, weights, Parallel(tp_size=wish.tp or 1, pp_size=wish.pp or 1))
     if problems:
         raise InputError(f"{shape} on {gpu.name}: this cannot run", problems=problems, hint="; ".join(hints) or None)
+
+
+def _no_layout(shape: ModelShape, wish: Wish) -> InputError:
+    """TP stays within a node or an NVLink domain, and TP x PP has to give the asked number of GPUs."""
+    limit = max(wish.gpu.nvlink_domain if wish.gpu.nvlink_domain >= 72 else GPUS_PER_NODE, GPUS_PER_NODE)
+    asked = ", ".join(
+        f"{name} {value}" for name, value in (("num-gpus", wish.num_gpus), ("tp", wish.tp), ("pp", wish.pp)) if value
+    )
+    problems, hint = [], "leave --tp and --pp to auto"
+    if wish.tp and wish.tp > limit:
+        near = max(size for size in range(1, limit + 1) if wish.tp % size == 0)
+        problems.append(f"tp {wish.tp} is more than the {limit} GPUs that a fast link joins")
+        hint = f"--tp {near} --pp {wish.tp // near}"
+    elif wish.num_gpus and wish.num_gpus % ((wish.tp or 1) * (wish.pp or 1)):
+        problems.append(f"{wish.num_gpus} GPUs are no multiple of what was asked for")
+    else:
+        problems.append(f"no split of {shape.num_heads} heads and {shape.num_layers} layers gives these numbers")
+    return InputError(f"{shape} on {wish.gpu.name}: no layout with {asked}", problems=problems, hint=hint)
 
 
 class _Speed:
