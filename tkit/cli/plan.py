@@ -28,7 +28,7 @@ class _SizeOrAuto(click.ParamType):
 
 
 @click.command("plan")
-@click.argument("model", required=False)
+@click.argument("words", metavar="[MODEL]", nargs=-1)
 @click.option("--gpu", default="h100", show_default=True, help="GPU of the table: h100, h200, b200, l40s, a100, ...")
 @click.option("--num-gpus", type=click.IntRange(min=1), help="GPUs to use.  [default: the fewest that fit]")
 @click.option("--tp", type=_SizeOrAuto(), help="Tensor-parallel size, in GPUs, or auto.  [default: auto]")
@@ -52,7 +52,7 @@ class _SizeOrAuto(click.ParamType):
 @output_options
 def command(
     output: Output,
-    model: str | None,
+    words: tuple[str, ...],
     gpu: str,
     prices: Path | None,
     axes: tuple[str, ...],
@@ -73,11 +73,16 @@ def command(
     from tkit.stages import plan as stage
 
     wish["gpu"] = find_gpu(gpu)
+    model = next((word for word in words if "=" not in word), None)
+    # after `--compare gpu=a,b` the shell gives `quant=x,y` as a word of its own
+    more_axes = [word for word in words if "=" in word]
+    if len(words) - len(more_axes) > 1 or (more_axes and not axes):
+        raise click.UsageError(f"expected one MODEL, found {' '.join(words)}")
     if axes:
         from tkit.planner.compare import comparison_record, render
 
-        words = [word for axis in axes for word in axis.split()]
-        comparison = stage.compare(model, wish, words, prices)
+        combined = [word for axis in (*axes, *more_axes) for word in axis.split()]
+        comparison = stage.compare(model, wish, combined, prices)
         output.record(comparison_record(comparison), render(comparison))
         return
     from tkit.planner.planning import as_record
