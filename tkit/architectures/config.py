@@ -6,8 +6,9 @@ runs: a field that is lost on the way (RoPE scaling, say) then shows as wrong lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, get_type_hints
 
 from tkit.architectures.table import ARCHITECTURES, Architecture
 from tkit.errors import InputError, did_you_mean
@@ -37,6 +38,7 @@ _FIELDS: dict[str, tuple[str, Any]] = {
 }
 _REQUIRED = ("num_layers", "hidden_size", "num_heads", "vocab_size")
 _OTHER_SPELLINGS = {"num_experts": "num_local_experts", "hidden_activation": "hidden_act"}
+_ROPE_NUMBERS = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 _ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "longrope", "yarn")
 
 
@@ -46,9 +48,11 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
 
     Raises InputError with every problem at once; `where` is the file's name.
     """
-    names = config.get("architectures") or []
-    if not names:
-        raise InputError(f'{where}: no "architectures" entry', hint=f"known: {', '.join(ARCHITECTURES)}")
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise InputError(
+            f'{where}: no "architectures" entry with a name in it', hint=f"known: {', '.join(ARCHITECTURES)}"
+        )
     architecture = names[0]
     if architecture not in ARCHITECTURES:
         raise InputError(
@@ -56,16 +60,17 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
             hint=f"known: {', '.join(ARCHITECTURES)}; docs/add-a-model.md shows how to add one",
         )
     row = ARCHITECTURES[architecture]
-    rope, local_base = rope_parameters(config)
-    problems = _problems(config, row, rope, where)
+    problems = [f"{where}: {problem}" for problem in _type_problems(config, row)]
+    rope, local_base = rope_parameters(config) if not problems else ({}, None)
+    problems += _problems(config, row, rope, where)
     if problems:
         raise InputError(f"{where}: not a config tkit can convert", problems=problems)
     values = {name: _value(config, row, name) for name in _FIELDS}
     values["intermediate_size"] = values["intermediate_size"] or 4 * values["hidden_size"]
     values["num_kv_heads"] = _num_kv_heads(config, row, values)
-    values["head_size"] = values["head_size"] or values["hidden_size"] // values["num_heads"]
+    values["head_size"] = values["head_size"] or values["hidden_size"] // max(values["num_heads"], 1)
     values["tie_word_embeddings"] = bool(values["tie_word_embeddings"])
-    extras = {name: config.get(name, default) for name, (_, default) in row.extras.items()}
+    extras = {name: _extra(config, name, default) for name, (_, default) in row.extras.items()}
     if "partial_rotary_factor" in extras:
         extras["partial_rotary_factor"] = rope.pop("partial_rotary_factor", extras["partial_rotary_factor"])
     if "rope_local_base_freq" in extras and local_base is not None:
@@ -87,10 +92,12 @@ def _problems(config: Mapping[str, Any], row: Architecture, rope: Mapping[str, A
     problems = [
         f'{where}: key "{_key(row, name)}" is missing' for name in _REQUIRED if _value(config, row, name) is None
     ]
-    if config.get("auto_map"):
-        problems.append(f"{where}: auto_map asks to run code that ships with the model; tkit never runs it")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+    problems += [
+        f"{where}: {key} asks to run code that ships with the model; tkit never runs it" for key in _code_keys(config)
+    ]
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         problems.append(
             f'{where}: the checkpoint is quantized already (quant_method "{method}"), expected 16-bit weights'
         )
@@ -103,6 +110,68 @@ def _problems(config: Mapping[str, Any], row: Architecture, rope: Mapping[str, A
         if config.get(key, value) != value
     ]
     return problems
+
+
+def _type_problems(config: Mapping[str, Any], row: Architecture) -> Iterator[str]:
+    """Values of another kind than the fields they are for."""
+    hints = get_type_hints(ModelSpec)
+    for name in _FIELDS:
+        value = _value(config, row, name)
+        if value is not None and not _is_a(value, hints[name]):
+            yield f"{_key(row, name)} is {value!r}, expected {hints[name].__name__}"
+    for name, (_, default) in row.extras.items():
+        kind = type(default) if isinstance(default, bool | list) else float
+        if config.get(name) is not None and not _is_a(config[name], kind):
+            yield f"{name} is {config[name]!r}, expected {kind.__name__}"
+    step = config.get("decoder_sparse_step", 1)
+    if "decoder_sparse_step" in row.extras and not (_is_a(step, int) and step >= 1):
+        yield f"decoder_sparse_step is {step!r}, expected at least 1"
+    num_experts = _value(config, row, "num_experts")
+    if "num_experts" in row.defaults and _is_a(num_experts, int) and num_experts < 1:
+        yield f"{_key(row, 'num_experts')} is {num_experts}, expected at least 1"
+    for name in ("rope_parameters", "rope_scaling"):
+        yield from _rope_problems(name, config.get(name))
+    for name in (*_ROPE_NUMBERS, "_sliding_window_pattern"):
+        if config.get(name) is not None and not _is_a(config[name], float):
+            yield f"{name} is {config[name]!r}, expected float"
+
+
+def _rope_problems(name: str, rope: Any) -> Iterator[str]:
+    if rope is None:
+        return
+    if not isinstance(rope, Mapping):
+        yield f"{name} is {rope!r}, expected keys"
+        return
+    for key, value in rope.items():
+        if key in ("full_attention", "sliding_attention"):
+            yield from _rope_problems(f"{name}.{key}", value)
+        elif key in ("type", "rope_type"):
+            if not isinstance(value, str):
+                yield f"{name}.{key} is {value!r}, expected str"
+        elif isinstance(value, list) and key not in _ROPE_NUMBERS:
+            if not all(_is_a(item, float) for item in value):
+                yield f"{name}.{key} is {value!r}, expected numbers"
+        elif value is not None and not isinstance(value, bool) and not _is_a(value, float):
+            yield f"{name}.{key} is {value!r}, expected float"
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _code_keys(value: Any, path: str = "") -> Iterator[str]:
+    """Where a config asks for code of its own, at any depth."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key in ("auto_map", "trust_remote_code") and inner:
+                yield f"{path}{key}"
+            else:
+                yield from _code_keys(inner, f"{path}{key}.")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _code_keys(inner, f"{path}{index}.")
 
 
 def rope_parameters(config: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
@@ -136,6 +205,12 @@ def _value(config: Mapping[str, Any], row: Architecture, name: str) -> Any:
     if value is None and key in _OTHER_SPELLINGS:
         value = config.get(_OTHER_SPELLINGS[key])
     return row.defaults.get(name, _FIELDS[name][1]) if value is None else value
+
+
+def _extra(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A field of one family. Null is a value of its own for numbers (no window, no softcapping)."""
+    value = config.get(name, default)
+    return default if value is None and isinstance(default, bool | list) else value
 
 
 def _num_kv_heads(config: Mapping[str, Any], row: Architecture, values: Mapping[str, Any]) -> int:

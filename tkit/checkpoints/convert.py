@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from tkit.checkpoints.tensors import (
     SAFETENSORS_DTYPE,
     cast,
     count_nonfinite,
+    is_zero,
     raw_dtype,
     to_float32,
     transformed,
@@ -77,12 +78,22 @@ def check_sources(source: TensorFiles, moves: Sequence[Move], ignored: Sequence[
             problems.append(f"{name} is {entry.shape}, config.json promises {shape}")
         elif entry.dtype not in FLOAT_DTYPES:
             problems.append(f"{name} is {entry.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
+    problems += _mixed_dtypes(source, used)
     for name in source.entries.keys() - used:
         # a tied lm_head may be stored beside the embedding it equals
         if not name.endswith(tuple(ignored)) and name != "lm_head.weight":
             problems.append(f"{name} {source.entries[name].shape} has no place in this architecture")
     if problems:
         raise InputError(f"{source.directory}: the weights do not match config.json", problems=sorted(problems))
+
+
+def _mixed_dtypes(source: TensorFiles, used: Set[str]) -> list[str]:
+    """BF16 among F16 or F16 among BF16: nothing writes both, and the one read as the other is noise of the same size."""
+    names: dict[str, list[str]] = {"BF16": [], "F16": []}
+    for name in used & source.entries.keys():
+        names.get(source.entries[name].dtype, []).append(name)
+    fewer, more = sorted(names, key=lambda dtype: len(names[dtype]))
+    return [f"{name} is {fewer}, {len(names[more])} others are {more}" for name in names[fewer]]
 
 
 def convert(
@@ -95,21 +106,26 @@ def convert(
     *,
     num_threads: int = 1,
     journal: Path | None = None,
+    allow_zeros: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Writes the files that the moves name into `directory`; returns {file name: {"bytes", "sha256"}}.
 
     With a `journal` file, steps that an earlier, killed call finished there are not done again.
     `num_threads` threads hash and write while this one reads and computes; the files do not depend on it. Raises
-    InputError naming every tensor that holds NaN or infinite values.
+    InputError naming every tensor of a layer that holds NaN or infinite values, or (unless `allow_zeros`) is a matrix of
+    nothing but zeros.
     """
     stored_dtype = SAFETENSORS_DTYPE[dtype]
     nonfinite: list[str] = []
+    zeros: list[str] = []
 
     def read(name: str) -> Raw:
         raw = cast(source.read(name), source.entries[name].dtype, stored_dtype)
         bad = count_nonfinite(raw, stored_dtype)
         if bad:
             nonfinite.append(f"{name}: {bad} of {raw.size} values are NaN or infinite in {dtype}")
+        elif raw.ndim > 1 and not allow_zeros and is_zero(raw):
+            zeros.append(f"{name}: all {raw.size} values are zero")
         return raw, stored_dtype
 
     with CheckpointWriter(directory, file_layouts(moves, dtype), num_threads, journal) as files:
@@ -120,8 +136,9 @@ def convert(
                 _pass_step(step, read, quantizer)
                 continue
             _write_step(step, read, files, quantizer)
-            if nonfinite:
-                raise InputError(f"{source.directory}: weights are not finite", problems=nonfinite)
+            if nonfinite or zeros:
+                hint = "interrupted copies leave zeros; where they are meant: --allow-zeros" if zeros else None
+                raise InputError(f"{source.directory}: unusable weights", problems=[*nonfinite, *zeros], hint=hint)
             files.end_step(index)
         progress.step("convert", len(steps), len(steps))
         return files.finish()

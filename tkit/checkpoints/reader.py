@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -43,27 +45,29 @@ class TensorEntry:
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file, checked against each other and the file's size. Reads no data."""
     try:
-        size = path.stat().st_size
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise InputError(f"{path}: not a regular file")  # opening a pipe would wait for ever
+        size = facts.st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise InputError(f"{path}: not a safetensors file: {size} bytes, header length {length}")
             header = json.loads(file.read(length), object_pairs_hook=unique_keys)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: unreadable safetensors header: {error}") from error
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: unreadable safetensors header: a {type(header).__name__}, not a mapping")
     header.pop("__metadata__", None)
     entries, problems, spans = {}, [], []
     for name, value in header.items():
-        try:
-            dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-            entry = TensorEntry(path, dtype, shape, 8 + length + start)
-            if entry.num_bytes != stop - start or min(shape, default=1) < 0:
-                problems.append(
-                    f"{name}: {dtype} {shape} needs {entry.num_bytes} bytes, the header gives {stop - start}"
-                )
-        except (KeyError, TypeError, ValueError):
-            problems.append(f"{name}: malformed entry {value!r}")
+        if not _is_entry(value):
+            problems.append(f"{name}: malformed entry {str(value)[:100]}")
             continue
+        dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        entry = TensorEntry(path, dtype, shape, 8 + length + start)
+        if entry.num_bytes != stop - start:
+            problems.append(f"{name}: {dtype} {shape} needs {entry.num_bytes} bytes, the header gives {stop - start}")
         entries[name] = entry
         spans.append((start, stop, name))
     end = 0
@@ -76,6 +80,18 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if problems:
         raise InputError(f"{path}: the header contradicts the file", problems=problems)
     return entries
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether a header entry has a known dtype, a shape and two offsets, all whole numbers."""
+    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str) or value["dtype"] not in ITEM_BYTES:
+        return False
+    shape, offsets = value.get("shape"), value.get("data_offsets")
+    return _are_sizes(shape) and isinstance(offsets, list) and len(offsets) == 2 and _are_sizes(offsets)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 class TensorFiles:
@@ -155,8 +171,43 @@ def open_ranks(directory: Path, world_size: int) -> TensorFiles:
     return TensorFiles(directory, entries)
 
 
+def check_model_files(directory: Path, names: Iterable[str]) -> None:
+    """Raises InputError listing those of the files `names` in `directory` that are no regular files of that model:
+    devices, pipes, and links that lead out of it.
+
+    The Hugging Face cache links from `snapshots/<commit>` to `blobs` beside it: that is within the model.
+    """
+    model = directory.parent.parent if directory.parent.name == "snapshots" else directory
+    root = Path(os.path.realpath(model))
+    problems = []
+    for name in names:
+        path = directory / name
+        target = Path(os.path.realpath(path))
+        if not os.path.lexists(path):
+            continue
+        if not target.exists():
+            problems.append(f"{name}: a link to {target}, which does not exist")
+        elif not target.is_relative_to(root):
+            problems.append(f"{name}: a link to {target}, outside {root}")
+        elif not target.is_file():
+            problems.append(f"{name}: not a regular file")
+    if problems:
+        raise InputError(
+            f"{directory}: files that are not the model's own",
+            problems=problems,
+            hint="put the files themselves there, or name the directory in which they lie",
+        )
+
+
+def file_signature(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to or another takes its place."""
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
 def _shards(directory: Path) -> list[Path]:
     """The weight files: those that the index names, or `model.safetensors`."""
+    check_model_files(directory, (INDEX_FILE, SINGLE_FILE))
     index_path = directory / INDEX_FILE
     if not index_path.exists():
         single = directory / SINGLE_FILE
@@ -169,15 +220,17 @@ def _shards(directory: Path) -> list[Path]:
             hint="tkit reads safetensors; download the model's *.safetensors files or convert it with transformers",
         )
     index = read_json(index_path)
-    names = set(index.get("weight_map", {}).values()) if isinstance(index, dict) else set()
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f'{index_path}: "weight_map" is empty, expected the file of every tensor')
     problems = []
-    for name in sorted(names):
-        if not isinstance(name, str) or Path(name).name != name:
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or "\0" in name:
             problems.append(f'shard "{name}" points outside the model directory')
         elif not (directory / name).exists():
             problems.append(f"shard {name} is missing")
-    if not names:
-        problems.append('"weight_map" is empty')
     if problems:
         raise InputError(f"{index_path}: the index does not match the directory", problems=problems)
-    return [directory / name for name in sorted(names)]
+    check_model_files(directory, names)
+    return [directory / name for name in names]

@@ -83,3 +83,8 @@ def count_nonfinite(raw: np.ndarray, dtype: str) -> int:
     if largest_positive < infinity and int(raw.max()) < sign + infinity:
         return 0
     return int(np.count_nonzero((raw & raw.dtype.type(infinity)) == infinity))
+
+
+def is_zero(raw: np.ndarray) -> bool:
+    """Whether every bit is zero; looks at the first row first, which is nearly always the answer."""
+    return not raw[:1].any() and not raw.any()

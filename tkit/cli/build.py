@@ -35,6 +35,7 @@ from tkit.units import format_bytes, format_seconds
 @click.option("--out", type=click.Path(path_type=Path), default="engines", show_default=True, help="Engines directory.")
 @click.option("--name", help="Engine name.  [default: made from model, quantization, layout and inputs]")
 @click.option("--force", is_flag=True, help="Build again even when the engine exists.")
+@click.option("--allow-zeros", is_flag=True, help="Build although a weight matrix is all zeros.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @output_options
 def command(
@@ -45,6 +46,7 @@ def command(
     workers: int | None,
     out: Path,
     force: bool,
+    allow_zeros: bool,
     dry_run: bool,
     **overrides: object,
 ) -> None:
@@ -67,7 +69,9 @@ def command(
         text = f"{plan.name}: {num_tensors} tensors, {format_bytes(plan.num_bytes)} in {len(files)} files"
         output.record(plan.record(), text)
         return
-    directory, card, existed = build(plan, output, out=out, device=device, workers=workers, force=force)
+    directory, card, existed = build(
+        plan, output, out=out, device=device, workers=workers, force=force, allow_zeros=allow_zeros
+    )
     if existed:
         text = f"{card.name} exists, built from the same inputs"
     else:

@@ -9,6 +9,7 @@ from typing import Any
 from tkit.errors import InputError
 
 DTYPES = ("bfloat16", "float16", "float32")
+MAX_COUNT = 10_000  # of layers, heads and experts: a plan is made one by one of them, and no model is near
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,9 @@ class ModelSpec:
                      "vocab_size", "max_position_embeddings"):  # fmt: skip
             if getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("num_layers", "num_heads", "num_experts"):
+            if getattr(self, name) > MAX_COUNT:
+                problems.append(f"{name} is {getattr(self, name)}, expected at most {MAX_COUNT}")
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             problems.append(f"experts_per_token is {self.experts_per_token}, expected 1 to {self.num_experts}")
         if self.dtype not in DTYPES:

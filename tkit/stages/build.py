@@ -40,8 +40,8 @@ from tkit.architectures.unified_hf import (
     quantization_config,
 )
 from tkit.checkpoints.convert import LayerQuantizer, check_sources, checkpoint_bytes, convert, file_layouts
-from tkit.checkpoints.load_simulation import check_load
-from tkit.checkpoints.reader import TensorFiles, open_source
+from tkit.checkpoints.load_simulation import check_load, config_problems
+from tkit.checkpoints.reader import TensorFiles, check_model_files, file_signature, open_source
 from tkit.errors import InputError
 from tkit.files import read_json, sha256_file, sync_directory, write_json
 from tkit.specs.engine import CARD_FILE, EngineCard
@@ -51,7 +51,7 @@ from tkit.specs.progress import Progress
 from tkit.specs.quantization import QuantFormat, quant_format
 from tkit.specs.recipe import EngineRecipe
 from tkit.stages.engines import ENGINES_DIR, read_card
-from tkit.stages.models import TOKENIZER_FILES, ModelSource, copy_tokenizer
+from tkit.stages.models import TOKENIZER_FILES, ModelSource, check_hub_digests, copy_tokenizer
 from tkit.units import format_bytes
 
 BACKEND = "reference"
@@ -71,6 +71,7 @@ class BuildPlan:
     moves: Sequence[Move]
     calib_file: Path | None
     hash_seconds: float
+    signatures: dict[Path, tuple[int, ...]]  # of the source's files, from before they were hashed
 
     @property
     def config(self) -> dict[str, Any]:
@@ -102,20 +103,27 @@ class BuildPlan:
 def plan_build(source: ModelSource, recipe: EngineRecipe, progress: Progress) -> BuildPlan:
     """Resolves and checks. Raises InputError with everything that is wrong with the config, the layout or the weights."""
     config_path = source.directory / "config.json"
+    check_model_files(source.directory, (config_path.name, *TOKENIZER_FILES))
     config = read_json(config_path)
     if not isinstance(config, dict):
         raise InputError(f"{config_path}: expected a mapping of keys, found {type(config).__name__}")
     spec = spec_from_hf(config, str(config_path))
     quant = quant_format(recipe.quant)
     moves = _plan_formats(spec, quant, recipe)
+    problems = config_problems(trtllm_config(spec, quant, recipe.parallel)) if recipe.format != "hf" else []
+    if problems:
+        raise InputError(f"{config_path}: TensorRT-LLM has no engine for this model", problems=problems)
     with open_source(source.directory) as files:
         check_sources(files, moves, ARCHITECTURES[spec.architecture].ignored)
         paths = files.files
     calib_file = _calibration_file(recipe) if quant.needs_calibration else None
     used = [config_path, *paths, *(source.directory / name for name in TOKENIZER_FILES)]
+    used = [path for path in used if path.exists()]
+    signatures = {path: file_signature(path) for path in used}
     hash_started = time.monotonic()
-    source_files = _digests(source.directory, [path for path in used if path.exists()], progress)
+    source_files = _digests(source.directory, used, progress)
     hash_seconds = time.monotonic() - hash_started
+    check_hub_digests(source.directory, source_files)
     inputs = {
         "backend": BACKEND,
         "tkit": __version__,
@@ -135,6 +143,7 @@ def plan_build(source: ModelSource, recipe: EngineRecipe, progress: Progress) ->
         moves=moves,
         calib_file=calib_file,
         hash_seconds=hash_seconds,
+        signatures=signatures,
     )
 
 
@@ -146,6 +155,7 @@ def build(
     device: str = "cpu",
     workers: int | None = None,
     force: bool = False,
+    allow_zeros: bool = False,
 ) -> tuple[Path, EngineCard, bool]:
     """(engine directory, card, whether it was there already). Equal inputs give the engine that exists, unless `force`."""
     started = time.monotonic()
@@ -162,14 +172,14 @@ def build(
     work = _work_directory(out, plan, progress)
     try:
         _check_disk(out, plan)
-        card = _write_engine(plan, work, device, workers or os.cpu_count() or 1, started, progress)
+        card = _write_engine(plan, work, device, workers or os.cpu_count() or 1, allow_zeros, started, progress)
         return target, _publish(work, target, card, force), False
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_engine(
-    plan: BuildPlan, work: Path, device: str, workers: int, started: float, progress: Progress
+    plan: BuildPlan, work: Path, device: str, workers: int, allow_zeros: bool, started: float, progress: Progress
 ) -> EngineCard:
     journal = work / "journal.jsonl"
     tokenizer = copy_tokenizer(plan.source.directory, work / "tokenizer", plan.spec.vocab_size)
@@ -178,9 +188,11 @@ def _write_engine(
     convert_started = time.monotonic()
     with open_source(plan.source.directory) as source:
         converted = convert(
-            source, plan.moves, plan.spec.dtype, work, quantizer, progress, num_threads=workers, journal=journal
-        )
+            source, plan.moves, plan.spec.dtype, work, quantizer, progress,
+            num_threads=workers, journal=journal, allow_zeros=allow_zeros,
+        )  # fmt: skip
         notes = _notes(plan, source)
+    _check_unchanged(plan)
     journal.unlink()
     convert_seconds = time.monotonic() - convert_started
     if plan.recipe.format in ("trtllm", "both"):
@@ -232,6 +244,21 @@ def _write_engine(
         sync_directory(directory)
     write_json(work / CARD_FILE, card)
     return card
+
+
+def _check_unchanged(plan: BuildPlan) -> None:
+    """The digests in the card are of the bytes that were converted, or there is no card."""
+    changed = [
+        f"{path.name} was written to or replaced"
+        for path, signature in plan.signatures.items()
+        if not path.exists() or file_signature(path) != signature
+    ]
+    if changed:
+        raise InputError(
+            f"{plan.source.directory}: the model changed while it was read",
+            problems=changed,
+            hint="build again when nothing writes to it",
+        )
 
 
 def _plan_formats(spec: ModelSpec, quant: QuantFormat, recipe: EngineRecipe) -> list[Move]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -80,6 +82,25 @@ def _download(model: str, revision: str | None) -> Path:
             f"{model}: not fetched from the Hugging Face hub: {first_line}",
             hint="check the name, the network and HF_TOKEN, or give a directory that holds the model",
         ) from error
+
+
+def check_hub_digests(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises InputError naming every file whose sha256 is not the one under which the Hugging Face cache keeps it.
+
+    There, large files are links to `blobs/<sha256>`; `files` is {name: {"bytes", "sha256"}}.
+    """
+    problems = []
+    for name, facts in files.items():
+        blob = (directory / name).resolve()
+        is_digest = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
+        if is_digest and facts["sha256"] != blob.name:
+            problems.append(f"{name}: sha256 is {facts['sha256'][:12]}..., the hub's is {blob.name[:12]}...")
+    if problems:
+        raise InputError(
+            f"{directory}: files are not what the hub published",
+            problems=problems,
+            hint="delete them from the cache, so that they are fetched again",
+        )
 
 
 def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> Tokenizer:
