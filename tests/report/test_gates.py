@@ -268,10 +268,19 @@ def test_a_point_that_one_repeat_of_three_supports_is_evaluated(base: Path, slow
     assert [check.state for check in outcome_of("output_tok_s<-90%", base, slow_copy).checks] == ["passed", "passed"]
 
 
+def test_a_load_that_was_asked_for_and_not_measured(base: Path, slow_copy: Path) -> None:
+    edit(slow_copy / "manifest.json", concurrency=[1, 4, 16])
+    (slow_copy / "state.jsonl").write_text('{"event": "ended", "reason": "interrupted"}\n')
+    checks = outcome_of("output_tok_s<1", base, slow_copy).checks
+    assert [(check.concurrency, check.state) for check in checks[2:]] == [(16, "not evaluated")]
+    assert checks[2].text == "point is missing: the sweep ended early: interrupted"
+
+
 def test_a_load_or_shape_that_only_the_baseline_has(base: Path, tmp_path: Path) -> None:
     wide = make_run(tmp_path, "wide", shapes=("128/64", "512/32"), concurrency=(1, 4, 16), requests=40)
     checks = outcome_of("output_tok_s<-90%", wide, base).checks
     where = [(check.shape, check.concurrency, check.state) for check in checks]
+    assert checks[2].text == "point is missing"
     assert where == [
         ("128/64", 1, "passed"),
         ("128/64", 4, "passed"),
@@ -293,6 +302,17 @@ def test_tokens_counted_otherwise_are_not_comparable(base: Path, tmp_path: Path)
         (1, "not evaluated", reason),
         (4, "not evaluated", reason),
     ]
+
+
+def test_no_goodput_is_a_number_but_has_no_ratio(base: Path, tmp_path: Path) -> None:
+    stuck = make_run(tmp_path, "stuck", ttft_speed=100.0, **SMALL)
+    comparison = gated("goodput_interactive<0.5,goodput_interactive<-5%,ttft_tail<1", base, stuck)
+    assert [outcome.state for outcome in comparison.gates] == ["failed", "not evaluated", "passed"]
+    assert [outcome.checks[0].text for outcome in comparison.gates[:2]] == [
+        "0 req/s",
+        "goodput_interactive is zero or was not measured",
+    ]
+    assert comparison.gates[2].checks[0].text.startswith("p95 ")
 
 
 def test_a_percentile_needs_its_requests(base: Path, slow: Path) -> None:

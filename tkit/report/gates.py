@@ -23,9 +23,10 @@ not support; a change without an interval or without a baseline; a run that was 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from tkit.report.record import (
     GateOutcome,
     RunFacts,
 )
-from tkit.report.statistics import min_requests
+from tkit.report.statistics import Change, Estimate, min_requests
 from tkit.specs.gate import Gate
 from tkit.specs.record import METRICS, SLO_TIERS
 
@@ -191,6 +192,7 @@ def _checks(gate: Gate, comparison: Comparison, run: RunFacts) -> list[GateCheck
 
 
 def _places(comparison: Comparison, run: RunFacts) -> list[_Place]:
+    """What the run has or set out to have, and what the baseline has; not what only other runs have."""
     places: list[_Place] = []
     told: set[tuple[str, int]] = set()
     missing = {(entry.split(" ")[0], int(entry.split(" ")[1].removeprefix("C="))) for entry in run.missing}
@@ -203,8 +205,8 @@ def _places(comparison: Comparison, run: RunFacts) -> list[_Place]:
         for level in group.levels:
             cells = {cell.run: cell for cell in level.cells}
             cell, baseline = cells.get(run.id), cells.get(comparison.baseline or "")
-            if cell is None and baseline is None and (group.shape, level.concurrency) not in missing:
-                continue  # only other runs have, or wanted, this load
+            if cell is None and baseline is None:
+                continue
             told.add((group.shape, level.concurrency))
             places.append(
                 _Place(
@@ -229,60 +231,88 @@ def _places(comparison: Comparison, run: RunFacts) -> list[_Place]:
 
 
 def _point(gate: Gate, comparison: Comparison, run: RunFacts, found: _Place) -> GateCheck:
-    def check(state: str, words: str, **numbers: float | None) -> GateCheck:
-        return GateCheck(
-            run=run.id, shape=found.shape, concurrency=found.concurrency, state=state, text=words, **numbers
-        )
+    check = functools.partial(GateCheck, run=run.id, shape=found.shape, concurrency=found.concurrency)
+    obstacle = _obstacle(gate, comparison, run, found)
+    if obstacle is not None:
+        return check(state=NOT_EVALUATED, text=obstacle)
+    return (_change if gate.is_relative else _number)(gate, comparison, found, check)
 
-    cell, baseline = found.cell, found.baseline
-    sides = {"": cell} | ({"the baseline's ": baseline} if gate.is_relative and not found.note else {})
-    if gate.is_relative and comparison.baseline is None:
-        return check(NOT_EVALUATED, "one run alone has no baseline")
-    for whose, side in sides.items():
-        if side is None:
-            return check(NOT_EVALUATED, f"{whose}point is missing")
-        if not side.is_valid:
-            return check(NOT_EVALUATED, f"{whose}point is invalid: {'; '.join(side.invalid_reasons)}")
-    assert cell is not None
+
+def _obstacle(gate: Gate, comparison: Comparison, run: RunFacts, found: _Place) -> str | None:
+    """Why the gate cannot be evaluated there."""
+    sides = [("", run, found.cell)]
+    if gate.is_relative:
+        if comparison.baseline is None:
+            return "one run alone has no baseline"
+        if not found.note:
+            sides.append(("the baseline's ", comparison.facts(comparison.baseline), found.baseline))
+    for whose, facts, cell in sides:
+        if cell is None:
+            early = f": the sweep ended early: {text.isolated(facts.ended_early)}" if facts.ended_early else ""
+            return f"{whose}point is missing{early}"
+        if not cell.is_valid:
+            return f"{whose}point is invalid: {'; '.join(cell.invalid_reasons)}"
     if gate.is_relative and found.note:
-        return check(NOT_EVALUATED, found.note)
+        return found.note
     if gate.metric == "tok_s_gpu" and comparison.device != "GPU":
-        return check(NOT_EVALUATED, "how many GPUs each run used was not told")
-    key = KEYS.get(gate.metric, gate.metric)
-    for whose, side in sides.items():
-        if side is not None and side.estimates.get(key) is None:
-            return check(NOT_EVALUATED, f"{whose}{_no_number(gate.metric, side)}")
-    value = cell.estimates[key]
+        return "how many GPUs each run used was not told"
+    for whose, _, cell in sides:
+        if cell is not None and _estimate(gate, cell) is None:
+            return f"{whose}{_no_number(gate.metric, cell)}"
+    return None
+
+
+def _estimate(gate: Gate, cell: Cell) -> Estimate | None:
+    value = cell.estimates[KEYS.get(gate.metric, gate.metric)]
+    kind, tier = ASKABLE.get(gate.metric, ("", ""))
+    if value is None and kind == "goodput" and str(tier) in cell.goodput and not gate.is_relative:
+        return Estimate(value=cell.goodput[str(tier)].requests_s)  # zero, which no ratio can be taken of
+    return value
+
+
+def _number(gate: Gate, comparison: Comparison, found: _Place, check: Callable[..., GateCheck]) -> GateCheck:
+    value = _estimate(gate, found.cell) if found.cell is not None else None
     assert value is not None
-    name = f"p{found.tail} " if gate.metric.endswith("_tail") else ""
-    if not gate.is_relative:
-        state = FAILED if gate.is_crossed(value.value) else PASSED
-        span = f" (95 % CI {text.interval(value.low, value.high)})" if value.low is not None else ""
-        words = f"{name}{text.number(value.value)} {unit(gate.metric)}{span}"
-        return check(state, words, value=value.value, low=value.low, high=value.high)
-    change = cell.changes[key]
+    span = f" (95 % CI {text.interval(value.low, value.high)})" if value.low is not None else ""
+    words = f"{_percentile(gate, found)}{text.number(value.value)} {unit(gate.metric)}{span}"
+    state = FAILED if gate.is_crossed(value.value) else PASSED
+    return check(state=state, text=words, value=value.value, low=value.low, high=value.high)
+
+
+def _change(gate: Gate, comparison: Comparison, found: _Place, check: Callable[..., GateCheck]) -> GateCheck:
+    assert found.cell is not None and found.baseline is not None
+    mine, its = _estimate(gate, found.cell), _estimate(gate, found.baseline)
+    assert mine is not None and its is not None
+    change = found.cell.changes[KEYS.get(gate.metric, gate.metric)]
+    words = f"{_percentile(gate, found)}{text.percent(change.relative)}"
     if change.low is None or change.high is None:
-        return check(NOT_EVALUATED, f"{name}{text.percent(change.relative)}, too few requests for an interval")
-    its = baseline.estimates[key] if baseline is not None else None
-    assert its is not None
-    words = (
-        f"{name}{text.percent(change.relative)} (95 % CI {text.change_interval(change.low, change.high)}), "
-        f"{text.number(value.value)} against {text.number(its.value)} {unit(gate.metric)}"
+        return check(state=NOT_EVALUATED, text=f"{words}, too few requests for an interval")
+    words += (
+        f" (95 % CI {text.change_interval(change.low, change.high)}), "
+        f"{text.number(mine.value)} against {text.number(its.value)} {unit(gate.metric)}"
     )
-    state = PASSED
+    doubt = _doubt(gate, change, change.low, change.high, comparison.threshold)
+    state = FAILED if gate.is_crossed(change.relative) and not doubt else PASSED
+    return check(state=state, text=words + doubt, value=change.relative, low=change.low, high=change.high)
+
+
+def _doubt(gate: Gate, change: Change, low: float, high: float, threshold: float) -> str:
+    """Why a change beyond the limit does not fail the gate; "" when it does, or is not beyond it."""
+    if not gate.is_crossed(change.relative):
+        return ""
     if gate.is_crossed(0.0):  # an improvement is demanded
-        if gate.is_crossed(change.low) and gate.is_crossed(change.high):
-            state = FAILED
-        elif gate.is_crossed(change.relative):
-            words += "; not decided: the interval reaches the limit"
-    elif gate.is_crossed(change.relative):
-        if change.is_called:
-            state = FAILED
-        elif change.low <= 0 <= change.high:
-            words += "; not significant: the interval includes no change"
-        else:
-            words += f"; within the practical threshold of {comparison.threshold * 100:.0f} %"
-    return check(state, words, value=change.relative, low=change.low, high=change.high)
+        is_refuted = gate.is_crossed(low) and gate.is_crossed(high)
+        return "" if is_refuted else "; not decided: the interval reaches the limit"
+    if change.is_called:
+        return ""
+    if low <= 0 <= high:
+        return "; not significant: the interval includes no change"
+    return f"; within the practical threshold of {threshold * 100:.0f} %"
+
+
+def _percentile(gate: Gate, found: _Place) -> str:
+    """Which one the tail is."""
+    return f"p{found.tail} " if gate.metric.endswith("_tail") else ""
 
 
 def _no_number(metric: str, cell: Cell) -> str:
@@ -291,7 +321,7 @@ def _no_number(metric: str, cell: Cell) -> str:
     if isinstance(percentile, int) and percentile > 50:
         return f"p{percentile} needs {min_requests(percentile)} requests, the point has {answered}"
     if metric.endswith("_tail"):
-        return f"tail needs {min_requests(90)} requests, the point has {answered}"
+        return f"the tail needs {min_requests(90)} requests in every run, the point has {answered}"
     return f"{metric} is zero or was not measured"
 
 
