@@ -108,9 +108,11 @@ class Answer:
                 self.writer.write(b"0\r\n\r\n")
                 return True
             case "garbled":
-                await self.send(event(b"{not json"))
+                await self.send(event(b"{not json") + self.token(done, 1), tokens=1)
+                return await self.end_after(done + 1)
             case "no_sse":
-                await self.send(b"<html>\n\n")
+                await self.send(b"<html>\n\n" + self.token(done, 1), tokens=1)
+                return await self.end_after(done + 1)
             case "bad_chunk":
                 self.writer.write(b"xyz\r\n")
                 await self.writer.drain()
@@ -118,6 +120,13 @@ class Answer:
             case "short":
                 return await self.end(done)
         return None
+
+    async def end_after(self, done: int) -> bool:
+        """The rest as if nothing had been."""
+        for i in range(done, self.asked):
+            await asyncio.sleep(ITL_S)
+            await self.send(self.token(i, 1), tokens=1)
+        return await self.end()
 
     def token(self, done: int, tokens: int) -> bytes:
         text = WORD * (done + tokens if self.model == "so_far" else tokens)

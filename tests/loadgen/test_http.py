@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import statistics
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from tkit.loadgen.exchange import Exchange, RequestRecord, request_record
 from tkit.loadgen.http import _Connection, http_address
 from tkit.loadgen.metrics import tpot_ms
 from tkit.loadgen.monitor import Monitor
+from tkit.loadgen.openai_http import OpenAIClient
 from tkit.loadgen.point import Place
 from tkit.loadgen.profiles import Profile, Shape, find_profile
 from tkit.loadgen.prompts import PromptMaker
@@ -168,6 +171,8 @@ def outcomes(fake: Any, tokenizer_dir: Path) -> dict[tuple[str, str], tuple[Requ
         await client.perform(exchange)
         monitor.in_flight.discard(exchange)
         await client.close()
+        if model in ("failing", "error_200", "busy", "cut_event"):
+            assert exchange.error is not None, "known at once, so that a point of nothing but failures is given up"
         return request_record(exchange, client.answer(exchange)), client.token_source
 
     async def every() -> dict[tuple[str, str], tuple[RequestRecord, str]]:
@@ -212,6 +217,40 @@ def test_failures_have_names(outcomes: Any, protocol: str, model: str, error: st
     assert record.detail.startswith(detail)
     if model in ("failing", "truncated", "closed", "stalled", "cut_event", "garbled"):
         assert record.chunks == 8, "what came before is kept"
+
+
+def completion(text: str, count: int | None = None) -> bytes:
+    usage = None if count is None else {"prompt_tokens": 24, "completion_tokens": count}
+    return b"data: %s\n\n" % json.dumps({"choices": [{"text": text}] if text else [], "usage": usage}).encode()
+
+
+ENDING = completion("", 3) + b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("messages", "is_uniform", "counts"),
+    [
+        ([completion("a"), completion("b"), completion("c"), ENDING], True, [1, 1, 1]),
+        ([completion("a"), completion("b"), completion("c") + ENDING], True, [1, 1, 1]),
+        ([completion("a"), completion("b") + completion("c"), ENDING], False, [1, 1, 1]),
+        ([b": alive\n\n", completion("a"), completion("b"), completion("c"), ENDING], False, [1, 1, 1]),
+        ([completion("a"), b"data: {oops\n\n" + completion("b"), completion("c"), ENDING], False, [1]),
+        ([completion("a"), completion("b"), completion("c"), completion("", 4) + b"data: [DONE]\n\n"], False, [1, 1, 2]),
+    ],
+)  # fmt: skip
+def test_messages_are_dropped_only_where_each_is_one_token(
+    messages: list[bytes], is_uniform: bool, counts: list[int]
+) -> None:
+    client = OpenAIClient("h:1", "m", lambda text: [1, 2, 3, 3])
+    client.token_source = "server_usage"
+    exchange = Exchange(index=0, request=b"", isl=24, osl=3)
+    exchange.times, exchange.messages = array("q", range(10, 10 + len(messages))), messages
+    client._conclude(exchange)
+    answer = client.answer(exchange)
+    assert (exchange.is_uniform, list(answer.token_counts)) == (is_uniform, counts)
+    assert answer.token_ns[0] == (11 if messages[0].startswith(b":") else 10)
+    assert exchange.error == ("unreadable" if len(counts) == 1 else None)
+    assert answer.isl == (None if exchange.error else 24)
 
 
 def test_failures_make_a_point_invalid(fake: Any, tokenizer_dir: Path) -> None:

@@ -113,7 +113,9 @@ class SseClient:
         messages, osl = exchange.messages, exchange.osl
         if len(messages) < osl or body.count(self.text_key) != osl or any(self.text_key + e in body for e in EMPTY):
             return
-        if not all(_is_one_event(message) and self.text_key in message for message in messages[:osl]):
+        if not all(_is_one_event(message) and self.text_key in message for message in messages[: osl - 1]):
+            return
+        if self.text_key not in messages[osl - 1]:  # usage and the end often come with the last token
             return
         kept = [messages[0], *messages[max(osl - 1, 1) :]]
         decoded = self._decode(kept, [0] * len(kept))
