@@ -24,7 +24,7 @@ example: demo  ## keep the demo's report as the committed example
 	cp reports/demo/* reports/example/
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
