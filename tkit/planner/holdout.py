@@ -1,8 +1,9 @@
 """Refits the shipped constants and measures what they are worth on rows they have not seen. `python -m tkit.planner.holdout`
 
-Two ways of leaving out: every GPU in turn (a card nobody measured), and every fifth group of (engine version, GPU, model)
-(a new deployment on a known card). The errors become the bands of `data/engines/*.json`: truth / prediction, by cell. The
-coverage that those bands reach is measured across the folds: each fold's band comes from the other folds.
+Three ways of leaving out: every GPU in turn (a card nobody measured), every engine version in turn, and every fifth group of
+(engine version, GPU, model) (a new deployment on a known card). The errors of the first and the last become the bands of
+`data/engines/*.json`: truth / prediction, by cell. The coverage that those bands reach is measured across the folds: each
+fold's band comes from the other folds.
 """
 
 from __future__ import annotations
@@ -212,9 +213,11 @@ def refit(today: str) -> Mapping[str, Any]:
     inside = np.log([row.value for row in rows]) - np.log(predict_rows(rows, values))
     new, gpu_names = held_out(rows, folds_by_gpu(rows))
     seen, fold_names = held_out(rows, folds_by_deployment(rows))
+    unknown, _ = held_out(rows, folds_by_version(rows))
     reached: dict[str, Any] = {
         "in_sample": summary(rows, inside),
         "leave_one_gpu_out": summary(rows, new),
+        "leave_one_version_out": summary(rows, unknown),
         "leave_deployments_out": summary(rows, seen),
         "coverage": {
             str(tail): [
@@ -251,6 +254,7 @@ def refit(today: str) -> Mapping[str, Any]:
                 ],
                 "in_sample": summary(chosen, inside[own]),
                 "leave_one_gpu_out": summary(chosen, new[own]),
+                "leave_one_version_out": summary(chosen, unknown[own]),
                 "leave_deployments_out": summary(chosen, seen[own]),
                 "errors": bands(chosen, seen[own], new[own]),
             },
