@@ -1,6 +1,6 @@
 """How long `tkit --help` takes, beside an empty Python and an import of click: the best of twenty, alternating.
 
-    python -m benchmarks.cli
+python -m benchmarks.cli
 """
 
 from __future__ import annotations

@@ -83,11 +83,11 @@ def test_packages_of_the_base_install_import_no_torch(package):
 
 def loaded_modules(*arguments: str) -> set[str]:
     code = (
-        "import sys; sys.argv = ['tkit', *%r]\n"
+        f"import sys; sys.argv = ['tkit', *{arguments!r}]\n"
         "from tkit.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "print('\\n'.join(sys.modules), file=sys.stderr)" % (arguments,)
+        "print('\\n'.join(sys.modules), file=sys.stderr)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return {name.split(".")[0] for name in result.stderr.split()}

@@ -65,7 +65,7 @@ def start_child(*command: str, **settings: object) -> subprocess.Popen[str]:
 
 
 def test_the_server_process_gets_its_stack_its_pid_and_default_signals() -> None:
-    script = 'ulimit -s; echo {pid} $$; grep SigIgn /proc/self/status'
+    script = "ulimit -s; echo {pid} $$; grep SigIgn /proc/self/status"
     process = start_child("/bin/sh", "-c", script)
     stack, pids, ignored = process.communicate(timeout=10)[0].splitlines()
     assert (int(stack), pids.split()) == (64 * 1024, [str(process.pid)] * 2)
@@ -157,7 +157,7 @@ def test_only_this_servers_shared_memory_is_removed(tmp_path: Path, monkeypatch:
 
 def test_the_log_without_tables_and_the_exit_code(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_bytes(b"+---+\n| a |\n+---+\n\nI1120 server.cc:604] \nI1120 1] \"one\"\n" + b"x" * 500 + b"\nlast \xff\n")
+    log.write_bytes(b'+---+\n| a |\n+---+\n\nI1120 server.cc:604] \nI1120 1] "one"\n' + b"x" * 500 + b"\nlast \xff\n")
     assert last_lines(log) == ['I1120 1] "one"', "x" * 400, "last �"]
     assert last_lines(log, 1) == ["last �"]
     assert (describe_exit(1), describe_exit(-signal.SIGSEGV)) == ("exit code 1", "signal SIGSEGV")

@@ -12,7 +12,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def test_ensemble_is_the_golden_file() -> None:
-    parameters = {"engine_dir": "/srv/engines/é \"x\"", "instance": "0123456789abcdef"}
+    parameters = {"engine_dir": '/srv/engines/é "x"', "instance": "0123456789abcdef"}
     assert render_model_config(ensemble_config(parameters)) == (GOLDEN / "ensemble.pbtxt").read_text(encoding="utf-8")
 
 
@@ -22,7 +22,11 @@ def test_repository_layout(tmp_path: Path) -> None:
     model = ServedModel(config=config, source="source\n")
     write_repository(tmp_path, model)
     written = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
-    assert written == dict(repository_files(model)) == {
-        "m/config.pbtxt": render_model_config(config),
-        "m/1/model.py": "source\n",
-    }
+    assert (
+        written
+        == dict(repository_files(model))
+        == {
+            "m/config.pbtxt": render_model_config(config),
+            "m/1/model.py": "source\n",
+        }
+    )

@@ -26,6 +26,8 @@ class Gpu:
     nvlink_domain: int  # GPUs that reach each other over NVLink; 1 = none
     pcie_bandwidth: float
     tdp_w: float
+    fp16_measured: float = 0.0  # the best matrix product that anybody measured; 0 = nobody published one
+    fp8_measured: float = 0.0
 
     def flops(self, math: str) -> float:
         """Dense operations per second of "fp16", "fp8", "int8" or "fp4" matrix products."""

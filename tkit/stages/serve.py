@@ -236,7 +236,9 @@ def _checked_install(backend: Backend, options: ServeOptions) -> TritonInstall:
 def _warn_about_host(options: ServeOptions, install: TritonInstall, progress: Progress) -> None:
     if options.is_loopback:
         return
-    progress.note(f"warning: --host {options.host} opens the server to the network, without authentication or encryption")
+    progress.note(
+        f"warning: --host {options.host} opens the server to the network, without authentication or encryption"
+    )
     if install.is_wheel:
         progress.note(
             "warning: the wheel's tritonserver 2.51 has known remote holes (CVE-2025-23310, -23319, -23320, -23334; "
