@@ -28,6 +28,9 @@ from tkit.specs.moves import Move
 from tkit.specs.quantization import QUANT_FORMATS, QuantFormat
 
 
+transformers.utils.logging.disable_progress_bar()  # a bar per loaded model says nothing that tkit's own progress does not
+
+
 def pick_device(device: str = "auto") -> str:
     """`auto` is CUDA where torch sees a GPU."""
     if device == "auto":
