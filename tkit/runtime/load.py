@@ -27,7 +27,6 @@ from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
 from tkit.specs.quantization import QUANT_FORMATS, QuantFormat
 
-
 transformers.utils.logging.disable_progress_bar()  # a bar per loaded model says nothing that tkit's own progress does not
 
 
