@@ -21,7 +21,8 @@ demo: $(READY)  ## build, validate, serve, sweep and compare three engines of th
 
 example: demo  ## keep the demo's report as the committed example
 	mkdir -p reports/example
-	cp reports/demo/* reports/example/
+	cp reports/demo/report.html reports/demo/report.md reports/demo/report.csv reports/demo/pareto.png reports/example/
+	sed -i 's|$(CURDIR)/||g' reports/example/report.*
 
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile
