@@ -439,6 +439,50 @@ def test_every_mandatory_key_is_missed(name):
         assert [line for line in config_problems(without) if line.startswith(expected)], key
 
 
+MOE_MAPPING = MIXTRAL["mapping"]
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "problem"),
+    [
+        (MIXTRAL, {"mapping": MOE_MAPPING | {"moe_tp_size": 4}}, "mapping: moe_tp_size 4 x moe_ep_size 2 is not tp_size 4"),
+        (MIXTRAL, {"moe": {"num_experts": 8, "top_k": 9}}, "moe: top_k is 9, num_experts 8"),
+        (MIXTRAL, {"moe": {"num_experts": 7, "top_k": 2}}, "moe.num_experts 7 is not a multiple of moe_ep_size 2"),
+        (MIXTRAL, {"moe": MIXTRAL["moe"] | {"topk": 2}}, 'moe: unknown key "topk" is refused'),
+        (MIXTRAL, {"intermediate_size": 101}, "the size of an expert 101 is not a multiple of moe_tp_size 2"),
+        (MIXTRAL, {"moe_shared_expert_intermediate_size": 102},
+         "the size of the shared expert 102 is not a multiple of tp_size 4"),
+        (MIXTRAL, {"quantization": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}},
+         "quantization: FP8_PER_CHANNEL_PER_TOKEN cannot be combined with experts"),
+        (LLAMA, {"mapping": {"world_size": 2, "tp_size": 1, "pp_size": 2}}, "pp_size 2 exceeds num_hidden_layers 1"),
+        (LLAMA, {"vocab_size": 0}, "vocab_size is 0, expected at least 1"),
+        (LLAMA, {"intermediate_size": 2047}, "intermediate_size 2047 is not a multiple of tp_size 2"),
+        (LLAMA | {"mapping": {"world_size": 8, "tp_size": 8, "pp_size": 1}}, {"num_key_value_heads": 3},
+         "num_key_value_heads 3 and tp_size 8: neither is a multiple of the other"),
+    ],
+)  # fmt: skip
+def test_a_config_that_contradicts_itself_is_named(config, change, problem):
+    assert config_problems({"quantization": {"quant_algo": None}, **config, **change}) == [problem]
+
+
+def test_the_embedding_is_split_along_either_side():
+    config = LLAMA | {"quantization": {"quant_algo": None}, "use_parallel_embedding": True}
+    name = "transformer.vocab_embedding.weight"
+    assert required_tensors(config | {"embedding_sharding_dim": 0}, 0)[name] == Form("F16", (501, 512))
+    assert required_tensors(config | {"embedding_sharding_dim": 1}, 0)[name] == Form("F16", (1001, 256))
+
+
+def test_an_excluded_layer_ships_its_plain_weight():
+    defaults = ["*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding",
+                "*shared_expert_gate", "*fused_a"]  # fmt: skip
+    config = LLAMA | {"quantization": INT4 | {"exclude_modules": [*defaults, "transformer.layers.*.mlp.proj"]}}
+    assert config_problems(config) == []
+    tensors = required_tensors(config, 0)
+    found = {name: form for name, form in tensors.items() if ".mlp.proj." in name}
+    assert found == {"transformer.layers.0.mlp.proj.weight": Form("F16", (512, 1024))}
+    assert tensors["transformer.layers.0.mlp.fc.weight"].dtype == "I8"
+
+
 def test_every_class_of_the_architecture_table_is_known():
     from tkit.checkpoints.load_simulation import FAMILIES
 
@@ -450,7 +494,7 @@ def test_phi3_has_no_pipeline_and_gemma_splits_its_embedding():
     config["mapping"] = {"world_size": 2, "tp_size": 1, "pp_size": 2}
     assert config_problems(config) == ["pp_size is 2, Phi3ForCausalLM builds every layer on every stage"]
     config, _ = headers("gemma", "none", Parallel(tp_size=2))
-    problem = "vocab_size 97 is not a multiple of tp_size 2, which splits the embedding"
+    problem = "vocab_size 97 is not a multiple of tp_size 2"
     assert config_problems(config | {"vocab_size": 97}) == [problem]
 
 

@@ -106,6 +106,19 @@ def test_a_damaged_file_is_named(tkit, engine):
     assert result.stderr.endswith("hint: tkit verify checks every file\n")
 
 
+def test_files_of_many_ranks_stand_in_order(tkit, engine):
+    """rank10 after rank9."""
+    card = json.loads((engine / "engine.json").read_text())
+    name = "checkpoint/rank0.safetensors"
+    for rank in range(4, 12):
+        copy = f"checkpoint/rank{rank}.safetensors"
+        (engine / copy).write_bytes((engine / name).read_bytes())
+        card["files"][copy] = card["files"][name]
+    (engine / "engine.json").write_text(json.dumps(card))
+    record = json.loads(tkit("inspect", "--json").stdout)
+    assert [file["name"] for file in record["files"]] == [f"checkpoint/rank{rank}.safetensors" for rank in range(12)]
+
+
 def test_a_terminal_gets_a_table_that_fits(tkit, engine, monkeypatch):
     import tkit.cli.inspect as inspect
 

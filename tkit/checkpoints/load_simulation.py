@@ -229,19 +229,29 @@ def _mapping_problems(config: Mapping[str, Any], family: Family) -> Iterator[str
     moe_tp = mapping.get("moe_tp_size", tp // moe_ep)
     if moe_tp * moe_ep != tp:
         yield f"mapping: moe_tp_size {moe_tp} x moe_ep_size {moe_ep} is not tp_size {tp}"
-    if config["num_attention_heads"] % tp:
-        yield f"num_attention_heads {config['num_attention_heads']} is not a multiple of tp_size {tp}"
     kv_heads = config["num_key_value_heads"]
     if kv_heads % tp and tp % kv_heads:
         yield f"num_key_value_heads {kv_heads} and tp_size {tp}: neither is a multiple of the other"
-    if config["intermediate_size"] % tp and not config.get("moe"):
-        yield f"intermediate_size {config['intermediate_size']} is not a multiple of tp_size {tp}"
+    moe = config.get("moe") or {}
+    for name, size, divisor_name, divisor in (
+        ("num_attention_heads", config["num_attention_heads"], "tp_size", tp),
+        ("intermediate_size", 0 if moe else config["intermediate_size"], "tp_size", tp),
+        ("moe.num_experts", moe.get("num_experts", 0), "moe_ep_size", moe_ep),
+        ("the size of an expert", _expert_size(config) if moe else 0, "moe_tp_size", moe_tp),
+        ("the size of the shared expert", config.get("moe_shared_expert_intermediate_size", 0), "tp_size", tp),
+        ("vocab_size", config["vocab_size"] if family.shards_embedding else 0, "tp_size", tp),
+    ):
+        if size % divisor:
+            yield f"{name} {size} is not a multiple of {divisor_name} {divisor}"
     if pp > config["num_hidden_layers"]:
         yield f"pp_size {pp} exceeds num_hidden_layers {config['num_hidden_layers']}"
     if pp > 1 and not family.has_pipeline:
         yield f"pp_size is {pp}, {config['architecture']} builds every layer on every stage"
-    if family.shards_embedding and config["vocab_size"] % tp:
-        yield f"vocab_size {config['vocab_size']} is not a multiple of tp_size {tp}, which splits the embedding"
+
+
+def _expert_size(config: Mapping[str, Any]) -> int:
+    size: int = config.get("moe_intermediate_size", config["intermediate_size"])
+    return size
 
 
 def _quantization_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -309,8 +319,7 @@ class Sizes:
         moe_ep = mapping.get("moe_ep_size", 1)
         self.num_experts: int = moe.get("num_experts", 0)
         self.experts = self.num_experts // moe_ep
-        expert_size = config.get("moe_intermediate_size", config["intermediate_size"])
-        self.expert_mlp = expert_size // mapping.get("moe_tp_size", self.tp // moe_ep)
+        self.expert_mlp = _expert_size(config) // mapping.get("moe_tp_size", self.tp // moe_ep)
         self.shared_mlp = config.get("moe_shared_expert_intermediate_size", 0) // self.tp
         self.halves = 2 if config["hidden_act"] in ("swiglu", "gegelu", "geglu") else 1  # in one fused layer
 
