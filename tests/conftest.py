@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tiny models: threads cost more than they give, and tests run in parallel
-
+# tiny models: threads cost more than they give, and the tests run in parallel
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -20,6 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tkit import demo
 from tkit.cli.main import cli
+
+# a shell that starts the tests in the background has them ignore Ctrl-C, and every process they start would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeLlama = Callable[..., Path]
 

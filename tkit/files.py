@@ -66,7 +66,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (ValueError, OSError, RecursionError) as error:
+    except RecursionError as error:
+        raise InputError(f"{path}: not readable as JSON: nested too deeply") from error
+    except (ValueError, OSError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from tkit import demo
@@ -24,40 +25,60 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 
 
-def test_every_linear_sees_what_it_sees_in_the_whole_model(make_llama, monkeypatch):
-    model_dir = make_llama(rope_parameters=LLAMA3_ROPE)
-    tokens = torch.randint(0, 4096, (6, 48), generator=torch.Generator().manual_seed(8))
+SIZES = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "initializer_range": 0.2, "pad_token_id": 0,
+}  # fmt: skip
+WINDOW = {"query_pre_attn_scalar": 16, "sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "overrides"),
+    [
+        (transformers.LlamaConfig, {"rope_parameters": LLAMA3_ROPE, "attention_bias": True}),
+        (transformers.MistralConfig, {"sliding_window": 8}),
+        (transformers.Qwen2Config, {}),
+        (transformers.Qwen3Config, {}),
+        (transformers.GemmaConfig, {}),
+        (transformers.Gemma2Config, WINDOW),
+        (transformers.Gemma3TextConfig, {**WINDOW, "sliding_window_pattern": 2}),
+        (transformers.Phi3Config, {}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_every_linear_sees_what_it_sees_in_the_whole_model(tmp_path, monkeypatch, config_class, overrides):
+    torch.manual_seed(0)
+    config = config_class(**{**SIZES, **overrides})
+    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    tokens = torch.randint(0, 512, (6, 48), generator=torch.Generator().manual_seed(8))
     monkeypatch.setattr(calibration, "BATCH_TOKENS", 2 * 48)  # several batches
-    spec = spec_from_hf(json.loads((model_dir / "config.json").read_text()), "config.json")
+    spec = spec_from_hf(json.loads((tmp_path / "config.json").read_text()), "config.json")
     moves = plan_moves(spec, QUANT_FORMATS["fp8"], Parallel())
     seen = {}
     monkeypatch.setattr(
         calibration, "quantize", lambda name, weights, inputs, dtype: seen.update(dict.fromkeys(weights, inputs)) or {}
     )
     quantizer = CalibratedQuantizer(spec, tokens)
-    with open_source(model_dir) as source:
+    with open_source(tmp_path) as source:
         quantizer.embedding((source.read("model.embed_tokens.weight"), "BF16"))
         for index in range(spec.num_layers):
             step = [move for move in moves if move.layer == index]
             sources = {name: (source.read(name), "BF16") for move in step for name in move.sources}
             quantizer.layer(index, sources, [move for move in step if move.format is not None])
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     expected = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda _, args, name=name: expected.update({name: args[0].flatten(0, 1)}))
     with torch.inference_mode():
         model(tokens)
-    pairs = {"attention.qkv": "self_attn.v_proj", "attention.dense": "self_attn.o_proj", "mlp.fc": "mlp.gate_proj",
-             "mlp.gate": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}  # fmt: skip
-    for layer in range(3):
-        for ours, theirs in pairs.items():
-            inputs = seen[f"transformer.layers.{layer}.{ours}"]
-            x = expected[f"model.layers.{layer}.{theirs}"]
-            torch.testing.assert_close(inputs.abs_max, x.abs().amax(0), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(inputs.abs_mean, x.abs().mean(0), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(inputs.square_mean, x.square().mean(0), rtol=1e-4, atol=1e-5)
+    assert len(seen) == sum(move.format is not None for move in moves)
+    for move in (move for move in moves if move.format is not None):
+        x, inputs = expected[move.sources[-1].removesuffix(".weight")], seen[move.module]
+        torch.testing.assert_close(inputs.abs_max, x.abs().amax(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(inputs.abs_mean, x.abs().mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(inputs.square_mean, x.square().mean(0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture

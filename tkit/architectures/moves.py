@@ -108,6 +108,10 @@ def _rule_violations(row: Architecture, spec: ModelSpec, quant: QuantFormat, par
         problems.append(f"pp {parallel.pp_size} exceeds num_hidden_layers {spec.num_layers}")
     if parallel.pp_size > 1 and not row.has_pipeline:
         problems.append(f"pp is {parallel.pp_size}, but {row.trtllm} has no pipeline parallelism in TensorRT-LLM")
+    if quant.needs_calibration and not row.calibrates:
+        problems.append(
+            f"{quant.name} needs calibration, which {row.trtllm} does not have yet; use fp8_rowwise or int4"
+        )
     if not quant.is_stored_plain and "expert" in used:
         problems.append(f"{quant.name} cannot quantize experts yet, and they are most of the model; use none or int8")
     problems += [problem for module in modules for problem in _size_violations(module, spec, quant, parallel)]

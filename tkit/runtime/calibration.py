@@ -48,6 +48,9 @@ class CalibratedQuantizer:
         table = to_torch(*weight)
         model = _empty_model(self.spec, self.device)
         embeddings = torch.nn.functional.embedding(self.tokens, table).float()
+        embeddings *= getattr(
+            model.embed_tokens, "scalar_embed_scale", 1.0
+        )  # Gemma's embedding scales what it looks up
         with torch.inference_mode():
             self.hidden, self._calls = _record_layer_calls(model, embeddings.to(self.device))
         self._layers = cast(torch.nn.ModuleList, model.layers)
