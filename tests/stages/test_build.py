@@ -250,6 +250,12 @@ def test_a_recipe_gives_defaults_and_the_command_line_wins(tkit, make_llama, tmp
     assert card["name"].startswith("mine-fp8-tp1-")
 
 
+def test_expert_parallelism_without_experts_is_refused(tkit, make_llama):
+    result = tkit("build", make_llama(), "--tp", "2", "--moe-ep", "2")
+    assert result.exit_code == 2
+    assert "moe_ep_size is 2, but the model has no experts" in result.stderr
+
+
 def test_the_command_in_the_card_builds_the_same_engine(tkit, make_llama):
     import shlex
 

@@ -15,6 +15,8 @@ from tkit.units import format_bytes, format_seconds
 @click.command("build")
 @click.argument("model", required=False)
 @click.option("--tp", "tp_size", type=click.IntRange(min=1), help="Tensor-parallel size, in GPUs.  [default: 1]")
+@click.option("--moe-ep", "moe_ep_size", type=click.IntRange(min=1),
+              help="Of the tp ranks, how many hold different experts.  [default: 1]")  # fmt: skip
 @click.option("--pp", "pp_size", type=click.IntRange(min=1), help="Pipeline-parallel size, in GPUs.  [default: 1]")
 @click.option("--quant", help="none, int8, fp8, fp8_rowwise, int4 or int4_awq.  [default: none]")
 @click.option(

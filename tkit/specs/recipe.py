@@ -19,6 +19,7 @@ class EngineRecipe:
     quant: str = "none"
     tp_size: int = 1
     pp_size: int = 1
+    moe_ep_size: int = 1  # of the tp ranks, how many hold different experts
     format: str = "trtllm"
     calib: str | None = None  # .txt or .jsonl; None = the text that ships with tkit
     calib_samples: int = 16
@@ -28,7 +29,7 @@ class EngineRecipe:
 
     def __post_init__(self) -> None:
         quant_format(self.quant, where="quant")
-        Parallel(tp_size=self.tp_size, pp_size=self.pp_size)
+        _ = self.parallel  # refuses impossible sizes
         problems = [
             f"{name} is {value}, expected at least 1"
             for name, value in (("calib_samples", self.calib_samples), ("calib_len", self.calib_len))
@@ -41,7 +42,7 @@ class EngineRecipe:
 
     @property
     def parallel(self) -> Parallel:
-        return Parallel(tp_size=self.tp_size, pp_size=self.pp_size)
+        return Parallel(tp_size=self.tp_size, pp_size=self.pp_size, moe_ep_size=self.moe_ep_size)
 
 
 @dataclass(frozen=True, kw_only=True)

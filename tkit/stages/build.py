@@ -425,6 +425,8 @@ def _command(plan: BuildPlan) -> str:
     recipe, default = plan.recipe, EngineRecipe()
     command = ["tkit", "build", plan.source.model, "--tp", str(recipe.tp_size), "--pp", str(recipe.pp_size)]
     command += ["--quant", recipe.quant]
+    if recipe.moe_ep_size != default.moe_ep_size:
+        command += ["--moe-ep", str(recipe.moe_ep_size)]
     if recipe.format != default.format:
         command += ["--format", recipe.format]
     if plan.calib_file is not None:
