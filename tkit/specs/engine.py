@@ -15,7 +15,7 @@ class EngineCard:
     """`engine.json`. Written last, so its presence means the directory is complete.
 
     `files` maps each path inside the directory to {"bytes", "sha256"}; the card itself is not in it.
-    `build` holds seconds, peak_memory_bytes and source_bytes; `quality` is filled by `tkit validate` in its own file.
+    `build` holds what the build took (docs/files.md); `tkit validate` writes the quality into a file of its own.
     """
 
     schema: str = CARD_SCHEMA
@@ -30,7 +30,7 @@ class EngineCard:
     tp_size: int
     pp_size: int
     num_params: int
-    weight_bytes: int  # bytes of all rank files' tensors
+    weight_bytes: int  # of all weight files, those of both checkpoints where both were written
     max_position_embeddings: int
     vocab_size: int
     recipe: Mapping[str, Any]

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from tkit.errors import InputError, did_you_mean
 
-KV_CACHE_ALGOS = {"auto": None}
-
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
