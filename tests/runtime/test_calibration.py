@@ -14,6 +14,7 @@ from tkit.architectures.config import spec_from_hf
 from tkit.architectures.moves import plan_moves
 from tkit.checkpoints.reader import open_source
 from tkit.errors import InputError
+from tkit.quantize.table import QUANTIZERS, Quantizer
 from tkit.runtime import calibration
 from tkit.runtime.calibration import CalibratedQuantizer, calibration_tokens
 from tkit.specs.parallel import Parallel
@@ -55,9 +56,8 @@ def test_every_linear_sees_what_it_sees_in_the_whole_model(tmp_path, monkeypatch
     spec = spec_from_hf(json.loads((tmp_path / "config.json").read_text()), "config.json")
     moves = plan_moves(spec, QUANT_FORMATS["fp8"], Parallel())
     seen = {}
-    monkeypatch.setattr(
-        calibration, "quantize", lambda name, weights, inputs, dtype: seen.update(dict.fromkeys(weights, inputs)) or {}
-    )
+    watch = Quantizer(lambda weights, inputs, dtype: seen.update(dict.fromkeys(weights, inputs)) or {}, torch.clone)
+    monkeypatch.setitem(QUANTIZERS, "fp8", watch)
     quantizer = CalibratedQuantizer(spec, tokens)
     with open_source(tmp_path) as source:
         quantizer.embedding((source.read("model.embed_tokens.weight"), "BF16"))

@@ -59,6 +59,12 @@ def dequantize_rows(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return stored["weight"].float() * stored["per_channel_scale"][:, None]
 
 
+def rounded_per_tensor(x: torch.Tensor, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the kernel multiplies by: x (..., in) with the static scale."""
+    scale = stored["activation_scaling_factor"]
+    return (round_to_fp8(x.float(), scale).float() * scale).to(x.dtype)
+
+
 def rounded_per_token(x: torch.Tensor) -> torch.Tensor:
     """What the kernel multiplies by: x (..., in) with one dynamic scale per token."""
     scale = (x.float().abs().amax(dim=-1, keepdim=True) / FP8_MAX).clamp(min=MIN_ROW_SCALE)

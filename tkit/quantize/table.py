@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
 from tkit.quantize import awq, fp8, int4
 from tkit.quantize.statistics import InputStatistics
 
-Stored = dict[str, torch.Tensor]
+Stored = Mapping[str, torch.Tensor]
+Weights = Mapping[str, torch.Tensor]
 
 
-def quantize(
-    format_name: str, weights: Mapping[str, torch.Tensor], inputs: InputStatistics | None, dtype: torch.dtype
-) -> dict[str, Stored]:
-    """{module: stored tensors} for float32 weights {module: (out, in)} that read the same activations.
+class Quantizer(NamedTuple):
+    """One format. `quantize` takes float32 weights {module: (out, in)} that read the same activations, the statistics of
+    those (empty for formats that look at weights only) and the model's dtype; it gives {module: stored tensors}.
 
-    `inputs` are the calibrated statistics of those; None for formats that look at weights only.
+    `dequantize` gives the float32 weight (out, in) that multiplies the kernel's input. `kernel_input` makes that of x
+    (..., in), where it is not x itself; it needs only those stored tensors that do not grow with the rows of the weight.
     """
-    if format_name == "fp8_rowwise":
-        return fp8.quantize_rows(weights)
-    if format_name == "int4":
-        return int4.quantize_groups(weights, dtype)
-    assert inputs is not None, f"{format_name} needs calibration"
-    if format_name == "fp8":
-        return fp8.quantize(weights, inputs)
-    if format_name == "int4_awq":
-        return awq.quantize(weights, inputs, dtype)
-    raise AssertionError(f"{format_name} has a format but no quantizer")
+
+    quantize: Callable[[Weights, InputStatistics, torch.dtype], dict[str, dict[str, torch.Tensor]]]
+    dequantize: Callable[[Stored], torch.Tensor]
+    kernel_input: Callable[[torch.Tensor, Stored], torch.Tensor] | None = None
 
 
-DEQUANTIZE = {
-    "fp8": fp8.dequantize,
-    "fp8_rowwise": fp8.dequantize_rows,
-    "int4": int4.dequantize_groups,
-    "int4_awq": awq.dequantize,
+# fmt: off
+QUANTIZERS: dict[str, Quantizer] = {
+    "fp8":         Quantizer(lambda weights, inputs, dtype: fp8.quantize(weights, inputs), fp8.dequantize,
+                             fp8.rounded_per_tensor),
+    "fp8_rowwise": Quantizer(lambda weights, inputs, dtype: fp8.quantize_rows(weights), fp8.dequantize_rows,
+                             lambda x, stored: fp8.rounded_per_token(x)),
+    "int4":        Quantizer(lambda weights, inputs, dtype: int4.quantize_groups(weights, dtype), int4.dequantize_groups),
+    "int4_awq":    Quantizer(awq.quantize, awq.dequantize),
 }
+# fmt: on

@@ -22,7 +22,7 @@ from tkit.architectures.config import hf_config
 from tkit.errors import InputError
 from tkit.files import read_jsonl_texts
 from tkit.quantize.statistics import InputStatistics
-from tkit.quantize.table import quantize
+from tkit.quantize.table import QUANTIZERS
 from tkit.runtime.bits import to_raw, to_torch
 from tkit.runtime.data_free import as_linear
 from tkit.specs.model import ModelSpec
@@ -68,7 +68,8 @@ class CalibratedQuantizer:
             }
             assert group[0].format is not None
             dtype = getattr(torch, self.spec.dtype)
-            for module, stored in quantize(group[0].format.name, stacked, statistics[group[0].module], dtype).items():
+            quantize = QUANTIZERS[group[0].format.name].quantize
+            for module, stored in quantize(stacked, statistics[group[0].module], dtype).items():
                 quantized[module] = {part: to_raw(values) for part, values in stored.items()}
         return quantized
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from tkit.quantize.table import quantize
+from tkit.quantize.statistics import InputStatistics
+from tkit.quantize.table import QUANTIZERS
 from tkit.runtime.bits import to_raw, to_torch
 from tkit.specs.moves import Move
 
@@ -29,7 +30,8 @@ class DataFreeQuantizer:
             assert move.format is not None
             parts = [to_torch(*sources[name]) for name in move.sources]
             weight = torch.cat([as_linear(part, move) for part in parts])
-            stored = quantize(move.format.name, {move.module: weight}, None, parts[0].dtype)[move.module]
+            quantize = QUANTIZERS[move.format.name].quantize
+            stored = quantize({move.module: weight}, InputStatistics(), parts[0].dtype)[move.module]
             quantized[move.module] = {name: to_raw(values) for name, values in stored.items()}
         return quantized
 

@@ -1,12 +1,13 @@
 """A written checkpoint -> a transformers model that computes what its kernels would.
 
 Reads `checkpoint/`, or `hf/` where an engine has only that, and nothing else: the model's shape comes from its config.json,
-the weights are merged from the rank files and dequantized, inputs of FP8 layers are rounded with the stored static scale.
+the weights are merged from the rank files and dequantized, and what enters a layer is rounded where its kernel rounds it.
 Memory: the whole model in `dtype`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from transformers import AutoConfig, PreTrainedModel
 from tkit.architectures.config import hf_config, parallel_from_trtllm, spec_from_hf, spec_from_trtllm
 from tkit.architectures.moves import plan_moves
 from tkit.checkpoints.merge import merge
-from tkit.checkpoints.reader import open_ranks, open_source
+from tkit.checkpoints.reader import TensorFiles, open_ranks, open_source
 from tkit.errors import InputError
 from tkit.files import read_json
-from tkit.quantize import fp8, int4, int8
-from tkit.quantize.table import DEQUANTIZE
+from tkit.quantize import int8
+from tkit.quantize.table import QUANTIZERS
 from tkit.runtime.bits import to_torch
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
@@ -44,83 +45,93 @@ def load_model(engine_dir: Path, device: str = "auto") -> tuple[PreTrainedModel,
     the checkpoint's own dtype on CUDA."""
     device = pick_device(device)
     if (engine_dir / "checkpoint").is_dir():
-        spec, weights, input_scales = _read_trtllm(engine_dir / "checkpoint", device)
+        spec, weights, kernel_inputs = _read_trtllm(engine_dir / "checkpoint", device)
     else:
-        spec, weights, input_scales = _read_hf(engine_dir / "hf", device)
+        spec, weights, kernel_inputs = _read_hf(engine_dir / "hf", device)
     if spec.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     model = model_from_weights(spec, weights, _dtype(spec, device))
     torch.nn.Module.to(model, device)
-    for name, scale in input_scales.items():
-        model.get_submodule(name).register_forward_pre_hook(_fp8_input(None if scale is None else scale.to(device)))
+    for name, kernel_input in kernel_inputs.items():
+        model.get_submodule(name).register_forward_pre_hook(kernel_input)
     return model, spec
 
 
 Weights = dict[str, torch.Tensor]  # by Hugging Face name, dequantized
-InputScales = dict[
-    str, torch.Tensor | None
-]  # of FP8 layers, by Hugging Face module; None = one per token, when it comes
+Hook = Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor]]
+KernelInputs = dict[str, Hook]  # by Hugging Face module, where the kernel rounds what enters it
 
 
 def _dtype(spec: ModelSpec, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else getattr(torch, spec.dtype)
 
 
-def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, InputScales]:
+def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelInputs]:
     config = read_json(directory / "config.json")
     spec, quant, parallel = spec_from_trtllm(config), quant_of(config), parallel_from_trtllm(config)
     weights: Weights = {}
-    input_scales: InputScales = {}
+    kernel_inputs: KernelInputs = {}
     with open_ranks(directory, parallel.world_size) as files:
         for move, parts in merge(files, plan_moves(spec, quant, parallel)):
             stored = {part: to_torch(raw, code) for part, (raw, code) in parts.items()}
             weights.update(_hugging_face_weights(move, stored, quant, _dtype(spec, device)))
-            if stored["weight" if "weight" in stored else "bias"].dtype == torch.float8_e4m3fn:
-                for source in move.sources:
-                    input_scales[source.removesuffix(".weight")] = stored.get("activation_scaling_factor")
-    return spec, weights, input_scales
+            hook = None if move.format is None else _kernel_input(move.format, stored, device)
+            if hook is not None:
+                kernel_inputs.update(dict.fromkeys((name.removesuffix(".weight") for name in move.sources), hook))
+    return spec, weights, kernel_inputs
 
 
-def _read_hf(directory: Path, device: str) -> tuple[ModelSpec, Weights, InputScales]:
-    """A unified Hugging Face checkpoint. What sits beside a weight under its module's name says how it is stored."""
+def _read_hf(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelInputs]:
+    """A unified Hugging Face checkpoint. A weight with a scale beside it is quantized as `hf_quant_config.json` says."""
     config = {key: value for key, value in read_json(directory / "config.json").items() if key != "quantization_config"}
     spec = spec_from_hf(config, str(directory / "config.json"))
     dtype = _dtype(spec, device)
+    quant = QUANT_FORMATS["none"]
+    if (directory / "hf_quant_config.json").exists():
+        quant = quant_of(read_json(directory / "hf_quant_config.json"))
     weights: Weights = {}
-    input_scales: InputScales = {}
+    kernel_inputs: KernelInputs = {}
     with open_source(directory) as files:
-
-        def read(name: str) -> torch.Tensor:
-            return to_torch(files.read(name), files.entries[name].dtype)
-
         for name, entry in files.entries.items():
             module, _, part = name.rpartition(".")
-            if part in ("weight_scale", "pre_quant_scale"):
-                continue
-            if part == "input_scale":
-                input_scales[module] = read(name).reshape(1)
-            elif entry.dtype == "F8_E4M3":
-                scale = read(f"{module}.weight_scale")
-                if scale.numel() > 1:
-                    weights[name] = fp8.dequantize_rows({"weight": read(name), "per_channel_scale": scale}).to(dtype)
-                    input_scales[module] = None
-                else:
-                    weights[name] = fp8.dequantize({"weight": read(name), "weights_scaling_factor": scale}).to(dtype)
-            elif entry.dtype == "U8":
-                codes = int4.unpack(read(name).view(torch.int8))
-                weight = int4.dequantize(codes, read(f"{module}.weight_scale"))
-                if f"{module}.pre_quant_scale" in files.entries:
-                    weight = weight * read(f"{module}.pre_quant_scale").float()
-                weights[name] = weight.to(dtype)
-            else:
-                weights[name] = read(name).to(dtype)
-    return spec, weights, input_scales
+            if f"{module}.weight_scale" not in files.entries or part == "bias":
+                weights[name] = to_torch(files.read(name), entry.dtype).to(dtype)
+            elif part == "weight":
+                stored = _hugging_face_parts(files, module, quant)
+                weights[name] = QUANTIZERS[quant.name].dequantize(stored).to(dtype)
+                hook = _kernel_input(quant, stored, device)
+                if hook is not None:
+                    kernel_inputs[module] = hook
+    return spec, weights, kernel_inputs
+
+
+def _hugging_face_parts(files: TensorFiles, module: str, quant: QuantFormat) -> dict[str, torch.Tensor]:
+    """The stored tensors of one projection under TensorRT-LLM's names."""
+    stored = {}
+    for tensor in quant.tensors:
+        name = f"{module}.{tensor.hf_name}"
+        if name in files.entries:
+            is_signed = tensor.dtype == "I8"  # the same bytes, under whatever name this format gives them
+            stored[tensor.name] = to_torch(files.read(name), "I8" if is_signed else files.entries[name].dtype)
+        elif tensor.name == "prequant_scaling_factor":  # folded into the norm in front
+            stored[tensor.name] = torch.ones(stored["weight"].shape[1])
+    return stored
+
+
+def _kernel_input(quant: QuantFormat, stored: Mapping[str, torch.Tensor], device: str) -> Hook | None:
+    """The hook that makes of a layer's input what its kernel multiplies by, or None where that is the input itself."""
+    kernel_input = QUANTIZERS[quant.name].kernel_input
+    if kernel_input is None:
+        return None
+    names = [tensor.name for tensor in quant.tensors if tensor.out_axis is None and tensor.name in stored]
+    small = {name: stored[name].to(device) for name in names}
+    return lambda module, arguments: (kernel_input(arguments[0], small),)
 
 
 def quant_of(config: dict[str, Any]) -> QuantFormat:
     """The format that config.json names."""
     algo = config["quantization"]["quant_algo"]
-    has_prequant_scale = config["quantization"]["pre_quant_scale"]
+    has_prequant_scale = config["quantization"].get("pre_quant_scale", False)
     return next(
         format
         for format in QUANT_FORMATS.values()
@@ -143,7 +154,7 @@ def _hugging_face_weights(
     if "bias" in stored:
         whole = stored["bias"]
     elif move.format is not None:
-        whole = DEQUANTIZE[move.format.name](stored)
+        whole = QUANTIZERS[move.format.name].dequantize(stored)
     elif quant.name == "int8" and move.input is not None:
         whole = int8.rounded(stored["weight"])
     else:
@@ -152,13 +163,3 @@ def _hugging_face_weights(
         whole = whole.float() - 1
     parts = [part.T if move.transform == "transpose" else part for part in whole.split(list(move.source_rows))]
     return dict(zip(move.sources, (part.to(dtype).contiguous() for part in parts), strict=True))
-
-
-def _fp8_input(scale: torch.Tensor | None) -> Any:
-    def round_input(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        x = arguments[0]
-        if scale is None:
-            return (fp8.rounded_per_token(x),)
-        return ((fp8.round_to_fp8(x.float(), scale).float() * scale).to(x.dtype),)
-
-    return round_input
