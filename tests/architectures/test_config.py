@@ -72,7 +72,7 @@ def test_defaults_are_those_of_transformers():
 
 
 def test_everything_wrong_with_a_config_is_listed_at_once():
-    broken = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "auto_map": {"AutoModel": "evil.py"},
+    broken = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "trust_remote_code": True,
               "rope_parameters": {"rope_type": "llama4"}, "quantization_config": {"quant_method": "awq"}}  # fmt: skip
     with pytest.raises(InputError) as error:
         spec_from_hf(broken, "m/config.json")
@@ -80,7 +80,7 @@ def test_everything_wrong_with_a_config_is_listed_at_once():
     for part in (
         '"num_hidden_layers" is missing',
         '"vocab_size" is missing',
-        "auto_map",
+        "trust_remote_code",
         '"awq"',
         'did you mean "llama3"',
     ):

@@ -266,13 +266,68 @@ def test_a_flipped_bit_in_the_hub_cache_is_found(tkit, cached):
     assert_refused(tkit, cached, "model.safetensors: sha256 is ", f"the hub's is {blob.name[:12]}...")
 
 
-def test_pickled_weights_are_refused_and_not_run(tkit, model, tmp_path):
+def pickle_weights(model: Path, num_shards: int = 1) -> None:
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    if num_shards == 1:
+        torch.save(tensors, model / "pytorch_model.bin")
+        return
+    shards = {
+        f"pytorch_model-{n + 1:05d}-of-{num_shards:05d}.bin": list(tensors)[n::num_shards] for n in range(num_shards)
+    }
+    for file, names in shards.items():
+        torch.save({name: tensors[name] for name in names}, model / file)
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+class Evil:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("options", [[], ["--allow-pickle"]])
+def test_what_a_pickle_would_run_is_not_run(tkit, model, tmp_path, options):
     marker = tmp_path / "ran"
     (model / "model.safetensors").unlink()
-    evil = b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR."
-    (model / "pytorch_model.bin").write_bytes(evil)
-    assert_refused(tkit, model, "pytorch_model.bin would run code when loaded")
+    torch.save({"model.norm.weight": Evil(marker)}, model / "pytorch_model.bin")
+    result = tkit("build", model, *options)
+    assert result.exit_code == 2
+    assert ("Weights only load failed" if options else "pytorch_model.bin would run code when loaded") in result.stderr
+    assert options or "--allow-pickle" in result.stderr
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_pickled_weights_that_are_allowed_give_the_same_checkpoint(tkit, model, num_shards):
+    plain = Path(tkit("build", model).stdout.strip())
+    pickle_weights(model, num_shards)
+    result = tkit("build", model, "--allow-pickle", "--json")
+    assert result.exit_code == 0, result.output
+    card = json.loads(result.stdout)
+    rank = "checkpoint/rank0.safetensors"
+    assert (Path("engines") / card["name"] / rank).read_bytes() == (plain / rank).read_bytes()
+    assert card["command"].endswith("--allow-pickle") and "pickled" in card["notes"][0]
+    assert card["source"]["files"].keys() >= {path.name for path in model.glob("*.bin")}
+
+
+def test_every_unreadable_pickle_is_listed(tkit, model):
+    pickle_weights(model, 3)
+    shards = sorted(model.glob("pytorch_model-*.bin"))
+    shards[0].write_bytes(shards[0].read_bytes()[:1000])
+    torch.save([torch.zeros(1)], shards[1])
+    torch.save({"model.norm.weight": "text"}, shards[2])
+    result = tkit("build", model, "--allow-pickle")
+    assert result.exit_code == 2
+    for problem in (
+        f"{shards[0].name}: ",
+        f"{shards[1].name}: holds a list",
+        f"{shards[2].name}: model.norm.weight is str",
+    ):
+        assert problem in result.stderr
 
 
 # --- config.json ---
@@ -295,7 +350,9 @@ def test_pickled_weights_are_refused_and_not_run(tkit, model, tmp_path):
         ({"rope_parameters": {"rope_type": "spiral"}}, 'unknown rope_type "spiral"'),
         ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_parameters.rope_theta is '1e4', expected float"),
         ({"rope_scaling": 8}, "rope_scaling is 8, expected keys"),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map asks to run code"),
+        ({"architectures": ["EvilModel"], "auto_map": {"AutoModel": "evil.Model"}}, 'unknown architecture "EvilModel"'),
+        ({"text_config": {"auto_map": {"AutoModel": "evil.Model"}}}, "text_config.auto_map asks to run code"),
+        ({"trust_remote_code": True}, "trust_remote_code asks to run code"),
         ({"vision_config": {"inner": [{"trust_remote_code": True}]}}, "vision_config.inner.0.trust_remote_code asks"),
         ({"quantization_config": {"quant_method": "awq"}}, 'quantized already (quant_method "awq")'),
         ({"quantization_config": "awq"}, "quantized already"),
@@ -306,6 +363,22 @@ def test_a_config_that_cannot_be_is_refused(tkit, model, change, message):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, **change}))
     assert_refused(tkit, model, message)
+
+
+def test_code_beside_a_known_architecture_is_ignored(tkit, model, tmp_path):
+    """Phi-3.5 and Falcon 7B name code in auto_map; their classes are built in."""
+    marker = tmp_path / "ran"
+    (model / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (model / "config.json").write_text(json.dumps(config))
+    result = tkit("build", model, "--format", "both", "--json")
+    assert result.exit_code == 0, result.output
+    card = json.loads(result.stdout)
+    assert "auto_map was ignored: LlamaForCausalLM is built in" in card["notes"][0]
+    assert "auto_map" not in json.loads((Path("engines") / card["name"] / "hf" / "config.json").read_text())
+    assert json.loads(tkit("validate", "--windows", "1", "--json").stdout)["kl"] == 0.0
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize(

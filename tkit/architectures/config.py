@@ -162,10 +162,11 @@ def _is_a(value: Any, kind: type) -> bool:
 
 
 def _code_keys(value: Any, path: str = "") -> Iterator[str]:
-    """Where a config asks for code of its own, at any depth."""
+    """Where a config asks for code of its own, at any depth. `auto_map` beside the architecture does not count: many
+    published models carry it, and an architecture of the table is transformers' own class, whatever it names."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            if key in ("auto_map", "trust_remote_code") and inner:
+            if inner and (key == "trust_remote_code" or (key == "auto_map" and path)):
                 yield f"{path}{key}"
             else:
                 yield from _code_keys(inner, f"{path}{key}.")

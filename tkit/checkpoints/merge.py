@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tkit.checkpoints.reader import TensorFiles
-from tkit.checkpoints.tensors import raw_dtype, untransformed
+from tkit.checkpoints.tensors import raw_dtype
 from tkit.errors import InputError
 from tkit.specs.moves import Move
 
@@ -35,14 +35,6 @@ def merge(files: TensorFiles, moves: Sequence[Move]) -> Iterator[tuple[Move, dic
         )
     for move in moves:
         yield move, {part: _whole(files, move, part) for part in dict.fromkeys(output.part for output in move.outputs)}
-
-
-def split_sources(whole: np.ndarray, dtype: str, move: Move, target: str) -> dict[str, np.ndarray]:
-    """{Hugging Face name: bits of dtype `target`} of a whole plain tensor, the move's transform undone."""
-    parts = np.split(whole, np.cumsum(move.source_rows)[:-1])
-    return {
-        name: untransformed(part, dtype, move.transform, target) for name, part in zip(move.sources, parts, strict=True)
-    }
 
 
 def _shape(files: TensorFiles, rank: int | None, name: str) -> tuple[int, ...] | None:

@@ -24,8 +24,9 @@ from tkit.errors import InputError
 from tkit.files import read_json, unique_keys
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+INDEX_FILE = f"{SINGLE_FILE}.index.json"  # the shards of a model that is not one file
+PICKLED_FILE = "pytorch_model.bin"  # likewise
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def open_source(directory: Path) -> TensorFiles:
     """The tensors of a Hugging Face model directory under their own names. Reads headers only."""
     entries: dict[str, TensorEntry] = {}
     problems = []
-    for path in _shards(directory):
+    for path in weight_files(directory):
         try:
             header = read_header(path)
         except InputError as error:
@@ -205,19 +206,20 @@ def file_signature(path: Path) -> tuple[int, ...]:
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
-def _shards(directory: Path) -> list[Path]:
-    """The weight files: those that the index names, or `model.safetensors`."""
-    check_model_files(directory, (INDEX_FILE, SINGLE_FILE))
-    index_path = directory / INDEX_FILE
+def weight_files(directory: Path, single: str = SINGLE_FILE) -> list[Path]:
+    """The files that `single`'s index names, or `single`. Raises InputError listing what is not there or leads out."""
+    index_file = f"{single}.index.json"
+    check_model_files(directory, (index_file, single))
+    index_path = directory / index_file
     if not index_path.exists():
-        single = directory / SINGLE_FILE
-        if single.exists():
-            return [single]
+        if (directory / single).exists():
+            return [directory / single]
         others = sorted(path.name for path in directory.glob("*.bin")) if directory.is_dir() else []
         pickled = f"; {', '.join(others[:3])} would run code when loaded" if others else ""
         raise InputError(
-            f"{directory}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE}{pickled}",
-            hint="tkit reads safetensors; download the model's *.safetensors files or convert it with transformers",
+            f"{directory}: no weights: neither {single} nor {index_file}{pickled}",
+            hint="tkit reads safetensors; download the model's *.safetensors files or convert it with transformers"
+            + (", or read its tensors and nothing else with --allow-pickle" if others else ""),
         )
     index = read_json(index_path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

@@ -60,15 +60,6 @@ def transformed(raw: np.ndarray, dtype: str, transform: str | None) -> tuple[np.
     return cast((to_float32(raw, dtype) + np.float32(1)).view(np.uint32), "F32", dtype), dtype
 
 
-def untransformed(raw: np.ndarray, dtype: str, transform: str | None, target: str) -> np.ndarray:
-    """The way back, in dtype `target`. After add_one the last bits of small values are gone: 1 + w was rounded."""
-    if transform == "transpose":
-        return np.ascontiguousarray(raw.T)
-    if transform == "add_one":
-        return cast((to_float32(raw, dtype) - np.float32(1)).view(np.uint32), "F32", target)
-    return cast(raw, dtype, target)
-
-
 # bits of +infinity: everything from there up to the sign bit, and from its negative up to all ones, is infinite or NaN
 INFINITY_BITS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 

@@ -38,6 +38,8 @@ from tkit.units import format_bytes, format_seconds
 @click.option("--name", help="Engine name.  [default: made from model, quantization, layout and inputs]")
 @click.option("--force", is_flag=True, help="Build again even when the engine exists.")
 @click.option("--allow-zeros", is_flag=True, help="Build although a weight matrix is all zeros.")
+@click.option("--allow-pickle", is_flag=True,
+              help="Read pytorch_model*.bin where there are no safetensors; only its tensors are loaded.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
 @output_options
 def command(
@@ -49,6 +51,7 @@ def command(
     out: Path,
     force: bool,
     allow_zeros: bool,
+    allow_pickle: bool,
     dry_run: bool,
     **overrides: object,
 ) -> None:
@@ -64,7 +67,8 @@ def command(
     name, recipe = find_recipe(model)
     given = {key: value for key, value in overrides.items() if value is not None}
     engine_recipe = from_mapping(EngineRecipe, {**dataclasses.asdict(recipe.engines[0]), **given}, "tkit build")
-    plan = plan_build(fetch_model(recipe, name), engine_recipe, output)
+    source = fetch_model(recipe, name, allow_pickle=allow_pickle)
+    plan = plan_build(source, engine_recipe, output, allow_pickle=allow_pickle)
     if dry_run:
         files = plan.record()["files"]
         num_tensors = sum(len(tensors) for tensors in files.values())
@@ -79,7 +83,7 @@ def command(
     else:
         seconds, peak = card.build["seconds"], card.build["peak_memory_bytes"]
         ratio = card.weight_bytes / sum(
-            f["bytes"] for n, f in card.source["files"].items() if n.endswith(".safetensors")
+            f["bytes"] for n, f in card.source["files"].items() if n.endswith((".safetensors", ".bin"))
         )
         text = (
             f"{card.name}: {format_bytes(card.weight_bytes)} of weights ({ratio:.2f} x the source), "

@@ -18,7 +18,7 @@ import resource
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -51,7 +51,7 @@ from tkit.specs.progress import Progress
 from tkit.specs.quantization import QuantFormat, quant_format
 from tkit.specs.recipe import EngineRecipe
 from tkit.stages.engines import ENGINES_DIR, read_card
-from tkit.stages.models import TOKENIZER_FILES, ModelSource, check_hub_digests, copy_tokenizer
+from tkit.stages.models import TOKENIZER_FILES, ModelSource, check_hub_digests, copy_tokenizer, has_safetensors
 from tkit.units import format_bytes
 
 BACKEND = "reference"
@@ -72,6 +72,8 @@ class BuildPlan:
     calib_file: Path | None
     hash_seconds: float
     signatures: dict[Path, tuple[int, ...]]  # of the source's files, from before they were hashed
+    notes: tuple[str, ...]  # what the config holds that a reader of the card could not guess
+    is_pickled: bool  # the weights lie in pytorch_model*.bin
 
     @property
     def config(self) -> dict[str, Any]:
@@ -100,7 +102,9 @@ class BuildPlan:
         }
 
 
-def plan_build(source: ModelSource, recipe: EngineRecipe, progress: Progress) -> BuildPlan:
+def plan_build(
+    source: ModelSource, recipe: EngineRecipe, progress: Progress, *, allow_pickle: bool = False
+) -> BuildPlan:
     """Resolves and checks. Raises InputError with everything that is wrong with the config, the layout or the weights."""
     config_path = source.directory / "config.json"
     check_model_files(source.directory, (config_path.name, *TOKENIZER_FILES))
@@ -113,7 +117,8 @@ def plan_build(source: ModelSource, recipe: EngineRecipe, progress: Progress) ->
     problems = config_problems(trtllm_config(spec, quant, recipe.parallel)) if recipe.format != "hf" else []
     if problems:
         raise InputError(f"{config_path}: TensorRT-LLM has no engine for this model", problems=problems)
-    with open_source(source.directory) as files:
+    is_pickled = allow_pickle and not has_safetensors(source.directory)
+    with _open_source(source.directory, is_pickled) as files:
         check_sources(files, moves, ARCHITECTURES[spec.architecture].ignored)
         paths = files.files
     calib_file = _calibration_file(recipe) if quant.needs_calibration else None
@@ -144,6 +149,8 @@ def plan_build(source: ModelSource, recipe: EngineRecipe, progress: Progress) ->
         calib_file=calib_file,
         hash_seconds=hash_seconds,
         signatures=signatures,
+        notes=_config_notes(config),
+        is_pickled=is_pickled,
     )
 
 
@@ -186,7 +193,7 @@ def _write_engine(
     quantizer = _quantizer(plan, tokenizer, device)
     _write_configs(plan, work)
     convert_started = time.monotonic()
-    with open_source(plan.source.directory) as source:
+    with _open_source(plan.source.directory, plan.is_pickled) as source:
         converted = convert(
             source, plan.moves, plan.spec.dtype, work, quantizer, progress,
             num_threads=workers, journal=journal, allow_zeros=allow_zeros,
@@ -246,6 +253,14 @@ def _write_engine(
     return card
 
 
+def _open_source(directory: Path, is_pickled: bool) -> TensorFiles:
+    if not is_pickled:
+        return open_source(directory)
+    from tkit.runtime.pickled import PickledFiles  # torch reads pickles, and nothing else here needs it
+
+    return PickledFiles(directory)
+
+
 def _check_unchanged(plan: BuildPlan) -> None:
     """The digests in the card are of the bytes that were converted, or there is no card."""
     changed = [
@@ -278,6 +293,7 @@ def _write_configs(plan: BuildPlan, work: Path) -> None:
         write_json(work / "checkpoint" / "config.json", plan.config)
     if plan.recipe.format in ("hf", "both"):
         config = read_json(plan.source.directory / "config.json")
+        config.pop("auto_map", None)  # the code it names is not copied
         added = {"quantization_config": quantization_config(plan.quant, __version__), "dtype": plan.spec.dtype}
         write_json(work / "hf" / "config.json", config | {key: value for key, value in added.items() if value})
         for name, content in (
@@ -396,12 +412,20 @@ def _num_params(plan: BuildPlan) -> int:
     return total
 
 
+def _config_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    if config.get("auto_map"):
+        return (f"auto_map was ignored: {config['architectures'][0]} is built in, the model's own code is never run",)
+    return ()
+
+
 def _notes(plan: BuildPlan, source: TensorFiles) -> tuple[str, ...]:
     """What a reader of the card could not guess."""
-    notes = []
+    notes = list(plan.notes)
     dtypes = sorted({entry.dtype for entry in source.entries.values()})
     if dtypes == ["F32"]:
         notes.append(f"the source is float32; weights were rounded to {plan.spec.dtype}")
+    if plan.is_pickled:
+        notes.append("the weights were pickled; torch.load(weights_only=True) read their tensors and nothing else")
     if plan.quant.name == "int8":
         notes.append("W8A16 ships as plain 16-bit weights; trtllm-build quantizes them for the GPU it runs on")
     return tuple(notes)
@@ -434,6 +458,8 @@ def _command(plan: BuildPlan) -> str:
         for option, field in (("--calib-samples", "calib_samples"), ("--calib-len", "calib_len"), ("--seed", "seed")):
             if getattr(recipe, field) != getattr(default, field):
                 command += [option, str(getattr(recipe, field))]
+    if plan.is_pickled:
+        command.append("--allow-pickle")
     if recipe.name:
         command += ["--name", recipe.name]
     return shlex.join(command)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 import tkit
 from tkit import demo
-from tkit.checkpoints.reader import INDEX_FILE, SINGLE_FILE
+from tkit.checkpoints.reader import INDEX_FILE, PICKLED_FILE, SINGLE_FILE
 from tkit.errors import InputError, did_you_mean
 from tkit.files import from_mapping, read_yaml
 from tkit.specs.recipe import Recipe
@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+_MODEL_FILES = ("config.json", INDEX_FILE, SINGLE_FILE, "model-*.safetensors", *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,9 @@ def find_recipe(model: str | None) -> tuple[str, Recipe]:
     )
 
 
-def fetch_model(recipe: Recipe, name: str) -> ModelSource:
-    """Makes sure the recipe's model lies on this machine; downloads it when it is a hub id."""
+def fetch_model(recipe: Recipe, name: str, *, allow_pickle: bool = False) -> ModelSource:
+    """Makes sure the recipe's model lies on this machine; downloads it when it is a hub id. Pickled weights only where
+    they are allowed and the model has no others."""
     if recipe.model == DEFAULT_MODEL:
         return ModelSource(name=DEFAULT_MODEL, directory=demo.MODEL_DIR, model=recipe.model)
     directory = Path(recipe.model)
@@ -64,18 +66,23 @@ def fetch_model(recipe: Recipe, name: str) -> ModelSource:
         return ModelSource(name=name, directory=directory.resolve(), model=recipe.model)
     if not _HUB_ID.fullmatch(recipe.model):
         raise InputError(f"{recipe.model}: no such directory")
-    directory = _download(recipe.model, recipe.revision)
+    directory = _download(recipe.model, recipe.revision, _MODEL_FILES)
+    if allow_pickle and not has_safetensors(directory):
+        directory = _download(recipe.model, directory.name, ("pytorch_model*.bin", f"{PICKLED_FILE}.index.json"))
     return ModelSource(name=name, directory=directory, model=recipe.model, revision=directory.name)
 
 
-def _download(model: str, revision: str | None) -> Path:
+def has_safetensors(directory: Path) -> bool:
+    return any((directory / name).exists() for name in (INDEX_FILE, SINGLE_FILE))
+
+
+def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The hub's snapshot directory, named after its commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns: list[str] = ["config.json", INDEX_FILE, SINGLE_FILE, "model-*.safetensors", *TOKENIZER_FILES]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

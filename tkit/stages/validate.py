@@ -76,7 +76,10 @@ def validate(
     device = pick_device(device)
     candidate, _ = load_model(engine_dir, device)
     dtype = torch.float32 if device == "cpu" else getattr(torch, card.dtype)
-    original = AutoModelForCausalLM.from_pretrained(source_dir, dtype=dtype, local_files_only=True).eval().to(device)
+    original = AutoModelForCausalLM.from_pretrained(
+        source_dir, dtype=dtype, local_files_only=True, trust_remote_code=False
+    )
+    original = original.eval().to(device)
     result = compare_models(original, candidate, tokens, lambda done: progress.step("validate", done, windows))
     record = ValidationRecord(
         engine=card.name,
