@@ -3,7 +3,7 @@
     scale = amax(|w|) / 448        q = e4m3(w / scale), nearest even, saturating        w ~ q * scale
     activation scale = amax(|x|) / 448 over the calibration tokens (static)
 
-Per row (`quantize_rows`): scale = max(amax(|row|) / 448, 1 / (448 * 512)); activations are scaled per token when they come.
+Per row, which looks at weights only, is in data_free.py; its activations are scaled per token when they come.
 
 Layout: TensorRT-LLM `FP8`: weight (out, in) float8_e4m3fn, both scales (1,) float32. A fused q/k/v weight has one scale,
 the largest of the three, because the weight is quantized as it is stored: stacked. `FP8_PER_CHANNEL_PER_TOKEN`: weight and
@@ -16,10 +16,8 @@ from collections.abc import Mapping
 
 import torch
 
+from tkit.quantize.data_free import FP8_MAX, MIN_ROW_SCALE
 from tkit.quantize.statistics import InputStatistics
-
-FP8_MAX = 448.0  # largest finite e4m3fn value
-MIN_ROW_SCALE = 1 / (FP8_MAX * 512)  # the kernel's own floor
 
 
 def fp8_scale(amax: torch.Tensor) -> torch.Tensor:
@@ -42,15 +40,6 @@ def quantize(weights: Mapping[str, torch.Tensor], inputs: InputStatistics) -> di
             "weights_scaling_factor": scale,
             "activation_scaling_factor": fp8_scale(inputs.abs_max.amax()),
         }
-    return stored
-
-
-def quantize_rows(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """{module: {stored tensor: values}} for float32 weights (out, in)."""
-    stored = {}
-    for module, weight in weights.items():
-        scale = (weight.abs().amax(dim=1) / FP8_MAX).clamp(min=MIN_ROW_SCALE)
-        stored[module] = {"weight": round_to_fp8(weight, scale[:, None]), "per_channel_scale": scale}
     return stored
 
 

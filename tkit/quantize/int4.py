@@ -54,15 +54,6 @@ def _error(groups: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, impor
     return ((codes * scale[..., None] - groups).square() * importance).sum(dim=-1)
 
 
-def quantize_groups(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
-    """Round to nearest: {module: {stored tensor: values}} for float32 weights (out, in)."""
-    stored = {}
-    for module, weight in weights.items():
-        codes, scale = quantize(weight, GROUP_SIZE, dtype)
-        stored[module] = {"weight": pack(codes), "weights_scaling_factor": scale}
-    return stored
-
-
 def dequantize_groups(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """(out, in) float32."""
     return dequantize(unpack(stored["weight"]), stored["weights_scaling_factor"])

@@ -16,13 +16,13 @@ Weights = Mapping[str, torch.Tensor]
 
 class Quantizer(NamedTuple):
     """One format. `quantize` takes float32 weights {module: (out, in)} that read the same activations, the statistics of
-    those (empty for formats that look at weights only) and the model's dtype; it gives {module: stored tensors}.
+    those and the model's dtype; it gives {module: stored tensors}. None: looks at weights only, see data_free.py.
 
     `dequantize` gives the float32 weight (out, in) that multiplies the kernel's input. `kernel_input` makes that of x
     (..., in), where it is not x itself; it needs only those stored tensors that do not grow with the rows of the weight.
     """
 
-    quantize: Callable[[Weights, InputStatistics, torch.dtype], dict[str, dict[str, torch.Tensor]]]
+    quantize: Callable[[Weights, InputStatistics, torch.dtype], dict[str, dict[str, torch.Tensor]]] | None
     dequantize: Callable[[Stored], torch.Tensor]
     kernel_input: Callable[[torch.Tensor, Stored], torch.Tensor] | None = None
 
@@ -31,9 +31,8 @@ class Quantizer(NamedTuple):
 QUANTIZERS: dict[str, Quantizer] = {
     "fp8":         Quantizer(lambda weights, inputs, dtype: fp8.quantize(weights, inputs), fp8.dequantize,
                              fp8.rounded_per_tensor),
-    "fp8_rowwise": Quantizer(lambda weights, inputs, dtype: fp8.quantize_rows(weights), fp8.dequantize_rows,
-                             lambda x, stored: fp8.rounded_per_token(x)),
-    "int4":        Quantizer(lambda weights, inputs, dtype: int4.quantize_groups(weights, dtype), int4.dequantize_groups),
+    "fp8_rowwise": Quantizer(None, fp8.dequantize_rows, lambda x, stored: fp8.rounded_per_token(x)),
+    "int4":        Quantizer(None, int4.dequantize_groups),
     "int4_awq":    Quantizer(awq.quantize, awq.dequantize),
 }
 # fmt: on

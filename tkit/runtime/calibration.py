@@ -24,7 +24,6 @@ from tkit.files import read_jsonl_texts
 from tkit.quantize.statistics import InputStatistics
 from tkit.quantize.table import QUANTIZERS
 from tkit.runtime.bits import to_raw, to_torch
-from tkit.runtime.data_free import as_linear
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
 
@@ -69,6 +68,7 @@ class CalibratedQuantizer:
             assert group[0].format is not None
             dtype = getattr(torch, self.spec.dtype)
             quantize = QUANTIZERS[group[0].format.name].quantize
+            assert quantize is not None, f"{group[0].format.name} needs no calibration"
             for module, stored in quantize(stacked, statistics[group[0].module], dtype).items():
                 quantized[module] = {part: to_raw(values) for part, values in stored.items()}
         return quantized
@@ -98,6 +98,11 @@ class CalibratedQuantizer:
             hook.remove()
         layer.to("meta")
         return statistics
+
+
+def as_linear(weight: torch.Tensor, move: Move) -> torch.Tensor:
+    """A source as the rows of a linear layer: (out, in) float32."""
+    return (weight.T if move.transform == "transpose" else weight).float()
 
 
 def calibration_tokens(file: Path, tokenizer: Tokenizer, num_samples: int, length: int, seed: int) -> torch.Tensor:

@@ -190,7 +190,7 @@ def _write_engine(
 ) -> EngineCard:
     journal = work / "journal.jsonl"
     tokenizer = copy_tokenizer(plan.source.directory, work / "tokenizer", plan.spec.vocab_size)
-    quantizer = _quantizer(plan, tokenizer, device)
+    quantizer = _quantizer(plan, tokenizer, device, workers)
     _write_configs(plan, work)
     convert_started = time.monotonic()
     with _open_source(plan.source.directory, plan.is_pickled) as source:
@@ -328,14 +328,14 @@ def _publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineC
     return card
 
 
-def _quantizer(plan: BuildPlan, tokenizer: Tokenizer, device: str) -> LayerQuantizer | None:
+def _quantizer(plan: BuildPlan, tokenizer: Tokenizer, device: str, workers: int) -> LayerQuantizer | None:
     """None where weights are only moved; torch is imported only where it computes."""
     if plan.quant.is_stored_plain:
         return None
     if not plan.quant.needs_calibration:
         from tkit.runtime.data_free import DataFreeQuantizer
 
-        return DataFreeQuantizer()
+        return DataFreeQuantizer(workers)
     from tkit.runtime.calibration import CalibratedQuantizer, calibration_tokens
     from tkit.runtime.load import pick_device
 
