@@ -8,6 +8,7 @@ import pytest
 
 from tkit.loadgen.closed_loop import LoadTrace
 from tkit.loadgen.exchange import RequestRecord
+from tkit.loadgen.monitor import Monitor
 from tkit.loadgen.point import Place, summarise
 from tkit.loadgen.profiles import HealthLimits, Shape, find_profile
 from tkit.specs.record import PointSummary
@@ -118,6 +119,18 @@ def test_quick_judges_lags_at_the_percentiles_it_prints() -> None:
 
 def test_a_busy_client() -> None:
     assert point(steady_records(), cpu_share=0.8).invalid_reasons == ("the client used 80% of its core (limit 70%)",)
+
+
+def test_a_client_that_stood_still() -> None:
+    (reason,) = point(steady_records(), lags_ms=[0.1] * 199 + [2000.0]).invalid_reasons
+    assert reason == "the client stood still for 2.00 s (limit 5% of the 2.7 s measured)"
+
+
+def test_a_standstill_is_as_many_late_samples_as_it_swallowed() -> None:
+    monitor = Monitor(1, 1, lambda: None)
+    monitor.tick_ns, monitor.lag_ns = array("q", [10, 20, 30]), array("q", [0, 35 * MS, 1 * MS])
+    assert monitor.lags_ms(0, 30) == [0, 35, 25, 15, 5, 1]
+    assert monitor.lags_ms(20, 20) == [35, 25, 15, 5]
 
 
 def drifting(count: int, factor: float) -> list[RequestRecord]:

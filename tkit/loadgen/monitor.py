@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import psutil
 
 from tkit.loadgen.exchange import Exchange
-from tkit.units import NS_PER_S
+from tkit.units import NS_PER_MS, NS_PER_S
 
 TICK_S = 0.01
 TICKS_PER_ROUND = 25  # every 0.25 s: who has been silent too long, and how far the work is
@@ -76,9 +76,15 @@ class Monitor:
             exchange.abort()
 
     def lags_ms(self, start_ns: int, end_ns: int) -> list[float]:
-        """The lags between two times."""
+        """How late a message may have been seen, every 10 ms between two times.
+
+        A timer fires once after a standstill, however long it was; the ticks that it swallowed are put back, each a tick
+        less late than the one before. Otherwise two seconds of silence would be one sample among a thousand.
+        """
+        tick_ns = round(TICK_S * NS_PER_S)
         pairs = zip(self.tick_ns, self.lag_ns, strict=True)
-        return [lag / 1e6 for when, lag in pairs if start_ns <= when <= end_ns]
+        late = (range(lag, -1, -tick_ns) for when, lag in pairs if start_ns <= when <= end_ns)
+        return [lag / NS_PER_MS for lags in late for lag in lags]
 
 
 def rss_bytes() -> int:

@@ -63,7 +63,7 @@ def summarise(
     rate = rates(records, trace)
     tpot = distribution(present(map(tpot_ms, ok)))
     client = _client_numbers(place, records, ok, trace)
-    reasons = _invalid_reasons(place, records, measured, client, limits)
+    reasons = _invalid_reasons(place, records, measured, trace, client, limits)
     return PointSummary(
         shape=str(place.shape),
         isl=place.shape.isl,
@@ -105,6 +105,7 @@ def _client_numbers(
     numbers = {
         "cpu_share": trace.cpu_share,
         "rss_bytes": trace.rss_bytes,
+        "standstill_s": max(trace.lags_ms, default=0.0) / 1000,
         "delivered_concurrency": delivered_concurrency(records, trace),
         **{f"schedule_lag_p{p}_ms": _percentile(sent_lag, p) for p in (50, *TAIL_PERCENTILES)},
         **{f"loop_lag_p{p}_ms": _percentile(np.asarray(trace.lags_ms), p) for p in (50, *TAIL_PERCENTILES)},
@@ -132,6 +133,7 @@ def _invalid_reasons(
     place: Place,
     records: Sequence[RequestRecord],
     measured: Sequence[RequestRecord],
+    trace: LoadTrace,
     client: dict[str, float],
     limits: HealthLimits,
 ) -> list[str]:
@@ -156,6 +158,10 @@ def _invalid_reasons(
         )
     ttfts = present(map(ttft_ms, ok))
     reasons += _lag_reasons(client, ttfts, limits, finest_percentile(len(ok)))
+    window_s = (trace.steady_end_ns - trace.steady_start_ns) / NS_PER_S
+    if client["standstill_s"] > limits.standstill_share * window_s:
+        limit = f"limit {limits.standstill_share:.0%} of the {window_s:.1f} s measured"
+        reasons.append(f"the client stood still for {client['standstill_s']:.2f} s ({limit})")
     if client["cpu_share"] > limits.cpu_share:
         reasons.append(f"the client used {client['cpu_share']:.0%} of its core (limit {limits.cpu_share:.0%})")
     for name, words in (("tok_s", "tok/s"), ("tpot", "tpot")):
