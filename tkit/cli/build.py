@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from tkit.cli.output import Output, output_options
-from tkit.specs.recipe import BACKENDS, FORMATS, EngineRecipe
+from tkit.specs.recipe import BACKENDS, FORMATS, GOALS, EngineRecipe
 from tkit.units import format_bytes, format_seconds
 
 
@@ -27,6 +27,14 @@ from tkit.units import format_bytes, format_seconds
 @click.option(
     "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What will run the engine."
 )
+@click.option("--goal", type=click.Choice(GOALS), help="What the engine is tuned for.  [default: throughput]")
+@click.option("--max-batch-size", type=click.IntRange(min=1),
+              help="Requests that run at once; tensorrt and pytorch.  [default: 512, latency: 16]")  # fmt: skip
+@click.option("--max-num-tokens", type=click.IntRange(min=1),
+              help="Tokens of one step over all requests; tensorrt and pytorch.  [default: 8192]")  # fmt: skip
+@click.option("--max-seq-len", type=click.IntRange(min=2),
+              help="Prompt and answer of one request; tensorrt and pytorch.  [default: the model's own limit]")  # fmt: skip
+@click.option("--gpu", help="With --dry-run: compile for this GPU, such as H100.  [default: this machine's]")
 @click.option("--calib", type=click.Path(), help="Calibration text, .txt or .jsonl.  [default: ships with tkit]")
 @click.option("--calib-samples", type=click.IntRange(min=1), help="Calibration samples.  [default: 16]")
 @click.option("--calib-len", type=click.IntRange(min=1), help="Tokens per calibration sample.  [default: 256]")
@@ -53,30 +61,42 @@ def command(
     allow_zeros: bool,
     allow_pickle: bool,
     dry_run: bool,
+    gpu: str | None,
     **overrides: object,
 ) -> None:
-    """Convert and quantize MODEL into an engine directory.
+    """Convert and quantize MODEL into an engine directory, and compile it where there is a GPU with TensorRT-LLM.
 
     MODEL is a directory, a Hugging Face hub id, or the name of a recipe in model_configs/; the demo model when left out.
-    Options that are not given come from the recipe's first engine. The last line of stdout is the engine's path.
+    An engine directory is compiled for this machine. Options that are not given come from the recipe's first engine. The
+    last line of stdout is the engine's path.
     """
+    from tkit.backends.nvidia import this_machine
+    from tkit.errors import InputError
     from tkit.files import from_mapping
-    from tkit.stages.build import build, plan_build
+    from tkit.stages.backends import build_engine, find_checkpoint_engine, plan_engine, plan_from_engine
+    from tkit.stages.compile import named_target
     from tkit.stages.models import fetch_model, find_recipe
 
-    name, recipe = find_recipe(model)
     given = {key: value for key, value in overrides.items() if value is not None}
-    engine_recipe = from_mapping(EngineRecipe, {**dataclasses.asdict(recipe.engines[0]), **given}, "tkit build")
-    source = fetch_model(recipe, name, allow_pickle=allow_pickle)
-    plan = plan_build(source, engine_recipe, output, allow_pickle=allow_pickle)
+    if gpu is not None and not dry_run:
+        raise InputError("--gpu: an engine is compiled on the GPU it is for", hint="add --dry-run to see the command")
+    machine = this_machine()
+    target = named_target(gpu, machine) if gpu is not None else None
+    if engine_dir := find_checkpoint_engine(model):
+        plan = plan_from_engine(engine_dir, given, machine, backend=backend, target=target)
+    else:
+        name, recipe = find_recipe(model)
+        engine_recipe = from_mapping(EngineRecipe, {**dataclasses.asdict(recipe.engines[0]), **given}, "tkit build")
+        source = fetch_model(recipe, name, allow_pickle=allow_pickle)
+        plan = plan_engine(
+            source, engine_recipe, output, machine, backend=backend, target=target, allow_pickle=allow_pickle
+        )
+    output.note(f"backend {plan.backend}: {plan.reason}")
     if dry_run:
-        files = plan.record()["files"]
-        num_tensors = sum(len(tensors) for tensors in files.values())
-        text = f"{plan.name}: {num_tensors} tensors, {format_bytes(plan.num_bytes)} in {len(files)} files"
-        output.record(plan.record(), text)
+        output.record(plan.record(), plan.summary())
         return
-    directory, card, existed = build(
-        plan, output, out=out, device=device, workers=workers, force=force, allow_zeros=allow_zeros
+    directory, card, existed = build_engine(
+        plan, output, machine, out=out, device=device, workers=workers, force=force, allow_zeros=allow_zeros
     )
     if existed:
         text = f"{card.name} exists, built from the same inputs"

@@ -39,4 +39,6 @@ class EngineCard:
     versions: Mapping[str, str]
     command: str
     build: Mapping[str, Any]
+    # of an engine that trtllm-build made: {"sm", "gpu", "num_gpus", "version", "max_batch_size", ..., "arguments"}
+    compiled: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = field(default_factory=tuple)

@@ -8,8 +8,14 @@ from tkit.errors import InputError
 from tkit.specs.parallel import Parallel
 from tkit.specs.quantization import quant_format
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "tensorrt", "pytorch")
 FORMATS = ("trtllm", "hf", "both")  # TensorRT-LLM checkpoint, unified Hugging Face checkpoint
+GOALS = ("throughput", "latency")
+# What only the backends of TensorRT-LLM ask for: a checkpoint is the same whatever they are.
+RUNTIME_FIELDS = ("goal", "max_batch_size", "max_num_tokens", "max_seq_len")
+
+# field -> its least value; a sequence is a token of prompt and one of answer
+_LEAST = {"calib_samples": 1, "calib_len": 1, "max_batch_size": 1, "max_num_tokens": 1, "max_seq_len": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +31,22 @@ class EngineRecipe:
     calib_samples: int = 16
     calib_len: int = 256  # tokens per sample
     seed: int = 0
+    goal: str = "throughput"  # what a compiled engine is tuned for
+    max_batch_size: int | None = None  # requests that run at once; None = by goal
+    max_num_tokens: int | None = None  # tokens of one step, over all requests; None = by goal
+    max_seq_len: int | None = None  # prompt and answer of one request; None = the model's own limit
     name: str | None = None  # None = made from model, quantization and parallel layout
 
     def __post_init__(self) -> None:
         quant_format(self.quant, where="quant")
         _ = self.parallel  # refuses impossible sizes
         problems = [
-            f"{name} is {value}, expected at least 1"
-            for name, value in (("calib_samples", self.calib_samples), ("calib_len", self.calib_len))
-            if value < 1
+            f"{name} is {value}, expected at least {least}"
+            for name, least in _LEAST.items()
+            if (value := getattr(self, name)) is not None and value < least
         ]
+        if self.goal not in GOALS:
+            problems.append(f'goal is "{self.goal}", expected one of {", ".join(GOALS)}')
         if self.format not in FORMATS:
             problems.append(f'format is "{self.format}", expected one of {", ".join(FORMATS)}')
         if problems:

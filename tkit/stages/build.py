@@ -39,22 +39,21 @@ from tkit.architectures.unified_hf import (
     plan_hf_outputs,
     quantization_config,
 )
+from tkit.backends.llm_api import LLM_API_FILE, format_problems, llm_api_options, llm_api_yaml
 from tkit.checkpoints.convert import LayerQuantizer, check_sources, checkpoint_bytes, convert, file_layouts
 from tkit.checkpoints.load_simulation import check_load, config_problems
 from tkit.checkpoints.reader import TensorFiles, check_model_files, file_signature, open_source
 from tkit.errors import InputError
-from tkit.files import read_json, sha256_file, sync_directory, write_json
+from tkit.files import read_json, sha256_file, sync_directory, write_atomic, write_json
 from tkit.specs.engine import CARD_FILE, EngineCard
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
 from tkit.specs.progress import Progress
 from tkit.specs.quantization import QuantFormat, quant_format
-from tkit.specs.recipe import EngineRecipe
+from tkit.specs.recipe import RUNTIME_FIELDS, EngineRecipe
 from tkit.stages.engines import ENGINES_DIR, read_card
 from tkit.stages.models import TOKENIZER_FILES, ModelSource, check_hub_digests, copy_tokenizer, has_safetensors
 from tkit.units import format_bytes
-
-BACKEND = "reference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +65,7 @@ class BuildPlan:
     source: ModelSource
     source_files: dict[str, dict[str, Any]]
     recipe: EngineRecipe
+    backend: str
     spec: ModelSpec
     quant: QuantFormat
     moves: Sequence[Move]
@@ -103,9 +103,18 @@ class BuildPlan:
 
 
 def plan_build(
-    source: ModelSource, recipe: EngineRecipe, progress: Progress, *, allow_pickle: bool = False
+    source: ModelSource,
+    recipe: EngineRecipe,
+    progress: Progress,
+    *,
+    backend: str = "reference",
+    allow_pickle: bool = False,
 ) -> BuildPlan:
-    """Resolves and checks. Raises InputError with everything that is wrong with the config, the layout or the weights."""
+    """Resolves and checks. Raises InputError with everything that is wrong with the config, the layout or the weights.
+
+    `backend` is "reference", whose engine is also what trtllm-build compiles, or "pytorch".
+    """
+    recipe = _for_backend(recipe, backend)
     config_path = source.directory / "config.json"
     check_model_files(source.directory, (config_path.name, *TOKENIZER_FILES))
     config = read_json(config_path)
@@ -114,6 +123,8 @@ def plan_build(
     spec = spec_from_hf(config, str(config_path))
     quant = quant_format(recipe.quant)
     moves = _plan_formats(spec, quant, recipe)
+    if backend == "pytorch" and (problems := format_problems(quant.algo, None)):
+        raise InputError("--backend pytorch: no reader of this format", problems=problems)
     problems = config_problems(trtllm_config(spec, quant, recipe.parallel)) if recipe.format != "hf" else []
     if problems:
         raise InputError(f"{config_path}: TensorRT-LLM has no engine for this model", problems=problems)
@@ -130,7 +141,7 @@ def plan_build(
     hash_seconds = time.monotonic() - hash_started
     check_hub_digests(source.directory, source_files)
     inputs = {
-        "backend": BACKEND,
+        "backend": backend,
         "tkit": __version__,
         "recipe": dataclasses.asdict(dataclasses.replace(recipe, name=None, calib=None)),
         "calib": sha256_file(calib_file) if calib_file else None,
@@ -138,11 +149,12 @@ def plan_build(
     }
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return BuildPlan(
-        name=recipe.name or _engine_name(source.name, recipe, key),
+        name=recipe.name or _engine_name(source.name, recipe, backend, key),
         key=key,
         source=source,
         source_files=source_files,
         recipe=recipe,
+        backend=backend,
         spec=spec,
         quant=quant,
         moves=moves,
@@ -180,7 +192,7 @@ def build(
     try:
         _check_disk(out, plan)
         card = _write_engine(plan, work, device, workers or os.cpu_count() or 1, allow_zeros, started, progress)
-        return target, _publish(work, target, card, force), False
+        return target, publish(work, target, card, force), False
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -215,7 +227,7 @@ def _write_engine(
         name=plan.name,
         key=plan.key,
         created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        backend=BACKEND,
+        backend=plan.backend,
         architecture=plan.spec.architecture,
         dtype=plan.spec.dtype,
         quant=plan.quant.name,
@@ -261,6 +273,14 @@ def _open_source(directory: Path, is_pickled: bool) -> TensorFiles:
     return PickledFiles(directory)
 
 
+def _for_backend(recipe: EngineRecipe, backend: str) -> EngineRecipe:
+    """What changes this backend's bytes, and nothing else: equal bytes, equal name."""
+    if backend == "pytorch":
+        return dataclasses.replace(recipe, format="hf" if recipe.format == "trtllm" else recipe.format)
+    default = EngineRecipe()
+    return dataclasses.replace(recipe, **{name: getattr(default, name) for name in RUNTIME_FIELDS})
+
+
 def _check_unchanged(plan: BuildPlan) -> None:
     """The digests in the card are of the bytes that were converted, or there is no card."""
     changed = [
@@ -304,9 +324,11 @@ def _write_configs(plan: BuildPlan, work: Path) -> None:
                 write_json(work / "hf" / name, content)
         for path in (work / "tokenizer").iterdir():
             shutil.copyfile(path, work / "hf" / path.name)
+    if plan.backend == "pytorch":
+        write_atomic(work / LLM_API_FILE, llm_api_yaml(llm_api_options(plan.recipe, plan.spec.max_position_embeddings)))
 
 
-def _publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineCard:
+def publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineCard:
     """Renames the finished directory into place. When another process was first with the same inputs, its engine stays."""
     if force and target.exists():
         old = target.with_name(f".tmp-old-{target.name}-{os.getpid()}")
@@ -366,10 +388,11 @@ def _digests(directory: Path, paths: Sequence[Path], progress: Progress) -> dict
     return facts
 
 
-def _engine_name(model: str, recipe: EngineRecipe, key: str) -> str:
+def _engine_name(model: str, recipe: EngineRecipe, backend: str, key: str) -> str:
     slug = re.sub(r"[^a-z0-9.]+", "-", model.lower()).strip("-.") or "model"
+    runs_on = "" if backend == "reference" else f"-{backend}"
     pipeline = f"-pp{recipe.pp_size}" if recipe.pp_size > 1 else ""
-    return f"{slug}-{recipe.quant}-tp{recipe.tp_size}{pipeline}-{key[:6]}"
+    return f"{slug}-{recipe.quant}-tp{recipe.tp_size}{pipeline}{runs_on}-{key[:6]}"
 
 
 def _check_disk(out: Path, plan: BuildPlan) -> None:
@@ -460,6 +483,16 @@ def _command(plan: BuildPlan) -> str:
                 command += [option, str(getattr(recipe, field))]
     if plan.is_pickled:
         command.append("--allow-pickle")
+    if plan.backend != "reference":
+        command += ["--backend", plan.backend, *runtime_options(recipe)]
     if recipe.name:
         command += ["--name", recipe.name]
     return shlex.join(command)
+
+
+def runtime_options(recipe: EngineRecipe) -> list[str]:
+    """The options of `tkit build` that give a recipe's RUNTIME_FIELDS."""
+    given = {
+        name: getattr(recipe, name) for name in RUNTIME_FIELDS if getattr(recipe, name) != getattr(EngineRecipe, name)
+    }
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
