@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from tkit.architectures.config import hf_config, spec_from_hf, spec_from_trtllm, trtllm_config
 from tkit.errors import InputError
 from tkit.specs.parallel import Parallel
-from tkit.specs.quantization import QUANT_FORMATS
+from tkit.specs.precision import Precision
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -25,7 +25,7 @@ OLDEST = {"rope_theta": 500000.0, "rope_scaling": {"type": "linear", "factor": 2
 @pytest.mark.parametrize("spelling", [TRANSFORMERS_4, TRANSFORMERS_5])
 def test_both_spellings_of_rope_reach_the_checkpoint(spelling):
     spec = spec_from_hf({**LLAMA_3_1_8B, **spelling}, "config.json")
-    config = trtllm_config(spec, QUANT_FORMATS["none"], Parallel())
+    config = trtllm_config(spec, Precision.of("none"), Parallel())
     assert config["rotary_base"] == 500000.0
     assert config["rotary_scaling"] == LLAMA3_ROPE
 
@@ -37,7 +37,7 @@ def test_the_oldest_spelling_of_rope_type_is_read():
 
 def test_checkpoint_config_holds_every_field_tensorrt_llm_needs_and_no_unknown_one_inside():
     spec = spec_from_hf({**LLAMA_3_1_8B, **TRANSFORMERS_4}, "config.json")
-    config = trtllm_config(spec, QUANT_FORMATS["int4_awq"], Parallel(tp_size=2, pp_size=2))
+    config = trtllm_config(spec, Precision.of("int4_awq"), Parallel(tp_size=2, pp_size=2))
     assert config == {
         "architecture": "LlamaForCausalLM", "dtype": "bfloat16", "logits_dtype": "float32", "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096, "head_size": 128,
@@ -57,7 +57,7 @@ def test_checkpoint_config_holds_every_field_tensorrt_llm_needs_and_no_unknown_o
 @pytest.mark.parametrize("rope", [TRANSFORMERS_4, TRANSFORMERS_5, OLDEST, {}])
 def test_the_way_back_loses_nothing(rope):
     spec = spec_from_hf({**LLAMA_3_1_8B, **rope}, "config.json")
-    assert spec_from_trtllm(trtllm_config(spec, QUANT_FORMATS["fp8"], Parallel())) == spec
+    assert spec_from_trtllm(trtllm_config(spec, Precision.of("fp8"), Parallel())) == spec
     assert spec_from_hf(LlamaConfig(**hf_config(spec)).to_dict(), "config.json") == spec
 
 

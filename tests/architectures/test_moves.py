@@ -10,7 +10,7 @@ from tkit.architectures.moves import plan_moves, shard_range
 from tkit.errors import InputError
 from tkit.specs.model import ModelSpec
 from tkit.specs.parallel import Parallel
-from tkit.specs.quantization import QUANT_FORMATS
+from tkit.specs.precision import Precision
 
 SPEC = ModelSpec(
     architecture="LlamaForCausalLM", dtype="bfloat16", num_layers=5, hidden_size=256, intermediate_size=768, num_heads=8,
@@ -22,7 +22,7 @@ SPEC = ModelSpec(
 def test_shapes_of_int4_on_two_ranks_are_those_of_the_contract():
     outputs = {
         output.name: output
-        for move in plan_moves(SPEC, QUANT_FORMATS["int4_awq"], Parallel(tp_size=2))
+        for move in plan_moves(SPEC, Precision.of("int4_awq"), Parallel(tp_size=2))
         for output in move.outputs
         if output.rank == 1
     }
@@ -39,7 +39,7 @@ def test_shapes_of_int4_on_two_ranks_are_those_of_the_contract():
 
 
 def test_layers_are_numbered_per_stage_and_the_first_stages_take_the_extras():
-    moves = plan_moves(SPEC, QUANT_FORMATS["none"], Parallel(pp_size=2))
+    moves = plan_moves(SPEC, Precision.of("none"), Parallel(pp_size=2))
     names = [{output.name for move in moves for output in move.outputs if output.rank == rank} for rank in (0, 1)]
     layers = [{int(name.split(".")[2]) for name in rank if ".layers." in name} for rank in names]
     assert layers == [{0, 1, 2}, {0, 1}]
@@ -59,7 +59,7 @@ def test_every_rank_gets_the_kv_heads_its_query_heads_attend_to(num_kv_heads, tp
 
 def test_every_broken_rule_is_listed():
     with pytest.raises(InputError) as error:
-        plan_moves(SPEC, QUANT_FORMATS["int4_awq"], Parallel(tp_size=3, pp_size=6))
+        plan_moves(SPEC, Precision.of("int4_awq"), Parallel(tp_size=3, pp_size=6))
     text = str(error.value)
     assert "num_attention_heads 8 is not a multiple of tp 3" in text
     assert "num_key_value_heads 4 and tp 3" in text
@@ -69,4 +69,4 @@ def test_every_broken_rule_is_listed():
 
 def test_group_rule_names_the_layer_that_breaks_it():
     with pytest.raises(InputError, match=r"mlp.fc: out size 768 is not a multiple of 512 \(128 x tp 4\)"):
-        plan_moves(SPEC, QUANT_FORMATS["int4_awq"], Parallel(tp_size=4))
+        plan_moves(SPEC, Precision.of("int4_awq"), Parallel(tp_size=4))

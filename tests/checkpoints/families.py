@@ -16,8 +16,8 @@ from tkit.checkpoints.convert import check_sources, convert
 from tkit.checkpoints.reader import open_source
 from tkit.files import write_json
 from tkit.specs.parallel import Parallel
+from tkit.specs.precision import Precision
 from tkit.specs.progress import Progress
-from tkit.specs.quantization import QUANT_FORMATS
 
 # 3 layers: uneven at pp 2; 2 KV heads: repeated at tp 4; an odd vocabulary: padded
 SIZES = {
@@ -113,11 +113,11 @@ def write_checkpoint(
     """`directory`/checkpoint as `tkit build` writes it, for formats that need no calibration."""
     spec = spec_from_hf(json.loads((model_dir / "config.json").read_text()), "config.json")
     parallel = Parallel(tp_size=tp_size, pp_size=pp_size, moe_ep_size=moe_ep_size)
-    moves = plan_moves(spec, QUANT_FORMATS[quant], parallel)
+    moves = plan_moves(spec, Precision.of(quant), parallel)
     checkpoint = directory / "checkpoint"
     checkpoint.mkdir(parents=True)
     with open_source(model_dir) as source:
         check_sources(source, moves, ARCHITECTURES[spec.architecture].ignored)
         convert(source, moves, spec.dtype, checkpoint, None, Progress())
-    write_json(checkpoint / "config.json", trtllm_config(spec, QUANT_FORMATS[quant], parallel))
+    write_json(checkpoint / "config.json", trtllm_config(spec, Precision.of(quant), parallel))
     return checkpoint

@@ -17,13 +17,13 @@ from tkit.checkpoints.reader import open_ranks, open_source
 from tkit.errors import InputError
 from tkit.runtime.bits import to_torch
 from tkit.specs.parallel import Parallel
+from tkit.specs.precision import Precision
 from tkit.specs.progress import Progress
-from tkit.specs.quantization import QUANT_FORMATS
 
 
 def write_checkpoint(model_dir, out, tp_size=1, pp_size=1):
     spec = spec_from_hf(json.loads((model_dir / "config.json").read_text()), "config.json")
-    moves = plan_moves(spec, QUANT_FORMATS["none"], Parallel(tp_size=tp_size, pp_size=pp_size))
+    moves = plan_moves(spec, Precision.of("none"), Parallel(tp_size=tp_size, pp_size=pp_size))
     with open_source(model_dir) as source:
         check_sources(source, moves, ())
         files = convert(source, moves, spec.dtype, out, None, Progress())
@@ -137,7 +137,7 @@ def test_every_mismatch_between_weights_and_config_is_listed(make_llama):
     config = json.loads((model_dir / "config.json").read_text())
     spec = spec_from_hf({**config, "intermediate_size": 256, "num_hidden_layers": 4}, "config.json")
     with open_source(model_dir) as source, pytest.raises(InputError) as error:
-        check_sources(source, plan_moves(spec, QUANT_FORMATS["none"], Parallel()), ())
+        check_sources(source, plan_moves(spec, Precision.of("none"), Parallel()), ())
     text = str(error.value)
     assert "model.layers.2.mlp.up_proj.weight is (128, 64), config.json promises (256, 64)" in text
     assert "model.layers.3.self_attn.k_proj.weight is missing, expected (32, 64)" in text
@@ -152,4 +152,4 @@ def test_a_tensor_without_a_place_is_named(make_llama):
         open_source(model_dir) as source,
         pytest.raises(InputError, match="model.layers.2.mlp.up_proj.weight .* no place"),
     ):
-        check_sources(source, plan_moves(spec, QUANT_FORMATS["none"], Parallel()), ())
+        check_sources(source, plan_moves(spec, Precision.of("none"), Parallel()), ())

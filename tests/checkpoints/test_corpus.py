@@ -22,7 +22,7 @@ from tkit.checkpoints.reader import TensorFiles
 from tkit.errors import InputError
 from tkit.files import sha256_file, to_json
 from tkit.specs.parallel import Parallel
-from tkit.specs.quantization import QUANT_FORMATS
+from tkit.specs.precision import Precision
 
 UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"  # (128, 64) and (64, 128)
 
@@ -408,8 +408,8 @@ def test_no_value_of_any_key_is_a_crash(name):
         for value in ODD_VALUES:
             try:
                 spec = spec_from_hf({**config, key: value}, "config.json")
-                plan_moves(spec, QUANT_FORMATS["none"], Parallel(tp_size=2))
-                to_json(trtllm_config(spec, QUANT_FORMATS["none"], Parallel(tp_size=2)))
+                plan_moves(spec, Precision.of("none"), Parallel(tp_size=2))
+                to_json(trtllm_config(spec, Precision.of("none"), Parallel(tp_size=2)))
             except InputError:
                 pass
 

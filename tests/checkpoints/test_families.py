@@ -18,7 +18,7 @@ from tkit.architectures.table import ARCHITECTURES
 from tkit.checkpoints.load_simulation import config_problems
 from tkit.runtime.load import load_model
 from tkit.specs.parallel import Parallel
-from tkit.specs.quantization import QUANT_FORMATS
+from tkit.specs.precision import Precision
 
 Tensors = dict[str, torch.Tensor]
 TOKENS = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(7))  # longer than the windows
@@ -532,7 +532,7 @@ def written_config(config: dict[str, Any]) -> dict[str, Any]:
     spec = spec_from_hf(config, "config.json")
     pp_size = 2 if ARCHITECTURES[spec.architecture].has_pipeline else 1
     tp_size = 1 if spec.num_heads % 2 else 2
-    return trtllm_config(spec, QUANT_FORMATS["none"], Parallel(tp_size=tp_size, pp_size=pp_size))
+    return trtllm_config(spec, Precision.of("none"), Parallel(tp_size=tp_size, pp_size=pp_size))
 
 
 @pytest.mark.parametrize("model", HUB)

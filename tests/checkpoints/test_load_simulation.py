@@ -13,6 +13,7 @@ from families import MODELS, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from tkit.architectures.config import spec_from_hf, trtllm_config
+from tkit.architectures.formats import trtllm_quant_cfg
 from tkit.architectures.moves import plan_moves
 from tkit.architectures.table import ARCHITECTURES
 from tkit.checkpoints.load_simulation import (
@@ -22,9 +23,11 @@ from tkit.checkpoints.load_simulation import (
     rank_problems,
     required_tensors,
     simulate_load,
+    with_layer_config,
 )
 from tkit.errors import InputError
 from tkit.specs.parallel import Parallel
+from tkit.specs.precision import Precision
 from tkit.specs.quantization import QUANT_FORMATS
 
 # as MODELS, but large enough for the kernels' multiples; only headers are ever made of them
@@ -38,7 +41,9 @@ EXPERT_LAYOUTS = [Parallel(tp_size=4, pp_size=pp, moe_ep_size=ep) for pp in (1, 
 Headers = dict[int, dict[str, Form]]
 
 
-def headers(name: str, quant: str, parallel: Parallel) -> tuple[dict[str, Any], Headers]:
+def headers(
+    name: str, quant: str, parallel: Parallel, overrides: dict[str, str] | None = None, exclude: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], Headers]:
     """config.json and the header of every rank file that tkit would write."""
     architecture, arguments = MODELS[name]
     changes = {key: value for key, value in LARGE.items() if key in arguments}
@@ -48,12 +53,13 @@ def headers(name: str, quant: str, parallel: Parallel) -> tuple[dict[str, Any], 
         changes = {}  # its factors fit one head size
     config = getattr(transformers, architecture).config_class(**{**arguments, **changes}).to_dict()
     spec = spec_from_hf({**config, "architectures": [architecture], "dtype": "bfloat16"}, "config.json")
-    format = QUANT_FORMATS[quant]
+    precision = Precision.of(quant, overrides, exclude)
     forms: Headers = {}
-    for output in (output for move in plan_moves(spec, format, parallel) for output in move.outputs):
+    for output in (output for move in plan_moves(spec, precision, parallel) for output in move.outputs):
         dtype = "BF16" if output.dtype == "model" else output.dtype
         forms.setdefault(output.rank, {})[output.name] = Form(dtype, output.shape)
-    return trtllm_config(spec, format, parallel), forms
+    config = with_layer_config(trtllm_config(spec, precision, parallel), trtllm_quant_cfg(spec, precision, parallel))
+    return config, forms
 
 
 def all_problems(config: dict[str, Any], forms: Headers) -> list[str]:
@@ -79,6 +85,82 @@ def test_everything_that_tkit_builds_would_load(name, quant):
         or (name.startswith(("gpt", "falcon")) and QUANT_FORMATS[quant].needs_calibration)
         or name == "phi3-longrope"
     )
+
+
+@pytest.mark.parametrize(
+    ("quant", "overrides", "exclude"),
+    [
+        ("int8", {}, ("layers.0",)),
+        ("fp8", {}, ("mlp",)),
+        ("int4", {}, ("attention",)),
+        ("fp8_rowwise", {}, ("layers.1",)),
+        ("int4_awq", {"layers.0": "none", "transformer.layers.*.attention.*": "int8"}, ("layers.2",)),
+        ("int8", {"transformer.layers.*.attention.*": "fp8"}, ()),
+        ("none", {"layers.1.mlp": "int8", "transformer.layers.1.attention.*": "int4"}, ()),
+    ],
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_mixed_precision_and_excluded_modules_would_load(name, quant, overrides, exclude):
+    built = set()
+    for parallel in (Parallel(tp_size=2), Parallel(tp_size=2, pp_size=2), Parallel(tp_size=4, moe_ep_size=2)):
+        try:
+            config, forms = headers(name, quant, parallel, overrides, exclude)
+        except InputError:
+            continue  # refused before a byte is written
+        assert all_problems(config, forms) == [], (quant, parallel)
+        built.add(config["quantization"]["quant_algo"])
+        # the layers that the config does not name are not what the files hold
+        plain = {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"none": {"quant_algo": "FP8"}}}
+        if overrides:
+            assert config["quantization"]["quant_algo"] == "MIXED_PRECISION"
+            assert all_problems(config | {"quantization": plain}, forms) or quant in ("int8", "none")
+        else:
+            assert config["quantization"]["exclude_modules"]
+            everything = config["quantization"] | {"exclude_modules": None}
+            assert all_problems(config | {"quantization": everything}, forms) or quant == "int8"
+    if name in ("llama", "qwen3", "gemma2"):
+        assert built
+
+
+def test_weight_only_layers_are_skipped_by_the_name_of_their_tensor():
+    defaults = ["*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding",
+                "*shared_expert_gate", "*fused_a"]  # fmt: skip
+    module, tensor = "transformer.layers.0.mlp.proj", "transformer.layers.0.mlp.proj.weight"
+    config = LLAMA | {"quantization": {"quant_algo": "W8A16", "exclude_modules": [*defaults, module]}}
+    problem = f"{tensor} F16 (512, 1024) is loaded as I8 (1024, 512), its module has F16 (512, 1024)"
+    assert rank_problems(config, 0, required_tensors(config, 0)) == [problem]
+    config["quantization"]["exclude_modules"].append(tensor)
+    assert rank_problems(config, 0, required_tensors(config, 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("layer_config", "problem"),
+    [
+        (None, "quantization: MIXED_PRECISION needs quant_cfg.json with quantized_layers"),
+        ({"quantized_layers": {"a": {"quant_algo": "FP9"}}}, "quant_cfg.json: quant_algo is 'FP9', expected one of"),
+        ({"quantized_layers": {"a": {"quant_algo": "FP8", "bits": 8}}}, 'quant_cfg.json: unknown key "bits" is refused'),
+        ({"quantized_layers": {"a": {"quant_algo": "W4A8_AWQ", "group_size": 64}}},
+         "quant_cfg.json: group_size is 64, W4A8_AWQ knows (128,)"),
+        ({"exclude_modules": [], "quantized_layers": {"a": {"quant_algo": "FP8"}}},
+         'quant_cfg.json: unknown key "exclude_modules"'),
+        ({"quantized_layers": {"a": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}}},
+         "FP8_PER_CHANNEL_PER_TOKEN replaces whole attention and MLP modules and their norms, not layers"),
+    ],
+)  # fmt: skip
+def test_a_layer_config_that_the_loader_cannot_read_is_named(layer_config, problem):
+    config = LLAMA | {"quantization": {"quant_algo": "MIXED_PRECISION"}}
+    if layer_config is not None:
+        layer_config = {"quant_algo": "MIXED_PRECISION", **layer_config}
+    (line,) = config_problems(with_layer_config(config, layer_config))
+    assert line.startswith(problem)
+
+
+def test_mixtral_takes_the_format_of_its_layers_for_the_mixture():
+    layers = {f"transformer.layers.0.mlp.{part}": {"quant_algo": "FP8"} for part in ("fc", "proj")}
+    layer_config = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    config = with_layer_config(MIXTRAL | {"quantization": {"quant_algo": "MIXED_PRECISION"}}, layer_config)
+    assert required_tensors(config, 0)["transformer.layers.0.mlp.fc.weight"].dtype == "F8_E4M3"
+    assert required_tensors(config, 0)["transformer.layers.0.attention.qkv.weight"].dtype == "F16"
 
 
 @pytest.mark.parametrize("name", MODELS)

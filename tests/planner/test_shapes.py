@@ -22,7 +22,8 @@ from tkit.planner.shapes import (
     shape_from_spec,
 )
 from tkit.specs.parallel import Parallel
-from tkit.specs.quantization import QUANT_FORMATS, quant_format
+from tkit.specs.precision import Precision
+from tkit.specs.quantization import QUANT_FORMATS
 
 BYTES = {"model": 2, "F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "I32": 4}
 ROWS = list(csv.DictReader(TABLE.read_text().splitlines()))
@@ -74,7 +75,7 @@ def test_stored_bytes_equal_the_plan_of_the_build(architecture, quant):
     shape, compared = shape_from_spec(spec, "small"), 0
     for parallel in LAYOUTS:
         try:
-            moves = plan_moves(spec, quant_format(quant), parallel)
+            moves = plan_moves(spec, Precision.of(quant), parallel)
         except InputError:  # layouts that this format or architecture does not have
             continue
         outputs = [output for move in moves for output in move.outputs]

@@ -18,7 +18,7 @@ from tkit.quantize.table import QUANTIZERS, Quantizer
 from tkit.runtime import calibration
 from tkit.runtime.calibration import CalibratedQuantizer, calibration_tokens
 from tkit.specs.parallel import Parallel
-from tkit.specs.quantization import QUANT_FORMATS
+from tkit.specs.precision import Precision
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -54,7 +54,7 @@ def test_every_linear_sees_what_it_sees_in_the_whole_model(tmp_path, monkeypatch
     tokens = torch.randint(0, 512, (6, 48), generator=torch.Generator().manual_seed(8))
     monkeypatch.setattr(calibration, "BATCH_TOKENS", 2 * 48)  # several batches
     spec = spec_from_hf(json.loads((tmp_path / "config.json").read_text()), "config.json")
-    moves = plan_moves(spec, QUANT_FORMATS["fp8"], Parallel())
+    moves = plan_moves(spec, Precision.of("fp8"), Parallel())
     seen = {}
     watch = Quantizer(lambda weights, inputs, dtype: seen.update(dict.fromkeys(weights, inputs)) or {}, torch.clone)
     monkeypatch.setitem(QUANTIZERS, "fp8", watch)

@@ -10,11 +10,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, get_type_hints
 
+from tkit.architectures.formats import trtllm_quantization
 from tkit.architectures.table import ARCHITECTURES, Architecture
 from tkit.errors import InputError, did_you_mean
 from tkit.specs.model import ModelSpec
 from tkit.specs.parallel import Parallel
-from tkit.specs.quantization import QuantFormat
+from tkit.specs.precision import Precision
 
 # ModelSpec field -> (config.json key, default); None = required, or computed below
 _FIELDS: dict[str, tuple[str, Any]] = {
@@ -220,9 +221,9 @@ def _num_kv_heads(config: Mapping[str, Any], row: Architecture, values: Mapping[
     return values["num_kv_heads"] or values["num_heads"]
 
 
-def trtllm_config(spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> dict[str, Any]:
-    """`config.json` of a TensorRT-LLM 1.0-1.2 checkpoint. `mapping` and `quantization` hold only the keys that every
-    version knows: both reject unknown ones. Sizes are global, and the vocabulary unpadded."""
+def trtllm_config(spec: ModelSpec, precision: Precision, parallel: Parallel) -> dict[str, Any]:
+    """`config.json` of a TensorRT-LLM 1.0-1.2 checkpoint. `mapping` holds only the keys that every version knows,
+    because unknown ones are refused. Sizes are global, and the vocabulary unpadded."""
     row = ARCHITECTURES[spec.architecture]
     mapping = {"world_size": parallel.world_size, "tp_size": parallel.tp_size, "pp_size": parallel.pp_size}
     if spec.num_experts:
@@ -254,17 +255,7 @@ def trtllm_config(spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> di
         **{trtllm_name: spec.extras[name] for name, (trtllm_name, _) in row.extras.items()},
         **row.config(spec),
         "mapping": mapping,
-        "quantization": {
-            "quant_algo": quant.algo,
-            "kv_cache_quant_algo": None,
-            "group_size": quant.group_size or 128,
-            "smoothquant_val": 0.5,
-            "clamp_val": None,
-            "use_meta_recipe": False,
-            "has_zero_point": False,
-            "pre_quant_scale": quant.has_prequant_scale,
-            "exclude_modules": None,
-        },
+        "quantization": trtllm_quantization(spec, precision, parallel),
     }
 
 

@@ -7,33 +7,36 @@ ranks, repeating KV heads, swapping fused halves and undoing interleaved q/k/v a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from tkit.architectures.formats import module_formats
 from tkit.architectures.table import ARCHITECTURES, SHARDED_AXES, Architecture, Module, Source
 from tkit.errors import InputError
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move, Output, Range
 from tkit.specs.parallel import Parallel
-from tkit.specs.quantization import QUANT_FORMATS, QuantFormat, StoredTensor
+from tkit.specs.precision import UNQUANTIZED, Precision
+from tkit.specs.quantization import QuantFormat, StoredTensor
 
-_PLAIN = QUANT_FORMATS["none"].tensors
 _BIAS = (StoredTensor(name="bias", dtype="model", out_axis=(0, 1)),)
 
 
-def plan_moves(spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> list[Move]:
+def plan_moves(spec: ModelSpec, precision: Precision, parallel: Parallel) -> list[Move]:
     """Every move, in the order in which rank files store their tensors: embedding, layers, final norm, lm_head.
 
-    Raises InputError with the whole list of divisibility rules that `parallel` and `quant` break.
+    Raises InputError with the whole list of divisibility rules that `parallel` and the formats break.
     """
     row = ARCHITECTURES[spec.architecture]
-    problems = _rule_violations(row, spec, quant, parallel)
+    formats = module_formats(spec, precision)
+    problems = _rule_violations(row, spec, formats, parallel)
     if problems:
+        names = " and ".join(sorted({format.name for format in formats.values()}))
         raise InputError(
-            f"{spec.architecture} cannot be split over tp {parallel.tp_size}, pp {parallel.pp_size} as {quant.name}",
+            f"{spec.architecture} cannot be split over tp {parallel.tp_size}, pp {parallel.pp_size} as {names}",
             problems=problems,
             hint="choose a smaller --tp or another --quant",
         )
-    planner = _Planner(row, spec, quant, parallel)
+    planner = _Planner(row, spec, formats, parallel)
     moves = [move for module in row.first for move in planner.outside(module, pp_rank=0)]
     for pp_rank, layers in enumerate(parallel.stage_layers(spec.num_layers)):
         for local_layer, layer in enumerate(layers):
@@ -83,7 +86,9 @@ def shard_range(axis: str, spec: ModelSpec, parallel: Parallel, tp_rank: int) ->
     return (shard * width, (shard + 1) * width)
 
 
-def _rule_violations(row: Architecture, spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> list[str]:
+def _rule_violations(
+    row: Architecture, spec: ModelSpec, formats: Mapping[str, QuantFormat], parallel: Parallel
+) -> list[str]:
     tp, problems = parallel.tp_size, []
     if spec.num_heads % tp:
         problems.append(f"num_attention_heads {spec.num_heads} is not a multiple of tp {tp}")
@@ -108,19 +113,29 @@ def _rule_violations(row: Architecture, spec: ModelSpec, quant: QuantFormat, par
         problems.append(f"pp {parallel.pp_size} exceeds num_hidden_layers {spec.num_layers}")
     if parallel.pp_size > 1 and not row.has_pipeline:
         problems.append(f"pp is {parallel.pp_size}, but {row.trtllm} has no pipeline parallelism in TensorRT-LLM")
-    if quant.needs_calibration and not row.calibrates:
-        problems.append(
-            f"{quant.name} needs calibration, which {row.trtllm} does not have yet; use fp8_rowwise or int4"
-        )
-    if not quant.is_stored_plain and "expert" in used:
-        problems.append(f"{quant.name} cannot quantize experts yet, and they are most of the model; use none or int8")
-    problems += [problem for module in modules for problem in _size_violations(module, spec, quant, parallel)]
-    return problems
+    for format in {format.name: format for format in formats.values()}.values():
+        if format.needs_calibration and not row.calibrates:
+            problems.append(
+                f"{format.name} needs calibration, which {row.trtllm} does not have yet; use fp8_rowwise or int4"
+            )
+    return problems + list(dict.fromkeys(_module_violations(row, spec, formats, parallel)))
+
+
+def _module_violations(
+    row: Architecture, spec: ModelSpec, formats: Mapping[str, QuantFormat], parallel: Parallel
+) -> Iterator[str]:
+    """What the kernels of a module's format do not have; a module of many layers gives the same line for each."""
+    for layer in range(spec.num_layers):
+        for module in (module for module in row.layer if module.is_quantized and module.when(spec, layer)):
+            format = formats[f"transformer.layers.{layer}.{module.name}"]
+            if module.has_experts and not format.is_stored_plain:
+                yield f"{format.name} cannot quantize experts yet, and they are most of the model; use none or int8"
+            yield from _size_violations(module, spec, format, parallel)
 
 
 def _size_violations(module: Module, spec: ModelSpec, quant: QuantFormat, parallel: Parallel) -> Iterator[str]:
     """The kernels' rule on both sides of a quantized layer."""
-    if quant.size_multiple == 1 or not module.is_quantized or module.in_ is None:
+    if quant.size_multiple == 1 or module.in_ is None:
         return
     tp = parallel.tp_size
     multiple = quant.size_multiple * tp
@@ -141,8 +156,8 @@ def _size_violations(module: Module, spec: ModelSpec, quant: QuantFormat, parall
 class _Planner:
     """What stays the same over all modules of one plan."""
 
-    def __init__(self, row: Architecture, spec: ModelSpec, quant: QuantFormat, parallel: Parallel):
-        self.row, self.spec, self.quant, self.parallel = row, spec, quant, parallel
+    def __init__(self, row: Architecture, spec: ModelSpec, formats: Mapping[str, QuantFormat], parallel: Parallel):
+        self.row, self.spec, self.formats, self.parallel = row, spec, formats, parallel
 
     def outside(self, module: Module, pp_rank: int) -> list[Move]:
         """The moves of a module before or after the layers."""
@@ -164,7 +179,8 @@ class _Planner:
         sources = self._sources(module)
         rows = [sum(axis_size(axis, self.spec) for axis in source.axes) for source in sources]
         columns = () if module.in_ is None else (axis_size(module.in_, self.spec),)
-        is_quantized = module.is_quantized and not self.quant.is_stored_plain
+        kernel = self.formats.get(name, UNQUANTIZED)
+        format = None if kernel.is_stored_plain else kernel
         yield Move(
             module=name,
             layer=layer,
@@ -173,9 +189,10 @@ class _Planner:
                 (*columns, count) if module.transform == "transpose" else (count, *columns) for count in rows
             ),
             source_rows=tuple(rows),
-            outputs=self._outputs(module, stored_name, self.quant.tensors if is_quantized else _PLAIN, pp_rank),
+            outputs=self._outputs(module, stored_name, kernel.tensors, pp_rank),
             transform=module.transform,
-            format=self.quant if is_quantized else None,
+            format=format,
+            build_format=kernel if format is None and kernel is not UNQUANTIZED else None,
             input=module.input,
         )
         if module.bias(self.spec):
@@ -190,7 +207,7 @@ class _Planner:
 
     def _sources(self, module: Module) -> list[Source]:
         """The module's sources; those of experts once per expert."""
-        if not any("{expert}" in source.name for source in module.sources):
+        if not module.has_experts:
             return list(module.sources)
         return [
             Source(source.name.format(expert=expert), source.axes)
@@ -215,7 +232,7 @@ class _Planner:
             position, unit = tensor.out_axis
             ranges = self._row_ranges(module, tp_rank)
             cuts[position] = _joined([(start // unit, stop // unit) for start, stop in ranges])
-            if any("{expert}" in source.name for source in module.sources):
+            if module.has_experts:
                 leading = (self.spec.num_experts // self.parallel.moe_ep_size,)
         if tensor.in_axis is not None and module.in_ is not None:
             position, unit = tensor.in_axis
@@ -261,7 +278,7 @@ class _Planner:
 
     def _experts(self, module: Module, tp_rank: int) -> range:
         """The experts of this rank; one pseudo-expert for modules without."""
-        if not any("{expert}" in source.name for source in module.sources):
+        if not module.has_experts:
             return range(1)
         per_rank = self.spec.num_experts // self.parallel.moe_ep_size
         ep_rank = tp_rank % self.parallel.moe_ep_size

@@ -57,6 +57,11 @@ class Module:
     is_quantized: bool = False
     when: Callable[[ModelSpec, int], bool] = lambda spec, layer: True
 
+    @property
+    def has_experts(self) -> bool:
+        """It holds the weights of all experts, one behind the other."""
+        return any("{expert}" in source.name for source in self.sources)
+
 
 def always(spec: ModelSpec) -> bool:
     return True

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tkit.architectures.formats import MIXED, stored_format
 from tkit.architectures.table import ARCHITECTURES
 from tkit.errors import InputError
 from tkit.specs.model import ModelSpec
@@ -25,14 +26,17 @@ MAX_SHARD_BYTES = 5_000_000_000  # the hub's convention
 ITEM_BYTES = {"model": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "U8": 1}
 
 
-def plan_hf_outputs(moves: Sequence[Move], spec: ModelSpec, quant: QuantFormat) -> list[Move]:
+def plan_hf_outputs(moves: Sequence[Move], spec: ModelSpec) -> list[Move]:
     """`moves` with the outputs of the Hugging Face checkpoint instead. Every source is written once.
 
-    Raises InputError where the format has no unified form for this architecture.
+    Raises InputError where a format has no unified form for this architecture.
     """
-    _check(spec, quant)
-    folded = {module.feeds for module in ARCHITECTURES[spec.architecture].layer if module.feeds}
-    feeds = {module.name: module.feeds for module in ARCHITECTURES[spec.architecture].layer}
+    _check(moves, spec)
+    feeds = {module.name: module.feeds for module in ARCHITECTURES[spec.architecture].layer if module.feeds}
+    folded = {
+        (move.layer, move.input) for move in moves if move.format is not None and move.format.has_prequant_scale
+        and move.input in feeds.values()
+    }  # fmt: skip
     planned, written = [], set()
     for move in moves:
         outputs = []
@@ -41,10 +45,10 @@ def plan_hf_outputs(moves: Sequence[Move], spec: ModelSpec, quant: QuantFormat) 
                 continue
             written.add(name)
             if move.format is None:
-                fold = feeds.get(_local_name(move)) if quant.has_prequant_scale else None
-                outputs.append(_plain(name, index, move, fold))
+                fed = feeds.get(_local_name(move))
+                outputs.append(_plain(name, index, move, fold=fed if (move.layer, fed) in folded else None))
             else:
-                outputs += _quantized(name, index, move, is_folded=move.input in folded)
+                outputs += _quantized(name, index, move, is_folded=(move.layer, move.input) in folded)
         planned.append(dataclasses.replace(move, outputs=tuple(outputs)))
     return _with_shards(planned)
 
@@ -58,61 +62,105 @@ def hf_index(moves: Sequence[Move], directory: str) -> dict[str, Any] | None:
     return {"metadata": {"total_size": sum(map(_num_bytes, outputs))}, "weight_map": weight_map}
 
 
-def hf_quant_config(quant: QuantFormat, version: str) -> dict[str, Any] | None:
+def hf_quant_config(moves: Sequence[Move], version: str) -> dict[str, Any] | None:
     """`hf_quant_config.json`, which TensorRT-LLM reads."""
-    if quant.algo is None:
+    layers, excluded = _layer_formats(moves)
+    formats = {format.name: format for format in layers.values()}
+    if not formats:
         return None
-    quantization: dict[str, Any] = {
-        "quant_algo": quant.algo,
-        "kv_cache_quant_algo": None,
-        "exclude_modules": ["lm_head"],
-    }
-    if quant.group_size is not None:
+    quantization: dict[str, Any] = {"kv_cache_quant_algo": None, "exclude_modules": ["lm_head", *excluded]}
+    if len(formats) == 1:
+        quantization |= _algorithm(next(iter(formats.values())))
+    else:
         quantization |= {
-            "group_size": quant.group_size,
-            "has_zero_point": False,
-            "pre_quant_scale": quant.has_prequant_scale,
+            "quant_algo": MIXED,
+            "quantized_layers": {name: _algorithm(format) for name, format in layers.items()},
         }
     return {"producer": {"name": "tkit", "version": version}, "quantization": quantization}
 
 
-def quantization_config(quant: QuantFormat, version: str) -> dict[str, Any] | None:
+def hf_layer_format(quantization: Mapping[str, Any], module: str) -> QuantFormat:
+    """The way back: what `quantization` of hf_quant_config.json says about a quantized layer."""
+    return stored_format(quantization.get("quantized_layers", {}).get(module, quantization))
+
+
+def quantization_config(moves: Sequence[Move], version: str) -> dict[str, Any] | None:
     """`quantization_config` inside config.json, which vLLM and SGLang read."""
-    if quant.algo is None:
+    layers, excluded = _layer_formats(moves)
+    formats = {format.name: format for format in layers.values()}
+    if not formats:
         return None
-    weights: dict[str, Any] = {"dynamic": False, "num_bits": quant.weight_bits, "type": "int"}
-    group: dict[str, Any] = {"weights": weights, "targets": ["Linear"]}
-    if quant.group_size is not None:
-        weights["group_size"] = quant.group_size
-    if quant.name.startswith("fp8"):
-        weights["type"] = "float"
-        group["input_activations"] = weights | {"dynamic": quant.name == "fp8_rowwise"}
-    return {
+    config: dict[str, Any] = {
         "quant_method": "modelopt",
-        "quant_algo": quant.algo,
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
+        "quant_algo": next(iter(formats.values())).algo,
+        "config_groups": {"group_0": _group(next(iter(formats.values())), ["Linear"])},
+        "ignore": ["lm_head", *excluded],
         "producer": {"name": "tkit", "version": version},
     }
+    if len(formats) > 1:
+        config |= {
+            "quant_algo": MIXED,
+            "quantized_layers": {name: _algorithm(format) for name, format in layers.items()},
+            "config_groups": {
+                f"group_{index}": _group(format, [name for name, its in layers.items() if its.name == format.name])
+                for index, format in enumerate(formats.values())
+            },
+        }
+    return config
 
 
-def _check(spec: ModelSpec, quant: QuantFormat) -> None:
+def _layer_formats(moves: Sequence[Move]) -> tuple[dict[str, QuantFormat], list[str]]:
+    """{Hugging Face module: format}, and the modules of layers that were left out. Norms and routers are neither."""
+    layers, excluded = {}, []
+    for move in moves:
+        names = [name.removesuffix(".weight") for name in move.sources]
+        if move.format is not None:
+            layers.update(dict.fromkeys(names, move.format))
+        elif move.input is not None:
+            excluded += names
+    return layers, excluded
+
+
+def _algorithm(format: QuantFormat) -> dict[str, Any]:
+    entry: dict[str, Any] = {"quant_algo": format.algo}
+    if format.group_size is not None:
+        entry |= {
+            "group_size": format.group_size,
+            "has_zero_point": False,
+            "pre_quant_scale": format.has_prequant_scale,
+        }
+    return entry
+
+
+def _group(format: QuantFormat, targets: list[str]) -> dict[str, Any]:
+    weights: dict[str, Any] = {"dynamic": False, "num_bits": format.weight_bits, "type": "int"}
+    group: dict[str, Any] = {"weights": weights, "targets": targets}
+    if format.group_size is not None:
+        weights["group_size"] = format.group_size
+    if format.name.startswith("fp8"):
+        weights["type"] = "float"
+        group["input_activations"] = weights | {"dynamic": format.name == "fp8_rowwise"}
+    return group
+
+
+def _check(moves: Sequence[Move], spec: ModelSpec) -> None:
     row, problems = ARCHITECTURES[spec.architecture], []
-    if quant.algo is not None and quant.is_stored_plain:
-        problems.append(f"{quant.name} is quantized by trtllm-build itself; no reader of this format does that")
-    if not quant.is_stored_plain:
-        quantized = [module for module in row.layer if module.is_quantized]
-        if any(module.transform == "transpose" for module in quantized):
-            problems.append(f"{spec.architecture} stores its layers transposed, which no reader knows quantized")
-        inputs = {module.input for module in quantized if module.in_ == "hidden"}
-        unfed = inputs - {module.feeds for module in row.layer}
-        if quant.has_prequant_scale and unfed:
-            problems.append(
-                f"no norm of {spec.architecture} can take the factor of {', '.join(sorted(map(str, unfed)))}"
-            )
+    quantized = [move for move in moves if move.format is not None]
+    problems += sorted(
+        f"{name} is quantized by trtllm-build itself; no reader of this format does that"
+        for name in {move.build_format.name for move in moves if move.build_format is not None}
+    )
+    if any(move.transform == "transpose" for move in quantized):
+        problems.append(f"{spec.architecture} stores its layers transposed, which no reader knows quantized")
+    hidden_inputs = {module.input for module in row.layer if module.in_ == "hidden"}
+    unfed = hidden_inputs - {module.feeds for module in row.layer}
+    unfed &= {move.input for move in quantized if move.format is not None and move.format.has_prequant_scale}
+    if unfed:
+        problems.append(f"no norm of {spec.architecture} can take the factor of {', '.join(sorted(map(str, unfed)))}")
     if problems:
+        names = sorted({format.name for move in moves for format in (move.format, move.build_format) if format})
         raise InputError(
-            f"{spec.architecture} as {quant.name} has no unified Hugging Face form",
+            f"{spec.architecture} as {' and '.join(names)} has no unified Hugging Face form",
             problems=problems,
             hint="use --format trtllm, or another --quant",
         )

@@ -23,6 +23,8 @@ from tkit.errors import InputError, TkitError
 from tkit.files import read_json
 
 CONFIG_FILE = "config.json"
+LAYER_CONFIG_FILE = "quant_cfg.json"
+MIXED = "MIXED_PRECISION"
 
 
 class Form(NamedTuple):
@@ -50,6 +52,8 @@ def simulate_load(directory: Path) -> list[str]:
     """Everything that `trtllm-build` would refuse, or silently read as another model; empty when it would load."""
     try:
         config = read_json(directory / CONFIG_FILE)
+        layer_config = directory / LAYER_CONFIG_FILE
+        config = with_layer_config(config, read_json(layer_config) if layer_config.exists() else None)
     except InputError as error:
         return [str(error)]
     problems = config_problems(config)
@@ -78,18 +82,21 @@ def simulate_load(directory: Path) -> list[str]:
 def rank_problems(config: Mapping[str, Any], rank: int, found: Mapping[str, Form]) -> list[str]:
     """Missing, misshapen and superfluous tensors of one rank's file, in the file's own terms."""
     expected = required_tensors(config, rank)
+    engine, loaded = engine_parameters(config, rank), preprocess(found, config)
     if "lm_head.weight" not in found and _may_omit_lm_head(config, expected):
-        del expected["lm_head.weight"]
-    engine, loaded = preprocess(expected, config), preprocess(found, config)
+        del engine["lm_head.weight"]
     lines: dict[str, None] = {}  # one tensor of the file may become several parameters: each line once
     for name, (parameter, origin) in engine.items():
         if name not in loaded:
             lines[f"{origin} is missing, expected {expected[origin]}"] = None
         elif not _fits(loaded[name][0], parameter):
-            source = loaded[name][1]
-            lines[f"{source} is {found[source]}, expected {expected[origin]}"] = None
+            made, source = loaded[name]
+            if found[source] == expected[origin]:
+                lines[f"{source} {found[source]} is loaded as {made}, its module has {parameter}"] = None
+            else:
+                lines[f"{source} is {found[source]}, expected {expected[origin]}"] = None
     for name, (_, origin) in loaded.items():
-        if name not in engine:
+        if name not in engine and origin not in engine:
             lines[f"{origin} {found[origin]} is in no module of {config['architecture']}"] = None
     return list(lines)
 
@@ -153,6 +160,21 @@ _EXCLUDED = ("*lm_head", "*router", "*vocab_embedding", "*position_embedding", "
              "*fused_a")
 _EXCLUDED_ROWWISE = ("*ln_f", "*ln_embed")
 # fmt: on
+
+
+def with_layer_config(config: Any, layer_config: Any) -> Any:
+    """`config` as the loader reads it: with MIXED_PRECISION, `quant_cfg.json` takes the place of `quantization`."""
+    if not isinstance(layer_config, dict) or not isinstance(config, dict):
+        return config
+    if not isinstance(config.get("quantization"), dict) or config["quantization"].get("quant_algo") != MIXED:
+        return config
+    layers = layer_config.get("quantized_layers")
+    if config.get("architecture") == "MixtralForCausalLM" and isinstance(layers, dict):
+        layers = dict(layers)
+        for name in [name for name in layers if "mlp.fc" in name or "mlp.proj" in name]:
+            layers.setdefault(name.rsplit(".", 1)[0], layers[name])
+        layer_config = {**layer_config, "quantized_layers": layers}
+    return {**config, "quantization": layer_config}
 
 
 def config_problems(config: Any) -> list[str]:
@@ -256,27 +278,58 @@ def _expert_size(config: Mapping[str, Any]) -> int:
 
 def _quantization_problems(config: Mapping[str, Any]) -> Iterator[str]:
     quantization = config["quantization"]
-    for key in sorted(quantization.keys() - _QUANTIZATION_KEYS):
-        yield f'quantization: unknown key "{key}" is refused'
-    algo, kv_algo = quantization.get("quant_algo"), quantization.get("kv_cache_quant_algo")
-    if algo not in ALGORITHMS:
-        yield f"quantization: quant_algo is {algo!r}, expected one of {', '.join(map(str, ALGORITHMS))}"
+    if quantization.get("quant_algo") == MIXED:
+        yield from _mixed_problems(config, quantization)
         return
+    yield from _algorithm_problems(config, quantization, "quantization")
+    algo, kv_algo = quantization.get("quant_algo"), quantization.get("kv_cache_quant_algo")
     if kv_algo not in _KV_CACHE_ALGOS:
         yield f"quantization: kv_cache_quant_algo is {kv_algo!r}, expected one of {_KV_CACHE_ALGOS}"
-    group_size = quantization.get("group_size", 128)
-    if group_size not in ALGORITHMS[algo].group_sizes:
-        yield f"quantization: group_size is {group_size}, {algo} knows {ALGORITHMS[algo].group_sizes}"
-    if config.get("moe") and not ALGORITHMS[algo].has_experts:
-        yield f"quantization: {algo} cannot be combined with experts"
     patterns = quantization.get("exclude_modules") or ()
-    defaults = (*_EXCLUDED, *(_EXCLUDED_ROWWISE if algo == "FP8_PER_CHANNEL_PER_TOKEN" else ()))
+    rowwise = algo == "FP8_PER_CHANNEL_PER_TOKEN"
+    defaults = (*_EXCLUDED, *(_EXCLUDED_ROWWISE if rowwise else ()))
     lost = [pattern for pattern in defaults if patterns and pattern not in patterns]
     if algo is not None and lost:
         yield f"quantization: exclude_modules replaces the defaults and leaves out {', '.join(lost)}"
 
 
+def _mixed_problems(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterator[str]:
+    layers = quantization.get("quantized_layers")
+    if not isinstance(layers, dict) or not layers:
+        yield f"quantization: {MIXED} needs {LAYER_CONFIG_FILE} with quantized_layers"
+        return
+    for key in sorted(quantization.keys() - {"quant_algo", "kv_cache_quant_algo", "quantized_layers"}):
+        yield f'{LAYER_CONFIG_FILE}: unknown key "{key}"'
+    if quantization.get("kv_cache_quant_algo") not in _KV_CACHE_ALGOS:
+        yield f"{LAYER_CONFIG_FILE}: kv_cache_quant_algo is {quantization['kv_cache_quant_algo']!r}"
+    lines: dict[str, None] = {}
+    for entry in layers.values():
+        lines.update(dict.fromkeys(_algorithm_problems(config, entry, LAYER_CONFIG_FILE)))
+        if entry.get("quant_algo") == "FP8_PER_CHANNEL_PER_TOKEN":
+            lines["FP8_PER_CHANNEL_PER_TOKEN replaces whole attention and MLP modules and their norms, not layers"] = (
+                None
+            )
+    yield from lines
+
+
+def _algorithm_problems(config: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> Iterator[str]:
+    for key in sorted(entry.keys() - _QUANTIZATION_KEYS):
+        yield f'{where}: unknown key "{key}" is refused'
+    algo = entry.get("quant_algo")
+    if algo not in ALGORITHMS:
+        yield f"{where}: quant_algo is {algo!r}, expected one of {', '.join(map(str, ALGORITHMS))}"
+        return
+    group_size = entry.get("group_size", 128)
+    if group_size not in ALGORITHMS[algo].group_sizes:
+        yield f"{where}: group_size is {group_size}, {algo} knows {ALGORITHMS[algo].group_sizes}"
+    if config.get("moe") and not ALGORITHMS[algo].has_experts:
+        yield f"{where}: {algo} cannot be combined with experts"
+
+
 # --- the module tree -------------------------------------------------------------------------------------------------
+
+
+Loaded = dict[str, tuple[Form, str]]  # parameter of the engine -> (form, the tensor of the file it comes from)
 
 
 @dataclass(frozen=True)
@@ -477,6 +530,21 @@ FAMILIES: dict[str, Family] = {
 
 def required_tensors(config: Mapping[str, Any], rank: int) -> dict[str, Form]:
     """{name: form} of everything that must lie in the file of `rank`, in the layout in which it is shipped."""
+    return {name: form for name, form, _ in _required(config, rank)}
+
+
+def engine_parameters(config: Mapping[str, Any], rank: int) -> Loaded:
+    """The parameters of the modules that the build makes for `rank`."""
+    model = SAFETENSORS_DTYPE[config["dtype"]]
+    return {
+        parameter: (made, name)
+        for name, form, algo in _required(config, rank)
+        for parameter, made in ALGORITHMS[algo].preprocess(name, form, model)
+    }
+
+
+def _required(config: Mapping[str, Any], rank: int) -> Iterator[tuple[str, Form, str | None]]:
+    """(name, form, algorithm of its module) of every tensor."""
     s, family = Sizes(config), FAMILIES[config["architecture"]]
     pp_rank, pp = rank // s.tp, config["mapping"]["pp_size"]
     parts: list[Weight | Linear] = []
@@ -496,11 +564,10 @@ def required_tensors(config: Mapping[str, Any], rank: int) -> dict[str, Form]:
         if family.has_lm_head_bias:
             parts.append(Weight("lm_head.bias", (s.vocab,)))
     model_dtype = SAFETENSORS_DTYPE[config["dtype"]]
-    return {
-        weight.name: Form(model_dtype if weight.dtype == "model" else weight.dtype, weight.shape)
-        for part in parts
-        for weight in (stored_parameters(part, config) if isinstance(part, Linear) else (part,))
-    }
+    for part in parts:
+        algo = _module_quantization(part, config).get("quant_algo") if isinstance(part, Linear) else None
+        for weight in stored_parameters(part, config) if isinstance(part, Linear) else (part,):
+            yield weight.name, Form(model_dtype if weight.dtype == "model" else weight.dtype, weight.shape), algo
 
 
 def _embedding_shape(s: Sizes, family: Family) -> tuple[int, int]:
@@ -538,9 +605,6 @@ class Stored:
     dense: str
     experts: str | None = None
     when: str | None = None
-
-
-Loaded = dict[str, tuple[Form, str]]  # parameter of the engine -> (form, the tensor of the file it comes from)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -585,7 +649,7 @@ def weight_only(codes_per_byte: int) -> Callable[[str, Form, str], Iterator[tupl
     def preprocess(name: str, form: Form, model: str) -> Iterator[tuple[str, Form]]:
         touched = ("qkv.weight", "dense.weight", "fc.weight", "proj.weight", "gate.weight")
         is_plain_linear = any(part in name for part in touched) and form.dtype != "I8" and len(form.shape) >= 2
-        if not is_plain_linear or fnmatchcase(name, "*shared_expert_gate.weight"):
+        if not is_plain_linear:
             yield name, form
             return
         *experts, out, in_ = form.shape
@@ -652,12 +716,9 @@ ALGORITHMS: dict[str | None, Algorithm] = {
 
 def stored_parameters(linear: Linear, config: Mapping[str, Any]) -> Iterator[Weight]:
     """The tensors of one linear layer under the algorithm of `config`."""
-    quantization = config["quantization"]
+    quantization = _module_quantization(linear, config)
     algorithm = ALGORITHMS[quantization.get("quant_algo")]
-    patterns = quantization.get("exclude_modules") or _EXCLUDED
     stored = algorithm.stored
-    if any(fnmatchcase(linear.name, pattern) for pattern in patterns):
-        algorithm, stored = ALGORITHMS[None], (_PLAIN,)
     if linear.experts and not any(tensor.experts for tensor in stored):
         stored = (_PLAIN,)
     group_size = quantization.get("group_size", 128)
@@ -669,6 +730,24 @@ def stored_parameters(linear: Linear, config: Mapping[str, Any]) -> Iterator[Wei
             yield Weight(f"{linear.name}.{tensor.name}", _shape(dimensions, sizes), tensor.dtype)
     if linear.bias:
         yield Weight(f"{linear.name}.bias", (linear.out,))
+
+
+def _module_quantization(linear: Linear, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entry that decides about one layer. Experts go by the name of the module that holds them all, and FP8 rowwise
+    replaces whole attention and MLP modules."""
+    quantization: Mapping[str, Any] = config["quantization"]
+    block = linear.name.rpartition(".")[0]
+    if quantization.get("quant_algo") == MIXED:
+        return _layer_entry(quantization, block if linear.experts else linear.name)
+    is_whole = linear.experts or quantization.get("quant_algo") == "FP8_PER_CHANNEL_PER_TOKEN"
+    name = block if is_whole else linear.name
+    patterns = quantization.get("exclude_modules") or _EXCLUDED
+    return {} if any(fnmatchcase(name, pattern) for pattern in patterns) else quantization
+
+
+def _layer_entry(quantization: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    layers: Mapping[str, Mapping[str, Any]] = quantization["quantized_layers"]
+    return next((entry for pattern, entry in layers.items() if fnmatchcase(name, pattern)), {})
 
 
 def _padded_sizes(linear: Linear, tp: int, algorithm: Algorithm, group_size: int) -> tuple[int, int]:
@@ -696,15 +775,34 @@ def _shape(dimensions: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 def preprocess(tensors: Mapping[str, Form], config: Mapping[str, Any]) -> Loaded:
     """What `preprocess_weights` makes of a file's tensors, as far as names, dtypes and shapes go."""
-    algo = config["quantization"].get("quant_algo")
+    quantization = config["quantization"]
     model = SAFETENSORS_DTYPE[config["dtype"]]
     is_lm_head_plain = tensors.get("lm_head.weight", Form(model, ())).dtype != "F8_E4M3"
     loaded: Loaded = {}
     for name, form in tensors.items():
+        algo = quantization.get("quant_algo")
+        if algo == MIXED:
+            algo = _layer_entry(quantization, _base_name(name)).get("quant_algo")
         if algo == "FP8" and is_lm_head_plain and name.startswith("lm_head.") and name.endswith("scaling_factor"):
             continue  # dropped there
         if name.endswith((".k_cache_scaling_factor", ".v_cache_scaling_factor")):  # the larger of the two counts
             loaded[name.replace(".k_cache", ".kv_cache").replace(".v_cache", ".kv_cache")] = (form, name)
             continue
+        if algo in ("W8A16", "W4A16") and _is_left_plain(name, quantization):
+            algo = None
         loaded.update({ours: (made, name) for ours, made in ALGORITHMS[algo].preprocess(name, form, model)})
     return loaded
+
+
+def _base_name(name: str) -> str:
+    """The module that the loader takes a tensor for: what stands before and in the first of these words, in this order."""
+    for word in ("fc", "gate", "proj", "qkv", "dense"):
+        if word in name:
+            return name[: name.index(word) + len(word)]
+    return name.rpartition(".")[0]
+
+
+def _is_left_plain(tensor: str, quantization: Mapping[str, Any]) -> bool:
+    """Weight-only quantization at load time matches its exclusions against the tensor's own name."""
+    patterns = quantization.get("exclude_modules") or ("*shared_expert_gate.weight",)
+    return any(fnmatchcase(tensor, pattern) for pattern in patterns)

@@ -19,6 +19,9 @@ from tkit.units import format_bytes, format_seconds
               help="Of the tp ranks, how many hold different experts.  [default: 1]")  # fmt: skip
 @click.option("--pp", "pp_size", type=click.IntRange(min=1), help="Pipeline-parallel size, in GPUs.  [default: 1]")
 @click.option("--quant", help="none, int8, fp8, fp8_rowwise, int4 or int4_awq.  [default: none]")
+@click.option("--quant-override", "quant_overrides", multiple=True, metavar="PATTERN=QUANT",
+              help="Another quantization for some modules: '*.attention.*=int8'. The first match counts.")  # fmt: skip
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Modules that stay in 16 bits: 'layers.0.*'.")
 @click.option(
     "--format",
     type=click.Choice(FORMATS),
@@ -62,6 +65,8 @@ def command(
     allow_pickle: bool,
     dry_run: bool,
     gpu: str | None,
+    quant_overrides: tuple[str, ...],
+    exclude: tuple[str, ...],
     **overrides: object,
 ) -> None:
     """Convert and quantize MODEL into an engine directory, and compile it where there is a GPU with TensorRT-LLM.
@@ -78,6 +83,10 @@ def command(
     from tkit.stages.models import fetch_model, find_recipe
 
     given = {key: value for key, value in overrides.items() if value is not None}
+    if exclude:
+        given["exclude"] = exclude
+    if quant_overrides:
+        given["quant_overrides"] = _pairs(quant_overrides)
     if gpu is not None and not dry_run:
         raise InputError("--gpu: an engine is compiled on the GPU it is for", hint="add --dry-run to see the command")
     machine = this_machine()
@@ -111,3 +120,12 @@ def command(
             f"tp {card.tp_size} pp {card.pp_size}, {format_seconds(seconds)}, peak memory {format_bytes(peak)}"
         )
     output.record(card, text, last_line=str(directory))
+
+
+def _pairs(overrides: tuple[str, ...]) -> dict[str, str]:
+    from tkit.errors import InputError
+
+    problems = [f'"{override}"' for override in overrides if not all(override.rpartition("="))]
+    if problems:
+        raise InputError("--quant-override: expected PATTERN=QUANT, found", problems=problems)
+    return {pattern: quant for pattern, _, quant in (override.rpartition("=") for override in overrides)}

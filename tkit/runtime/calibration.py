@@ -24,6 +24,7 @@ from tkit.files import read_jsonl_texts
 from tkit.quantize.statistics import InputStatistics
 from tkit.quantize.table import QUANTIZERS
 from tkit.runtime.bits import to_raw, to_torch
+from tkit.runtime.data_free import quantize_rows
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
 
@@ -35,7 +36,8 @@ BATCH_TOKENS = 4096  # bounds the activations inside a layer; larger batches are
 class CalibratedQuantizer:
     """The `LayerQuantizer` of every format that looks at activations. `tokens` is (samples, length) int64."""
 
-    def __init__(self, spec: ModelSpec, tokens: torch.Tensor, device: str = "cpu"):
+    def __init__(self, spec: ModelSpec, tokens: torch.Tensor, device: str = "cpu", num_threads: int = 1):
+        self.num_threads = num_threads  # of what needs no calibration
         self.spec = spec
         self.tokens = tokens
         self.device = device
@@ -57,10 +59,13 @@ class CalibratedQuantizer:
     def layer(self, index: int, sources: Mapping[str, Raw], moves: Sequence[Move]) -> dict[str, dict[str, Raw]]:
         prefix = f"model.layers.{index}."
         weights = {name.removeprefix(prefix): to_torch(*raw) for name, raw in sources.items()}
-        statistics = self._run(index, weights, moves, prefix)
-        quantized: dict[str, dict[str, Raw]] = {}
-        for input_name in dict.fromkeys(move.input for move in moves):
-            group = [move for move in moves if move.input == input_name]
+        calibrated = [move for move in moves if move.format is not None and move.format.needs_calibration]
+        statistics = self._run(index, weights, calibrated, prefix)
+        quantized = {
+            move.module: quantize_rows(move, sources, self.num_threads) for move in moves if move not in calibrated
+        }
+        for input_name in dict.fromkeys(move.input for move in calibrated):
+            group = [move for move in calibrated if move.input == input_name]
             stacked = {
                 move.module: torch.cat([as_linear(weights[name.removeprefix(prefix)], move) for name in move.sources])
                 for move in group

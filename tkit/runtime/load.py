@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from tkit.architectures.config import hf_config, parallel_from_trtllm, spec_from_hf, spec_from_trtllm
+from tkit.architectures.formats import precision_from_trtllm
 from tkit.architectures.moves import plan_moves
+from tkit.architectures.unified_hf import hf_layer_format
 from tkit.checkpoints.merge import merge
 from tkit.checkpoints.reader import TensorFiles, open_ranks, open_source
 from tkit.errors import InputError
@@ -26,7 +27,7 @@ from tkit.quantize.table import QUANTIZERS
 from tkit.runtime.bits import to_torch
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
-from tkit.specs.quantization import QUANT_FORMATS, QuantFormat
+from tkit.specs.quantization import QuantFormat
 
 transformers.utils.logging.disable_progress_bar()  # a bar per loaded model says nothing that tkit's own progress does not
 
@@ -68,13 +69,16 @@ def _dtype(spec: ModelSpec, device: str) -> torch.dtype:
 
 def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelInputs]:
     config = read_json(directory / "config.json")
-    spec, quant, parallel = spec_from_trtllm(config), quant_of(config), parallel_from_trtllm(config)
+    spec, parallel = spec_from_trtllm(config), parallel_from_trtllm(config)
+    layer_config = directory / "quant_cfg.json"
+    quant_cfg = read_json(layer_config) if layer_config.exists() else None
+    precision = precision_from_trtllm(config, quant_cfg, spec, parallel)
     weights: Weights = {}
     kernel_inputs: KernelInputs = {}
     with open_ranks(directory, parallel.world_size) as files:
-        for move, parts in merge(files, plan_moves(spec, quant, parallel)):
+        for move, parts in merge(files, plan_moves(spec, precision, parallel)):
             stored = {part: to_torch(raw, code) for part, (raw, code) in parts.items()}
-            weights.update(_hugging_face_weights(move, stored, quant, _dtype(spec, device)))
+            weights.update(_hugging_face_weights(move, stored, _dtype(spec, device)))
             hook = None if move.format is None else _kernel_input(move.format, stored, device)
             if hook is not None:
                 kernel_inputs.update(dict.fromkeys((name.removesuffix(".weight") for name in move.sources), hook))
@@ -86,9 +90,8 @@ def _read_hf(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelIn
     config = {key: value for key, value in read_json(directory / "config.json").items() if key != "quantization_config"}
     spec = spec_from_hf(config, str(directory / "config.json"))
     dtype = _dtype(spec, device)
-    quant = QUANT_FORMATS["none"]
-    if (directory / "hf_quant_config.json").exists():
-        quant = quant_of(read_json(directory / "hf_quant_config.json"))
+    quant_config = directory / "hf_quant_config.json"
+    quantization = read_json(quant_config)["quantization"] if quant_config.exists() else {}
     weights: Weights = {}
     kernel_inputs: KernelInputs = {}
     with open_source(directory) as files:
@@ -97,6 +100,7 @@ def _read_hf(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelIn
             if f"{module}.weight_scale" not in files.entries or part == "bias":
                 weights[name] = to_torch(files.read(name), entry.dtype).to(dtype)
             elif part == "weight":
+                quant = hf_layer_format(quantization, module)
                 stored = _hugging_face_parts(files, module, quant)
                 weights[name] = QUANTIZERS[quant.name].dequantize(stored).to(dtype)
                 hook = _kernel_input(quant, stored, device)
@@ -128,17 +132,6 @@ def _kernel_input(quant: QuantFormat, stored: Mapping[str, torch.Tensor], device
     return lambda module, arguments: (kernel_input(arguments[0], small),)
 
 
-def quant_of(config: dict[str, Any]) -> QuantFormat:
-    """The format that config.json names."""
-    algo = config["quantization"]["quant_algo"]
-    has_prequant_scale = config["quantization"].get("pre_quant_scale", False)
-    return next(
-        format
-        for format in QUANT_FORMATS.values()
-        if format.algo == algo and format.has_prequant_scale == has_prequant_scale
-    )
-
-
 def model_from_weights(spec: ModelSpec, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
     """transformers' own class for `spec`, holding `weights` under their Hugging Face names."""
     arguments = hf_config(spec)
@@ -148,14 +141,12 @@ def model_from_weights(spec: ModelSpec, weights: dict[str, torch.Tensor], dtype:
     return model.eval()
 
 
-def _hugging_face_weights(
-    move: Move, stored: dict[str, torch.Tensor], quant: QuantFormat, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def _hugging_face_weights(move: Move, stored: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     if "bias" in stored:
         whole = stored["bias"]
     elif move.format is not None:
         whole = QUANTIZERS[move.format.name].dequantize(stored)
-    elif quant.name == "int8" and move.input is not None:
+    elif move.build_format is not None:
         whole = int8.rounded(stored["weight"])
     else:
         whole = stored["weight"]

@@ -38,7 +38,7 @@ class Output:
 class Move:
     """One TensorRT-LLM module (or its bias): the sources, stacked along dim 0 in order, become the outputs.
 
-    `format` is None where the values are only moved, never changed.
+    `format` is None where the values are only moved, never changed; `build_format` is what trtllm-build makes of them.
     """
 
     module: str  # with the global layer index: transformer.layers.7.attention.qkv
@@ -49,4 +49,5 @@ class Move:
     outputs: tuple[Output, ...]
     transform: str | None = None  # add_one | transpose | float32, applied to every source
     format: QuantFormat | None = None
+    build_format: QuantFormat | None = None
     input: str | None = None

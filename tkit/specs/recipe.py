@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tkit.errors import InputError
 from tkit.specs.parallel import Parallel
-from tkit.specs.quantization import quant_format
+from tkit.specs.precision import Precision
 
 BACKENDS = ("auto", "reference", "tensorrt", "pytorch")
 FORMATS = ("trtllm", "hf", "both")  # TensorRT-LLM checkpoint, unified Hugging Face checkpoint
@@ -23,6 +24,10 @@ class EngineRecipe:
     """What changes an engine's bytes. Equal recipes and equal sources give an equal engine name."""
 
     quant: str = "none"
+    quant_overrides: Mapping[str, str] = field(
+        default_factory=dict
+    )  # module pattern -> quantization, first match counts
+    exclude: tuple[str, ...] = ()  # module patterns that stay in 16 bits
     tp_size: int = 1
     pp_size: int = 1
     moe_ep_size: int = 1  # of the tp ranks, how many hold different experts
@@ -38,8 +43,7 @@ class EngineRecipe:
     name: str | None = None  # None = made from model, quantization and parallel layout
 
     def __post_init__(self) -> None:
-        quant_format(self.quant, where="quant")
-        _ = self.parallel  # refuses impossible sizes
+        _ = self.precision, self.parallel  # refuse unknown formats and impossible sizes
         problems = [
             f"{name} is {value}, expected at least {least}"
             for name, least in _LEAST.items()
@@ -51,6 +55,10 @@ class EngineRecipe:
             problems.append(f'format is "{self.format}", expected one of {", ".join(FORMATS)}')
         if problems:
             raise InputError("impossible engine", problems=problems)
+
+    @property
+    def precision(self) -> Precision:
+        return Precision.of(self.quant, self.quant_overrides, self.exclude)
 
     @property
     def parallel(self) -> Parallel:

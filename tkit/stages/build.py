@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 
 from tkit import __version__, demo
 from tkit.architectures.config import spec_from_hf, trtllm_config
+from tkit.architectures.formats import MIXED, trtllm_quant_cfg
 from tkit.architectures.moves import plan_moves
 from tkit.architectures.table import ARCHITECTURES
 from tkit.architectures.unified_hf import (
@@ -41,15 +42,16 @@ from tkit.architectures.unified_hf import (
 )
 from tkit.backends.llm_api import LLM_API_FILE, format_problems, llm_api_options, llm_api_yaml
 from tkit.checkpoints.convert import LayerQuantizer, check_sources, checkpoint_bytes, convert, file_layouts
-from tkit.checkpoints.load_simulation import check_load, config_problems
+from tkit.checkpoints.load_simulation import LAYER_CONFIG_FILE, check_load, config_problems, with_layer_config
 from tkit.checkpoints.reader import TensorFiles, check_model_files, file_signature, open_source
 from tkit.errors import InputError
 from tkit.files import read_json, sha256_file, sync_directory, write_atomic, write_json
 from tkit.specs.engine import CARD_FILE, EngineCard
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
+from tkit.specs.precision import UNQUANTIZED
 from tkit.specs.progress import Progress
-from tkit.specs.quantization import QuantFormat, quant_format
+from tkit.specs.quantization import QuantFormat
 from tkit.specs.recipe import RUNTIME_FIELDS, EngineRecipe
 from tkit.stages.engines import ENGINES_DIR, read_card
 from tkit.stages.models import TOKENIZER_FILES, ModelSource, check_hub_digests, copy_tokenizer, has_safetensors
@@ -67,7 +69,6 @@ class BuildPlan:
     recipe: EngineRecipe
     backend: str
     spec: ModelSpec
-    quant: QuantFormat
     moves: Sequence[Move]
     calib_file: Path | None
     hash_seconds: float
@@ -77,7 +78,21 @@ class BuildPlan:
 
     @property
     def config(self) -> dict[str, Any]:
-        return trtllm_config(self.spec, self.quant, self.recipe.parallel)
+        return trtllm_config(self.spec, self.recipe.precision, self.recipe.parallel)
+
+    @property
+    def layer_config(self) -> dict[str, Any] | None:
+        """`quant_cfg.json` of a checkpoint in several formats."""
+        return trtllm_quant_cfg(self.spec, self.recipe.precision, self.recipe.parallel)
+
+    @property
+    def formats(self) -> dict[str, QuantFormat]:
+        return _formats(self.moves)
+
+    @property
+    def quant_algo(self) -> str | None:
+        algorithms = [format.algo for format in self.formats.values()]
+        return MIXED if len(algorithms) > 1 else next(iter(algorithms), None)
 
     @property
     def num_bytes(self) -> int:
@@ -91,8 +106,14 @@ class BuildPlan:
             "key": self.key,
             "bytes": self.num_bytes,
             "config": self.config,
+            "layer_config": self.layer_config,
             "moves": [
-                {"module": move.module, "sources": move.sources, "outputs": [output.name for output in move.outputs]}
+                {
+                    "module": move.module,
+                    "format": (move.format or move.build_format or UNQUANTIZED).name,
+                    "sources": move.sources,
+                    "outputs": [output.name for output in move.outputs],
+                }
                 for move in self.moves
             ],
             "files": {
@@ -121,18 +142,19 @@ def plan_build(
     if not isinstance(config, dict):
         raise InputError(f"{config_path}: expected a mapping of keys, found {type(config).__name__}")
     spec = spec_from_hf(config, str(config_path))
-    quant = quant_format(recipe.quant)
-    moves = _plan_formats(spec, quant, recipe)
-    if backend == "pytorch" and (problems := format_problems(quant.algo, None)):
+    moves = _plan_formats(spec, recipe)
+    algorithms = dict.fromkeys(format.algo for format in _formats(moves).values())
+    if backend == "pytorch" and (problems := [p for algo in algorithms for p in format_problems(algo, None)]):
         raise InputError("--backend pytorch: no reader of this format", problems=problems)
-    problems = config_problems(trtllm_config(spec, quant, recipe.parallel)) if recipe.format != "hf" else []
+    problems = _config_problems(spec, recipe) if recipe.format != "hf" else []
     if problems:
         raise InputError(f"{config_path}: TensorRT-LLM has no engine for this model", problems=problems)
     is_pickled = allow_pickle and not has_safetensors(source.directory)
     with _open_source(source.directory, is_pickled) as files:
         check_sources(files, moves, ARCHITECTURES[spec.architecture].ignored)
         paths = files.files
-    calib_file = _calibration_file(recipe) if quant.needs_calibration else None
+    needs_calibration = any(move.format is not None and move.format.needs_calibration for move in moves)
+    calib_file = _calibration_file(recipe) if needs_calibration else None
     used = [config_path, *paths, *(source.directory / name for name in TOKENIZER_FILES)]
     used = [path for path in used if path.exists()]
     signatures = {path: file_signature(path) for path in used}
@@ -144,6 +166,7 @@ def plan_build(
         "backend": backend,
         "tkit": __version__,
         "recipe": dataclasses.asdict(dataclasses.replace(recipe, name=None, calib=None)),
+        "quant_overrides": list(recipe.quant_overrides.items()),  # their order counts
         "calib": sha256_file(calib_file) if calib_file else None,
         "source": {name: facts["sha256"] for name, facts in source_files.items()},
     }
@@ -156,7 +179,6 @@ def plan_build(
         recipe=recipe,
         backend=backend,
         spec=spec,
-        quant=quant,
         moves=moves,
         calib_file=calib_file,
         hash_seconds=hash_seconds,
@@ -230,8 +252,8 @@ def _write_engine(
         backend=plan.backend,
         architecture=plan.spec.architecture,
         dtype=plan.spec.dtype,
-        quant=plan.quant.name,
-        quant_algo=plan.quant.algo,
+        quant=plan.recipe.quant,
+        quant_algo=plan.quant_algo,
         tp_size=plan.recipe.tp_size,
         pp_size=plan.recipe.pp_size,
         num_params=_num_params(plan),
@@ -296,14 +318,26 @@ def _check_unchanged(plan: BuildPlan) -> None:
         )
 
 
-def _plan_formats(spec: ModelSpec, quant: QuantFormat, recipe: EngineRecipe) -> list[Move]:
+def _formats(moves: Sequence[Move]) -> dict[str, QuantFormat]:
+    """Those in use, by name; empty when nothing is quantized."""
+    used = (move.format or move.build_format for move in moves)
+    return {format.name: format for format in used if format is not None}
+
+
+def _config_problems(spec: ModelSpec, recipe: EngineRecipe) -> list[str]:
+    """What TensorRT-LLM refuses by the configuration alone."""
+    config = trtllm_config(spec, recipe.precision, recipe.parallel)
+    return config_problems(with_layer_config(config, trtllm_quant_cfg(spec, recipe.precision, recipe.parallel)))
+
+
+def _plan_formats(spec: ModelSpec, recipe: EngineRecipe) -> list[Move]:
     """The moves of every checkpoint asked for, each in its directory: one pass over the source writes them all."""
-    moves = plan_moves(spec, quant, recipe.parallel)
+    moves = plan_moves(spec, recipe.precision, recipe.parallel)
     plans = {}
     if recipe.format in ("trtllm", "both"):
         plans["checkpoint"] = moves
     if recipe.format in ("hf", "both"):
-        plans["hf"] = plan_hf_outputs(moves, spec, quant)
+        plans["hf"] = plan_hf_outputs(moves, spec)
     return combined(plans)
 
 
@@ -311,14 +345,16 @@ def _write_configs(plan: BuildPlan, work: Path) -> None:
     """The JSON files that say what the tensors are, for each reader under its own name."""
     if plan.recipe.format in ("trtllm", "both"):
         write_json(work / "checkpoint" / "config.json", plan.config)
+        if plan.layer_config is not None:
+            write_json(work / "checkpoint" / LAYER_CONFIG_FILE, plan.layer_config)
     if plan.recipe.format in ("hf", "both"):
         config = read_json(plan.source.directory / "config.json")
         config.pop("auto_map", None)  # the code it names is not copied
-        added = {"quantization_config": quantization_config(plan.quant, __version__), "dtype": plan.spec.dtype}
+        added = {"quantization_config": quantization_config(plan.moves, __version__), "dtype": plan.spec.dtype}
         write_json(work / "hf" / "config.json", config | {key: value for key, value in added.items() if value})
         for name, content in (
             ("model.safetensors.index.json", hf_index(plan.moves, "hf")),
-            ("hf_quant_config.json", hf_quant_config(plan.quant, __version__)),
+            ("hf_quant_config.json", hf_quant_config(plan.moves, __version__)),
         ):
             if content is not None:
                 write_json(work / "hf" / name, content)
@@ -352,19 +388,18 @@ def publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineCa
 
 def _quantizer(plan: BuildPlan, tokenizer: Tokenizer, device: str, workers: int) -> LayerQuantizer | None:
     """None where weights are only moved; torch is imported only where it computes."""
-    if plan.quant.is_stored_plain:
+    if all(format.is_stored_plain for format in plan.formats.values()):
         return None
-    if not plan.quant.needs_calibration:
+    if plan.calib_file is None:
         from tkit.runtime.data_free import DataFreeQuantizer
 
         return DataFreeQuantizer(workers)
     from tkit.runtime.calibration import CalibratedQuantizer, calibration_tokens
     from tkit.runtime.load import pick_device
 
-    assert plan.calib_file is not None
     recipe = plan.recipe
     tokens = calibration_tokens(plan.calib_file, tokenizer, recipe.calib_samples, recipe.calib_len, recipe.seed)
-    return CalibratedQuantizer(plan.spec, tokens, pick_device(device))
+    return CalibratedQuantizer(plan.spec, tokens, pick_device(device), workers)
 
 
 def _calibration_file(recipe: EngineRecipe) -> Path:
@@ -392,7 +427,8 @@ def _engine_name(model: str, recipe: EngineRecipe, backend: str, key: str) -> st
     slug = re.sub(r"[^a-z0-9.]+", "-", model.lower()).strip("-.") or "model"
     runs_on = "" if backend == "reference" else f"-{backend}"
     pipeline = f"-pp{recipe.pp_size}" if recipe.pp_size > 1 else ""
-    return f"{slug}-{recipe.quant}-tp{recipe.tp_size}{pipeline}{runs_on}-{key[:6]}"
+    mixed = "-mixed" if recipe.quant_overrides or recipe.exclude else ""
+    return f"{slug}-{recipe.quant}{mixed}-tp{recipe.tp_size}{pipeline}{runs_on}-{key[:6]}"
 
 
 def _check_disk(out: Path, plan: BuildPlan) -> None:
@@ -449,7 +485,7 @@ def _notes(plan: BuildPlan, source: TensorFiles) -> tuple[str, ...]:
         notes.append(f"the source is float32; weights were rounded to {plan.spec.dtype}")
     if plan.is_pickled:
         notes.append("the weights were pickled; torch.load(weights_only=True) read their tensors and nothing else")
-    if plan.quant.name == "int8":
+    if "int8" in plan.formats:
         notes.append("W8A16 ships as plain 16-bit weights; trtllm-build quantizes them for the GPU it runs on")
     return tuple(notes)
 
@@ -472,6 +508,10 @@ def _command(plan: BuildPlan) -> str:
     recipe, default = plan.recipe, EngineRecipe()
     command = ["tkit", "build", plan.source.model, "--tp", str(recipe.tp_size), "--pp", str(recipe.pp_size)]
     command += ["--quant", recipe.quant]
+    for pattern in recipe.exclude:
+        command += ["--exclude", pattern]
+    for pattern, quant in recipe.quant_overrides.items():
+        command += ["--quant-override", f"{pattern}={quant}"]
     if recipe.moe_ep_size != default.moe_ep_size:
         command += ["--moe-ep", str(recipe.moe_ep_size)]
     if recipe.format != default.format:

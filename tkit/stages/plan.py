@@ -5,6 +5,7 @@ A directory or recipe gives config.json; a hub model that is not on this machine
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -88,7 +89,11 @@ def plan(model: str | None, wish: Mapping[str, Any], *, prices: Path | None = No
     given.setdefault("quant", recipe_engine.quant)
     asked = Wish(**given)
     constants = calibrate(run, shape, asked).engine if run is not None else None
-    return make_plan(shape, asked, source, prices=read_prices(prices) if prices else None, constants=constants)
+    made = make_plan(shape, asked, source, prices=read_prices(prices) if prices else None, constants=constants)
+    if wish.get("quant") is None and (recipe_engine.quant_overrides or recipe_engine.exclude):
+        note = f"planned as {recipe_engine.quant} throughout; tkit build --dry-run has the bytes of the recipe's exceptions"
+        return dataclasses.replace(made, notes=(note, *made.notes))
+    return made
 
 
 def compare(model: str | None, wish: Mapping[str, Any], axes: Sequence[str], prices: Path | None = None) -> Comparison:

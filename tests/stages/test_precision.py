@@ -1,0 +1,156 @@
+"""Mixed precision and excluded modules, built as a user builds them, against models put together by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tkit.quantize import int8
+from tkit.runtime.load import load_model
+
+TOKENS = torch.randint(0, 4096, (1, 40), generator=torch.Generator().manual_seed(11))
+WIDE = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 32,
+}  # fmt: skip
+
+
+@pytest.fixture
+def build(tkit):
+    def build(model_dir, *options):
+        result = tkit("build", model_dir, *options)
+        assert result.exit_code == 0, result.output
+        return Path(result.stdout.strip())
+
+    return build
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def rounded_to_int4(weight):
+    """Slowly: one group after the other."""
+    rounded = weight.float().clone()
+    for row in rounded:
+        for start in range(0, len(row), 128):
+            scale = (row[start : start + 128].abs().max() / 7).to(torch.bfloat16).float()
+            row[start : start + 128] = (row[start : start + 128] / scale).round().clamp(-8, 7) * scale
+    return rounded
+
+
+@pytest.fixture(scope="module")
+def by_hand(make_llama):
+    """Attention as int8, MLP as int4, the first layer as it was."""
+    model = AutoModelForCausalLM.from_pretrained(make_llama(**WIDE), dtype=torch.float32)
+    for layer in model.model.layers[1:]:
+        for module in layer.self_attn.children():
+            module.weight.data = int8.rounded(module.weight.data.to(torch.bfloat16))
+        for module in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            module.weight.data = rounded_to_int4(module.weight.data)
+    return model
+
+
+MIXED = ["--quant", "int4", "--exclude", "layers.0", "--quant-override", "*.self_attn.*=int8"]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_each_module_has_the_format_that_was_asked_for(make_llama, build, by_hand, tp_size):
+    engine = build(make_llama(**WIDE), *MIXED, "--tp", str(tp_size))
+    torch.testing.assert_close(logits(load_model(engine, "cpu")[0]), logits(by_hand), rtol=1e-5, atol=1e-5)
+    card = json.loads((engine / "engine.json").read_text())
+    assert (card["quant"], card["quant_algo"]) == ("int4", "MIXED_PRECISION")
+    assert "-int4-mixed-" in engine.name
+    assert "--exclude layers.0 --quant-override '*.self_attn.*=int8'" in card["command"]
+    assert "checkpoint/quant_cfg.json" in card["files"]
+
+
+def test_formats_by_kind_are_the_same_on_every_stage(make_llama, build):
+    mixed = ["--quant", "int4", "--quant-override", "attention=fp8"]
+    one = build(make_llama(**WIDE), *mixed)
+    split = build(make_llama(**WIDE), *mixed, "--tp", "2", "--pp", "2")
+    assert torch.equal(logits(load_model(one, "cpu")[0]), logits(load_model(split, "cpu")[0]))
+
+
+def test_excluded_modules_are_the_sources(make_llama, build):
+    """Against the engine that quantizes everything, whose weights are put back where they were excluded."""
+    source = AutoModelForCausalLM.from_pretrained(make_llama(**WIDE), dtype=torch.float32)
+    for quant in ("int8", "int4", "fp8_rowwise"):
+        whole, _ = load_model(build(make_llama(**WIDE), "--quant", quant), "cpu")
+        engine = build(
+            make_llama(**WIDE), "--quant", quant, "--exclude", "layers.3", "--exclude", "attention", "--tp", "2"
+        )
+        model, _ = load_model(engine, "cpu")
+        for name, parameter in model.named_parameters():
+            is_excluded = ".layers.3." in name or ".self_attn." in name
+            original = (source if is_excluded else whole).get_parameter(name)
+            assert torch.equal(parameter, original), (quant, name)
+        config = json.loads((engine / "checkpoint" / "config.json").read_text())
+        assert "*lm_head" in config["quantization"]["exclude_modules"]
+
+
+def test_both_checkpoints_say_and_hold_the_same(make_llama, build):
+    options = ["--quant", "int4_awq", "--quant-override", "mlp=fp8", "--exclude", "layers.0", "--format", "both"]
+    engine = build(make_llama(**WIDE), *options)
+    trtllm, _ = load_model(engine, "cpu")
+    (engine / "checkpoint").rename(engine / "away")
+    hf, _ = load_model(engine, "cpu")
+    # AWQ's factor is folded into the norms of three layers there, and rounded once more
+    assert (logits(trtllm) - logits(hf)).abs().mean() < 0.01 * logits(trtllm).abs().mean()
+    config = json.loads((engine / "hf" / "hf_quant_config.json").read_text())["quantization"]
+    assert config["quant_algo"] == "MIXED_PRECISION"
+    assert config["quantized_layers"]["model.layers.1.self_attn.q_proj"] == {
+        "quant_algo": "W4A16_AWQ", "group_size": 128, "has_zero_point": False, "pre_quant_scale": True
+    }  # fmt: skip
+    assert config["quantized_layers"]["model.layers.1.mlp.down_proj"] == {"quant_algo": "FP8"}
+    assert config["exclude_modules"][0] == "lm_head"
+    assert set(config["exclude_modules"][1:]) == {
+        f"model.layers.0.{name}"
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+                     "mlp.up_proj", "mlp.down_proj")
+    }  # fmt: skip
+    groups = json.loads((engine / "hf" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert sorted(len(group["targets"]) for group in groups.values()) == [3 * 3, 3 * 4]
+
+
+def test_a_recipe_spells_it_as_the_options_do(make_llama, build):
+    Path("mixed.yaml").write_text(
+        f"model: {make_llama(**WIDE)}\n"
+        'engines: [{quant: int4, exclude: [layers.0], quant_overrides: {"*.self_attn.*": int8}}]\n'
+    )
+    recipe = build("mixed.yaml")
+    options = build(make_llama(**WIDE), *MIXED)
+    assert recipe.name.rpartition("-")[2] == options.name.rpartition("-")[2]
+
+
+def test_the_order_of_overrides_is_part_of_the_name(make_llama, tkit):
+    overrides = ["--quant-override", "attention=int8", "--quant-override", "layers.0=none"]
+    names = [
+        json.loads(tkit("build", make_llama(**WIDE), *order, "--dry-run", "--json").stdout)["name"]
+        for order in (overrides, overrides[2:] + overrides[:2])
+    ]
+    assert names[0] != names[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--quant", "int8", "--exclude", "layers.99"], '"layers.99" matches no layer that can be quantized'),
+        (["--quant-override", "mlp"], '"mlp"'),
+        (["--quant-override", "mlp=int5"], '"mlp": unknown quantization "int5" (did you mean "int8"?)'),
+        (["--quant", "int8", "--quant-override", "attention=fp8_rowwise"],
+         "FP8_PER_CHANNEL_PER_TOKEN replaces whole attention and MLP modules"),
+        (["--quant", "fp8", "--exclude", "layers.0", "--pp", "2"], "transformer.layers.2.mlp.fc is fp8"),
+        (["--quant", "int4", "--quant-override", "mlp=int8", "--format", "hf"], "int8 is quantized by trtllm-build itself"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_is_written(make_llama, tkit, options, problem):
+    result = tkit("build", make_llama(**WIDE), *options)
+    assert result.exit_code == 2, result.output
+    assert problem in result.stderr
+    assert not Path("engines").exists()
