@@ -7,8 +7,8 @@ from array import array
 import numpy as np
 import pytest
 
-from tkit.loadgen.closed_loop import LoadTrace
 from tkit.loadgen.exchange import RequestRecord
+from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.metrics import (
     assign_phases,
     chunk_gaps,

@@ -6,8 +6,8 @@ from array import array
 
 import pytest
 
-from tkit.loadgen.closed_loop import LoadTrace
 from tkit.loadgen.exchange import RequestRecord
+from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.monitor import Monitor
 from tkit.loadgen.point import Place, summarise
 from tkit.loadgen.profiles import HealthLimits, Shape, find_profile

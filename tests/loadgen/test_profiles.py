@@ -41,6 +41,11 @@ def test_overrides() -> None:
     assert (both.min_duration_s, both.max_duration_s, both.requests) == (0, 5, 7)
 
 
+def test_rates_replace_the_closed_loop_unless_both_are_asked_for() -> None:
+    assert resolve_profile(SweepRecipe(rates=(2.0,))).concurrency == ()
+    assert resolve_profile(SweepRecipe(rates=(2.0,), concurrency=(4,))).concurrency == (4,)
+
+
 def test_the_digest_tells_overrides_apart() -> None:
     changes = ({}, {"concurrency": (2,)}, {"requests": 9}, {"profile": "standard"})
     assert len({resolve_profile(SweepRecipe(**change)).digest for change in changes}) == 4  # type: ignore[arg-type]

@@ -13,8 +13,8 @@ import pytest
 
 from tkit.errors import InputError
 from tkit.files import from_mapping, read_json
-from tkit.loadgen.closed_loop import LoadTrace
 from tkit.loadgen.exchange import RequestRecord
+from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.point import Place, summarise
 from tkit.loadgen.profiles import HealthLimits, Shape
 from tkit.loadgen.run_directory import RunDirectory

@@ -134,7 +134,7 @@ def test_a_run_that_cannot_be_read_is_left_out(run: Path, breaking: Callable[[Pa
         (lambda point: (point / "requests.parquet").unlink(), "requests.parquet is missing"),
         (lambda point: (point / "chunks.parquet").write_bytes(b"PAR1"), "chunks.parquet: not readable as Parquet"),
         (lambda point: edit(point / "point.json", schema="tkit.point/9"), 'schema is "tkit.point/9"'),
-        (lambda point: edit(point / "point.json", concurrency=16), "says concurrency 16, repeat 1"),
+        (lambda point: edit(point / "point.json", concurrency=16), "says C = 16, repeat 1"),
         (lambda point: edit(point / "point.json", shape="1/2", isl=1, osl=2), 'shape "1/2" is not in manifest.json'),
         (lambda point: edit(point / "point.json", isl=64), 'shape "128/64" with isl 64 and osl 64'),
         (lambda point: edit(point / "point.json", requests=19), "holds 20 measured requests, point.json 19"),
@@ -170,7 +170,7 @@ def _columns(point: Path, **changes: list[object] | None) -> None:
 def test_every_reason_is_named_at_once(run: Path) -> None:
     edit(run / POINT / "point.json", requests=1, concurrency=9, errors={"timeout": 2})
     reason = read_runs([run])[1][0].reason
-    assert all(part in reason for part in ("concurrency 9", "point.json 1", "point.json 2"))
+    assert all(part in reason for part in ("C = 9", "point.json 1", "point.json 2"))
 
 
 def test_a_point_in_the_making_is_not_looked_at(run: Path) -> None:

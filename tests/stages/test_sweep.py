@@ -139,6 +139,33 @@ def test_equal_seeds_send_equal_requests(tkit: Tkit, served: Path, tmp_path: Pat
     assert [row["id"] for row in rows] == list(range(len(rows)))
 
 
+def test_open_loop_from_the_command_line_to_the_report(
+    tkit: Tkit, fake_url: str, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / last_line(
+        tkit("sweep", "--url", fake_url, "--tokenizer", tokenizer_dir, "--shape", "16/8", "--rate", "20,40.5",
+             "--concurrency", "1", "--arrivals", "gamma:2", "--requests", "12", "--name", "r")
+    )  # fmt: skip
+    names = ["16x8-c1-r1", "16x8-rate20-r1", "16x8-rate40.5-r1"]
+    assert sorted(path.name for path in (run / "points").iterdir()) == names
+    manifest = read_json(run / "manifest.json")
+    assert (manifest["concurrency"], manifest["rates"], manifest["arrivals"]) == ([1], [20.0, 40.5], "gamma:2")
+    assert "--rate 20,40.5 --arrivals gamma:2" in manifest["command"]
+    (run / "points/16x8-rate40.5-r1").rename(run / "points/.hidden")
+    result = tkit("report", run, "--out", "compared", "--fail-on", "ttft_sched_p50>60000")
+    assert result.exit_code == 3
+    assert "ensemble, 16/8 at 40.5 req/s: not evaluated: point is missing" in result.stderr
+    record = read_json(tmp_path / "compared/report.json")
+    closed, opened = record["groups"]
+    assert (closed["arrivals"], opened["arrivals"]) == (None, "gamma:2")
+    checks = record["gates"][0]["checks"]
+    assert [check["load"]["rate"] for check in checks] == [20.0, 40.5], "a closed loop has no schedule"
+    assert [(point["shape"], point["load"]["rate"]) for point in record["runs"][0]["missing"]] == [("16/8", 40.5)]
+    markdown = (tmp_path / "compared/report.md").read_text()
+    assert "Throughput, 16/8, gamma:2 arrivals" in markdown
+    assert "TTFT from schedule p50, ms" in markdown
+
+
 def error_lines(result: Result, exit_code: int) -> list[str]:
     assert result.exit_code == exit_code, result.output
     assert result.stdout == ""
@@ -206,6 +233,10 @@ def test_a_shape_that_the_engine_cannot_hold(tkit: Tkit, served: Path) -> None:
         (["--shape", "128"], 2, 'shape "128": expected input/output tokens of at least 1, like 128/64'),
         (["--concurrency", "0"], 2, "concurrency is 0, expected at least 1 each"),
         (["--concurrency", "1,x"], 2, "'1,x' is not a list of whole numbers like 1,4,16"),
+        (["--rate", "0"], 2, "rate is 0.0, expected more than 0 each"),
+        (["--rate", "1,x"], 2, "'1,x' is not a list of numbers like 0.5,2,4"),
+        (["--arrivals", "posson"], 2, 'unknown process "posson" (did you mean "poisson"?)'),
+        (["--rate", "2", "--max-outstanding", "0"], 2, "max_outstanding is 0, expected at least 1"),
         (["--requests", "0"], 2, "requests is 0, expected at least 1"),
         (["--timeout", "0"], 2, "--timeout is 0.0, expected more than 0 seconds"),
         (["--gpus", "0"], 2, "--gpus is 0, expected at least 1"),

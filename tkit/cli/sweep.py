@@ -33,6 +33,17 @@ class _Numbers(_Words):
             self.fail(f"{value!r} is not a list of whole numbers like 1,4,16", param, ctx)
 
 
+class _Rates(_Words):
+    """`0.5,2` -> (0.5, 2.0)."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:  # type: ignore[override]
+        words = super().convert(value, param, ctx)
+        try:
+            return tuple(float(word) for word in words)
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers like 0.5,2,4", param, ctx)
+
+
 @click.command("sweep")
 @click.argument("profile", required=False)
 @click.option("--url", metavar="HOST:PORT", help="Server to measure.  [default: the newest that tkit serve started]")
@@ -45,6 +56,12 @@ class _Numbers(_Words):
 @click.option("--shape", "shapes", type=_Words(), metavar="ISL/OSL[,..]",
               help="Input/output tokens.  [default: profile]")  # fmt: skip
 @click.option("--concurrency", type=_Numbers(), metavar="C[,..]", help="Streams at a time.  [default: profile]")
+@click.option("--rate", "rates", type=_Rates(), metavar="R[,..]",
+              help="Open loop: requests per second, sent when they are due.  [default: profile]")  # fmt: skip
+@click.option("--arrivals", metavar="PROCESS",
+              help="In open loop: poisson, constant, gamma:CV (bursts), ramp.  [default: poisson]")  # fmt: skip
+@click.option("--max-outstanding", type=int, metavar="N",
+              help="Requests in flight at most in open loop; a point that reaches it is invalid.  [default: 512]")  # fmt: skip
 @click.option("--requests", type=int, metavar="N", help="Requests measured per point.  [default: profile]")
 @click.option("--duration", "duration_s", type=float, metavar="S",
               help="Seconds measured per point; with --requests: at most.  [default: profile]")  # fmt: skip
@@ -80,11 +97,11 @@ def command(output: Output, out: Path, name: str | None, **given: object) -> Non
 
 def _table(record: SweepRecord) -> str:
     """One row per point, columns aligned."""
-    rows = [["shape", "C", "tok/s", "TTFT p50", "TPOT p50", "E2E p50", "errors", "valid"]]
+    rows = [["shape", "load", "tok/s", "TTFT p50", "TPOT p50", "E2E p50", "errors", "valid"]]
     rows += [
         [
             point.shape,
-            str(point.concurrency),
+            str(point.load),
             f"{point.output_tok_s:.1f}",
             *(_milliseconds(metric.p50) for metric in (point.ttft, point.tpot, point.e2e)),
             str(sum(point.errors.values())),

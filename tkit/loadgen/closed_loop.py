@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tkit.loadgen.exchange import Exchange
+from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.monitor import Monitor, quiet_interpreter, rss_bytes
 from tkit.loadgen.protocols import Client
 from tkit.units import NS_PER_S
@@ -37,21 +38,6 @@ class ClosedLoop:
     spread_s: float
     idle_timeout_s: float
     total_timeout_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadTrace:
-    """What happened, in nanoseconds of the monotonic clock. Without a steady window both its ends are the end."""
-
-    sent: Sequence[Exchange]
-    start_ns: int
-    steady_start_ns: int
-    steady_end_ns: int
-    end_ns: int
-    cpu_share: float  # of one core, over the steady window
-    lags_ms: Sequence[float]  # of the event loop, over the steady window
-    rss_bytes: int
-    gave_up: bool  # nothing but failures
 
 
 async def run_closed_loop(

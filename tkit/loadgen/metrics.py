@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tkit.loadgen.closed_loop import LoadTrace
 from tkit.loadgen.exchange import RequestRecord
+from tkit.loadgen.load_trace import LoadTrace
 from tkit.specs.record import SLO_TIERS, Distribution
 from tkit.units import NS_PER_MS, NS_PER_S
 
@@ -87,6 +87,18 @@ def e2e_ms(record: RequestRecord) -> float | None:
     return None if record.last_token_ns is None else (record.last_token_ns - record.sent_ns) / NS_PER_MS
 
 
+def ttft_sched_ms(record: RequestRecord) -> float | None:
+    return _since_schedule(record, record.first_token_ns)
+
+
+def e2e_sched_ms(record: RequestRecord) -> float | None:
+    return _since_schedule(record, record.last_token_ns)
+
+
+def _since_schedule(record: RequestRecord, when_ns: int | None) -> float | None:
+    return None if when_ns is None or record.scheduled_ns is None else (when_ns - record.scheduled_ns) / NS_PER_MS
+
+
 def tpot_ms(record: RequestRecord) -> float | None:
     """None when every token came in the first chunk."""
     if record.first_token_ns is None or record.last_token_ns is None or record.n_first is None:
@@ -111,9 +123,14 @@ def chunk_gaps(records: Iterable[RequestRecord]) -> dict[str, Floats]:
 
 
 def assign_phases(records: Iterable[RequestRecord], trace: LoadTrace) -> None:
-    """Measured: sent and answered within the steady window; failures after its begin too, however late they show."""
+    """Measured: sent and answered within the steady window; failures after its begin too, however late they show.
+    In open loop: scheduled within it."""
     for record in records:
-        if record.sent_ns < trace.steady_start_ns:
+        if trace.is_open:
+            assert record.scheduled_ns is not None
+            is_early, is_late = record.scheduled_ns < trace.steady_start_ns, record.scheduled_ns >= trace.steady_end_ns
+            record.phase = "warmup" if is_early else "drain" if is_late else "measured"
+        elif record.sent_ns < trace.steady_start_ns:
             record.phase = "warmup"
         elif record.is_ok and record.end_ns > trace.steady_end_ns:
             record.phase = "drain"
@@ -165,11 +182,13 @@ def _per_second(count: int, seconds: float) -> float:
     return count / seconds if seconds > 0 else 0.0
 
 
-def goodput(measured: Sequence[RequestRecord], window_s: float) -> dict[str, dict[str, float]]:
+def goodput(
+    measured: Sequence[RequestRecord], window_s: float, *, from_schedule: bool = False
+) -> dict[str, dict[str, float]]:
     """Per tier the requests per second that meet every limit, and their share of all measured; failures meet none."""
     tiers = {}
     for tier, limits in SLO_TIERS.items():
-        good = sum(_meets(record, limits) for record in measured)
+        good = sum(_meets(record, limits, from_schedule) for record in measured)
         low, high = wilson_interval(good, len(measured))
         tiers[tier] = {
             "requests_s": _per_second(good, window_s),
@@ -181,11 +200,13 @@ def goodput(measured: Sequence[RequestRecord], window_s: float) -> dict[str, dic
 
 
 _METRICS = {"ttft": ttft_ms, "tpot": tpot_ms, "e2e": e2e_ms}
+_SCHED_METRICS = {"ttft": ttft_sched_ms, "tpot": tpot_ms, "e2e": e2e_sched_ms}
 
 
-def _meets(record: RequestRecord, limits: Mapping[str, float]) -> bool:
+def _meets(record: RequestRecord, limits: Mapping[str, float], from_schedule: bool) -> bool:
     """A request without a second chunk has no tpot, so no tpot of its own to miss."""
-    values = {name: _METRICS[name](record) for name in limits}
+    metrics = _SCHED_METRICS if from_schedule else _METRICS
+    values = {name: metrics[name](record) for name in limits}
     return record.is_ok and all(value is None or value <= limits[name] for name, value in values.items())
 
 

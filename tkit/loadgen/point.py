@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tkit.loadgen.closed_loop import LoadTrace
 from tkit.loadgen.exchange import RequestRecord
+from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.metrics import (
     TAIL_PERCENTILES,
     assign_phases,
@@ -17,6 +17,7 @@ from tkit.loadgen.metrics import (
     distribution,
     drift,
     e2e_ms,
+    e2e_sched_ms,
     error_counts,
     finest_percentile,
     goodput,
@@ -26,6 +27,7 @@ from tkit.loadgen.metrics import (
     tpot_ms,
     ttfb_ms,
     ttft_ms,
+    ttft_sched_ms,
     wave_medians,
 )
 from tkit.loadgen.profiles import HealthLimits, Shape
@@ -35,15 +37,22 @@ from tkit.units import NS_PER_MS, NS_PER_S
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a point stands in the grid."""
+    """Where a point stands in the grid: a closed loop of `concurrency`, or an open one at `rate` requests/s."""
 
     shape: Shape
-    concurrency: int
+    concurrency: int | None = None
+    rate: float | None = None
     repeat: int  # from 1
 
     @property
+    def load(self) -> str:
+        """`C=4` or `2.5 req/s`."""
+        return f"C={self.concurrency}" if self.rate is None else f"{self.rate:g} req/s"
+
+    @property
     def slug(self) -> str:
-        return f"{self.shape.slug}-c{self.concurrency}-r{self.repeat}"
+        load = f"c{self.concurrency}" if self.rate is None else f"rate{self.rate:g}"
+        return f"{self.shape.slug}-{load}-r{self.repeat}"
 
 
 def summarise(
@@ -54,6 +63,7 @@ def summarise(
     limits: HealthLimits,
     token_source: str,
     num_gpus: int | None,
+    arrivals: str | None = None,
     started: str,
 ) -> PointSummary:
     """The numbers of a point and whether they may be believed. Sets the phase of every record."""
@@ -69,6 +79,8 @@ def summarise(
         isl=place.shape.isl,
         osl=place.shape.osl,
         concurrency=place.concurrency,
+        arrivals=arrivals if trace.is_open else None,
+        rate=place.rate,
         repeat=place.repeat,
         requests=len(measured),
         errors=error_counts(measured),
@@ -78,14 +90,19 @@ def summarise(
         output_tok_s_whole=rate.output_tok_s_whole,
         input_tok_s=rate.input_tok_s,
         requests_s=rate.requests_s,
+        offered_requests_s=(len(measured) + trace.num_unsent) / rate.window_s
+        if trace.is_open and rate.window_s
+        else None,
         tok_s_user=1000 / tpot.p50 if tpot.p50 else None,
         tok_s_gpu=rate.output_tok_s / num_gpus if num_gpus else None,
-        goodput=goodput(measured, rate.window_s),
+        goodput=goodput(measured, rate.window_s, from_schedule=trace.is_open),
         ttft=distribution(present(map(ttft_ms, ok))),
         ttfb=distribution(present(map(ttfb_ms, ok))),
         tpot=tpot,
         chunk_gap=distribution(chunk_gaps(ok)["gap_ns"] / NS_PER_MS),
         e2e=distribution(present(map(e2e_ms, ok))),
+        ttft_sched=distribution(present(map(ttft_sched_ms, ok))) if trace.is_open else None,
+        e2e_sched=distribution(present(map(e2e_sched_ms, ok))) if trace.is_open else None,
         client={name: float(value) for name, value in client.items()},
         is_valid=not reasons,
         invalid_reasons=tuple(reasons),
@@ -97,11 +114,13 @@ def summarise(
 def _client_numbers(
     place: Place, records: Sequence[RequestRecord], ok: Sequence[RequestRecord], trace: LoadTrace
 ) -> dict[str, float]:
-    sent_lag = present(
-        (record.sent_ns - record.scheduled_ns) / NS_PER_MS if record.scheduled_ns is not None else None
-        for record in records
-        if record.phase == "measured"
-    )
+    sent_lag = np.asarray(trace.late_ms)
+    if not trace.is_open:
+        sent_lag = present(
+            (record.sent_ns - record.scheduled_ns) / NS_PER_MS if record.scheduled_ns is not None else None
+            for record in records
+            if record.phase == "measured"
+        )
     numbers = {
         "cpu_share": trace.cpu_share,
         "rss_bytes": trace.rss_bytes,
@@ -112,13 +131,16 @@ def _client_numbers(
     }
     # Waves of C requests: fewer than four say nothing about drift, and with few of them only a clear one is told apart
     # from chance. A run of a dozen requests is therefore judged by gross_drift alone.
-    num_slices = len(ok) // place.concurrency // 2 * 2
+    wave = place.concurrency or max(round(numbers["delivered_concurrency"]), 1)
+    num_slices = len(ok) // wave // 2 * 2
+    if trace.is_open:
+        numbers |= {"num_held_back": trace.num_held_back, "num_unsent": trace.num_unsent}
     if num_slices >= 2:
         by_sending = sorted(ok, key=lambda record: record.sent_ns)
         tpots = [value for value in map(tpot_ms, by_sending) if value is not None]
         for name, samples in (
             ("tok_s", token_rates_by_slice(records, trace, num_slices)),
-            ("tpot", wave_medians(tpots, place.concurrency) if tpots else []),
+            ("tpot", wave_medians(tpots, wave) if tpots else []),
         ):
             numbers[f"{name}_drift"], is_real = drift(samples)
             numbers[f"{name}_drift_is_beyond_chance"] = is_real
@@ -150,11 +172,18 @@ def _invalid_reasons(
         if abs(got / asked - 1) > limits.length_error:
             limit = f"limit {limits.length_error:.0%} off"
             reasons.append(f"{got:.1f} {name} tokens per request, asked for {asked} ({limit})")
-    share = client["delivered_concurrency"] / place.concurrency
-    if share < limits.delivered_concurrency:
+    if place.concurrency is not None:
+        share = client["delivered_concurrency"] / place.concurrency
+        if share < limits.delivered_concurrency:
+            reasons.append(
+                f"delivered concurrency {client['delivered_concurrency']:.2f} of {place.concurrency} "
+                f"({share:.1%}, limit {limits.delivered_concurrency:.0%})"
+            )
+    if trace.num_held_back:
+        unsent = f", {trace.num_unsent} of them to the end of the window" if trace.num_unsent else ""
         reasons.append(
-            f"delivered concurrency {client['delivered_concurrency']:.2f} of {place.concurrency} "
-            f"({share:.1%}, limit {limits.delivered_concurrency:.0%})"
+            f"{trace.num_held_back} of {len(measured) + trace.num_unsent} requests waited in the client, as many in "
+            f"flight as --max-outstanding allows{unsent}: their latencies from the schedule hold, those from the send do not"
         )
     ttfts = present(map(ttft_ms, ok))
     reasons += _lag_reasons(client, ttfts, limits, finest_percentile(len(ok)))
@@ -167,7 +196,10 @@ def _invalid_reasons(
     for name, words in (("tok_s", "tok/s"), ("tpot", "tpot")):
         change = client.get(f"{name}_drift", 0.0)
         is_real = bool(client.get(f"{name}_drift_is_beyond_chance"))
-        if abs(change) > limits.gross_drift or (abs(change) > limits.drift and is_real):
+        if trace.is_open and name == "tok_s":  # follows the arrivals, which chance or a ramp makes uneven
+            continue
+        is_gross = abs(change) > limits.gross_drift and not trace.is_open
+        if is_gross or (abs(change) > limits.drift and is_real):
             reasons.append(f"{words} drifted {change:+.1%} between the halves (limit {limits.drift:.0%})")
     return reasons
 

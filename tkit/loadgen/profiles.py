@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tkit.errors import InputError, did_you_mean
+from tkit.loadgen.arrivals import Arrivals, parse_arrivals
 from tkit.specs.recipe import SweepRecipe
 
 MAX_SHAPE_TOKENS = 10_000_000  # above any model's context: a slip of the finger, not a shape
@@ -49,10 +50,11 @@ class HealthLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """The grid is every shape at every concurrency, `repeats` times round.
+    """The grid is every shape at every concurrency and every rate, `repeats` times round.
 
     A point ends when `requests_per_stream * C` requests (at least `min_requests`) have been measured and
-    `min_duration_s` is over, at the latest after `max_duration_s`. `requests` is an exact count instead.
+    `min_duration_s` is over, at the latest after `max_duration_s`. `requests` is an exact count instead. In open loop the
+    requests do not depend on C, and a profile without a `min_duration_s` measures for `max_duration_s`.
     """
 
     name: str
@@ -65,6 +67,9 @@ class Profile:
     min_requests: int
     min_duration_s: float
     max_duration_s: float | None
+    rates: tuple[float, ...] = ()  # requests/s, open loop
+    arrivals: Arrivals = Arrivals(process="poisson")
+    max_outstanding: int = 512  # open loop: more streams than one Python process times well
     requests: int | None = None
     limits: HealthLimits = HealthLimits()
 
@@ -125,9 +130,15 @@ def resolve_profile(recipe: SweepRecipe) -> Profile:
         problems.append("shapes is empty, expected at least one")
     if recipe.shapes is not None:
         changes["shapes"] = tuple(shape for text in recipe.shapes if (shape := _shape(text, problems)))
+    if recipe.rates is not None:  # one way of loading unless both are asked for
+        changes |= {"rates": recipe.rates, "concurrency": ()}
     if recipe.concurrency is not None:
         changes["concurrency"] = recipe.concurrency
-    for name in ("requests", "repeats"):
+    if recipe.arrivals is not None:
+        changes["arrivals"] = parse_arrivals(recipe.arrivals)
+        if changes["arrivals"].process == "trace":
+            problems.append("arrivals is trace, but there is no data set with timestamps")
+    for name in ("requests", "repeats", "max_outstanding"):
         if getattr(recipe, name) is not None:
             changes[name] = getattr(recipe, name)
     if recipe.requests is not None:
@@ -154,15 +165,18 @@ def _shape(text: str, problems: list[str]) -> Shape | None:
 
 def _problems(changes: dict[str, Any]) -> list[str]:
     problems = []
-    for name in ("shapes", "concurrency"):
+    for name in ("shapes", "concurrency", "rates"):
         values = changes.get(name)
         if values is not None and len(set(values)) < len(values):
             problems.append(f"{name} holds a value twice: {', '.join(map(str, values))}")
     if any(streams < 1 for streams in changes.get("concurrency", ())):
         problems.append(f"concurrency is {', '.join(map(str, changes['concurrency']))}, expected at least 1 each")
-    if changes.get("concurrency") == ():
-        problems.append("concurrency is empty, expected at least one")
-    for name in ("requests", "repeats"):
+    if not all(0 < rate < float("inf") for rate in changes.get("rates", ())):
+        problems.append(f"rate is {', '.join(map(str, changes['rates']))}, expected more than 0 each")
+    for name in ("concurrency", "rates"):
+        if changes.get(name) == () and not changes.get("rates"):
+            problems.append(f"{name} is empty, expected at least one")
+    for name in ("requests", "repeats", "max_outstanding"):
         if name in changes and changes[name] < 1:
             problems.append(f"{name} is {changes[name]}, expected at least 1")
     if changes.get("max_duration_s") is not None and not 0 < changes["max_duration_s"] < float("inf"):

@@ -21,7 +21,10 @@ from tkit.loadgen.point import Place
 from tkit.specs.record import CHUNK_COLUMNS, REQUEST_COLUMNS, Manifest, PointSummary
 
 PERCENTILES = ("p50", "p90", "p95", "p99")
-RATES = ("window_s", "output_tok_s", "output_tok_s_whole", "input_tok_s", "requests_s", "tok_s_user", "tok_s_gpu")
+RATES = (
+    "window_s", "output_tok_s", "output_tok_s_whole", "input_tok_s", "requests_s", "offered_requests_s", "tok_s_user",
+    "tok_s_gpu",
+)  # fmt: skip
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -105,6 +108,8 @@ def summary_row(manifest: Manifest, point: PointSummary) -> dict[str, Any]:
         "isl": point.isl,
         "osl": point.osl,
         "conc": point.concurrency,
+        "arrivals": point.arrivals,
+        "rate": point.rate,
         "repeat": point.repeat,
         "requests": point.requests,
         "errors": sum(point.errors.values()),
@@ -113,9 +118,9 @@ def summary_row(manifest: Manifest, point: PointSummary) -> dict[str, Any]:
     }
     for name in RATES:
         row[name] = getattr(point, name)
-    for metric in ("ttft", "ttfb", "tpot", "chunk_gap", "e2e"):
+    for metric in ("ttft", "ttfb", "tpot", "chunk_gap", "e2e", "ttft_sched", "e2e_sched"):
         for percentile in ("mean", *PERCENTILES):
-            row[f"{metric}_{percentile}_ms"] = getattr(getattr(point, metric), percentile)
+            row[f"{metric}_{percentile}_ms"] = getattr(getattr(point, metric), percentile, None)
     for tier, numbers in point.goodput.items():
         row[f"goodput_{tier}_requests_s"] = numbers["requests_s"]
         row[f"goodput_{tier}_attainment"] = numbers["attainment"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -11,15 +12,19 @@ from types import TracebackType
 from typing import Any
 
 from tkit.errors import ServerError
-from tkit.loadgen.closed_loop import ClosedLoop, LoadTrace, run_closed_loop
+from tkit.loadgen.arrivals import arrival_times
+from tkit.loadgen.closed_loop import ClosedLoop, run_closed_loop
 from tkit.loadgen.exchange import ERRORS, Exchange, RequestRecord, request_record
+from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.metrics import e2e_ms
+from tkit.loadgen.open_loop import OpenLoop, run_open_loop
 from tkit.loadgen.point import Place, summarise
 from tkit.loadgen.profiles import Profile, Shape
 from tkit.loadgen.prompts import PromptMaker
 from tkit.loadgen.protocols import make_client
 from tkit.loadgen.run_directory import utc_now
 from tkit.specs.record import PointSummary
+from tkit.units import NS_PER_S
 
 OPEN_TIMEOUT_S = 5.0
 # A point bounded by time gets as many requests as the expected duration of one promises, and some to spare. Beyond this
@@ -111,7 +116,26 @@ class Session:
 
     def measure(self, place: Place, on_progress: Callable[[int, int], None]) -> Measurement:
         """Drives one point. Whatever the server does, it ends, and the failures are in the records."""
+        load, exchanges = self._closed(place) if place.concurrency is not None else self._open(place)
+        started = utc_now()
+        trace, records = self._run(exchanges, load, on_progress)
+        summary = summarise(
+            place,
+            records,
+            trace,
+            limits=self._profile.limits,
+            token_source=self.token_source,
+            num_gpus=self._num_gpus,
+            arrivals=str(self._profile.arrivals),
+            started=started,
+        )
+        if summary.e2e.mean is not None and place.concurrency is not None:
+            self._e2e_s[place.shape, place.concurrency] = summary.e2e.mean / 1000
+        return Measurement(summary=summary, records=records)
+
+    def _closed(self, place: Place) -> tuple[ClosedLoop, list[Exchange]]:
         profile, shape, concurrency = self._profile, place.shape, place.concurrency
+        assert concurrency is not None
         load = self._load(
             shape,
             concurrency=concurrency,
@@ -120,26 +144,42 @@ class Session:
             spread_s=self._expected_e2e_s(shape, concurrency),
         )
         name = (shape.osl, concurrency, place.repeat)
-        exchanges = [self._exchange(i, shape, name) for i in range(self._num_exchanges(load, shape))]
-        started = utc_now()
-        trace, records = self._run(exchanges, load, on_progress)
-        summary = summarise(
-            place,
-            records,
-            trace,
-            limits=profile.limits,
-            token_source=self.token_source,
-            num_gpus=self._num_gpus,
-            started=started,
+        return load, [self._exchange(i, shape, name) for i in range(self._num_exchanges(load, shape))]
+
+    def _open(self, place: Place) -> tuple[OpenLoop, list[Exchange]]:
+        """The steady window holds the requests asked for, or lasts as long as the profile says; the schedule goes on for
+        as long as the last of them should take."""
+        profile, shape, rate = self._profile, place.shape, place.rate
+        assert rate is not None
+        e2e_s = self._e2e_s[shape, 0]
+        num_warmup = profile.num_warmup(math.ceil(rate * e2e_s)) if profile.arrivals.is_steady else 0
+        num_requests = profile.num_requests(1)
+        duration_s = 0.0 if profile.requests else profile.min_duration_s or profile.max_duration_s or 0.0
+        most_s = profile.max_duration_s or math.inf
+        name = (shape.osl, place.load.replace(" ", ""), place.repeat)
+        times = arrival_times(
+            profile.arrivals, rate, f"{self._seed}/arrivals/{place.slug}", ramp_s=duration_s or 2 * num_requests / rate
         )
-        if summary.e2e.mean is not None:
-            self._e2e_s[shape, concurrency] = summary.e2e.mean / 1000
-        return Measurement(summary=summary, records=records)
+        offsets = list(itertools.islice(times, num_warmup + num_requests + 1))
+        start_s = offsets[num_warmup] if num_warmup else 0.0
+        end_s = start_s + min(max(duration_s, offsets[-1] - start_s), most_s)
+        last_s = end_s + SPARE * e2e_s
+        offsets += itertools.takewhile(lambda offset: offset < last_s, itertools.islice(times, MAX_REQUESTS))
+        exchanges = [self._exchange(i, shape, name) for i in range(len(offsets))]
+        for exchange, offset in zip(exchanges, offsets, strict=True):
+            exchange.scheduled_ns = round(offset * NS_PER_S)
+        load = OpenLoop(
+            steady_start_s=start_s,
+            steady_end_s=end_s,
+            max_outstanding=profile.max_outstanding,
+            idle_timeout_s=self._idle_timeout_s,
+            total_timeout_s=self._total_timeout_s(shape),
+        )
+        return load, exchanges
 
     def _load(
         self, shape: Shape, *, concurrency: int, num_warmup: int, num_requests: int, spread_s: float
     ) -> ClosedLoop:
-        """With the default idle timeout a whole answer gets a second per token: slower is as good as hung."""
         return ClosedLoop(
             concurrency=concurrency,
             num_warmup=num_warmup,
@@ -148,8 +188,12 @@ class Session:
             max_duration_s=self._profile.max_duration_s,
             spread_s=spread_s,
             idle_timeout_s=self._idle_timeout_s,
-            total_timeout_s=self._idle_timeout_s * (1 + shape.osl / 60),
+            total_timeout_s=self._total_timeout_s(shape),
         )
+
+    def _total_timeout_s(self, shape: Shape) -> float:
+        """With the default idle timeout a whole answer gets a second per token: slower is as good as hung."""
+        return self._idle_timeout_s * (1 + shape.osl / 60)
 
     def _expected_e2e_s(self, shape: Shape, concurrency: int) -> float:
         """What is known of the same load or, else, of the next lighter one, where a request takes no longer."""
@@ -170,9 +214,12 @@ class Session:
         return Exchange(index=index, request=request, isl=shape.isl, osl=shape.osl)
 
     def _run(
-        self, exchanges: list[Exchange], load: ClosedLoop, on_progress: Callable[[int, int], None]
+        self, exchanges: list[Exchange], load: ClosedLoop | OpenLoop, on_progress: Callable[[int, int], None]
     ) -> tuple[LoadTrace, list[RequestRecord]]:
-        trace = self._runner.run(run_closed_loop(self._client, exchanges, load, on_progress))
+        if isinstance(load, ClosedLoop):
+            trace = self._runner.run(run_closed_loop(self._client, exchanges, load, on_progress))
+        else:
+            trace = self._runner.run(run_open_loop(self._client, exchanges, load, on_progress))
         return trace, [request_record(exchange, self._client.answer(exchange)) for exchange in trace.sent]
 
 

@@ -19,6 +19,7 @@ from tkit.report.record import (
     Goodput,
     Group,
     Level,
+    MissingPoint,
     RunFacts,
 )
 from tkit.report.statistics import (
@@ -35,7 +36,7 @@ from tkit.report.statistics import (
     supported_tail,
     wilson,
 )
-from tkit.specs.record import SLO_TIERS
+from tkit.specs.record import SLO_TIERS, Load, Manifest
 
 # name -> (metric, percentile), (rate, column of the requests that it sums, "" = their number) or ("goodput", tier)
 ASKABLE: dict[str, tuple[str, int | str]] = {
@@ -110,11 +111,11 @@ def _same_path(name: str, directory: Path) -> bool:
 
 def _facts(run: Run, run_id: str, device: str) -> RunFacts:
     manifest = run.manifest
-    there = {(point.summary.shape, point.summary.concurrency, point.summary.repeat) for point in run.points}
+    there = {(point.summary.shape, point.summary.load, point.summary.repeat) for point in run.points}
     grid = [
-        (shape, concurrency, repeat)
+        (shape, load, repeat)
         for shape in manifest.shapes
-        for concurrency in manifest.concurrency
+        for load in _planned(manifest)
         for repeat in range(1, manifest.repeats + 1)
     ]
     return RunFacts(
@@ -131,7 +132,11 @@ def _facts(run: Run, run_id: str, device: str) -> RunFacts:
         command=manifest.command,
         num_points=len(run.points),
         num_invalid=sum(not point.summary.is_valid for point in run.points),
-        missing=tuple(f"{shape} C={c} repeat {repeat}" for shape, c, repeat in grid if (shape, c, repeat) not in there),
+        missing=tuple(
+            MissingPoint(shape=shape, load=load, repeat=repeat)
+            for shape, load, repeat in grid
+            if (shape, load, repeat) not in there
+        ),
         ended_early=run.ended_early,
         num_devices=_num_devices(run, device),
         engine=run.engine,
@@ -147,6 +152,11 @@ def _facts(run: Run, run_id: str, device: str) -> RunFacts:
             },
         },
     )
+
+
+def _planned(manifest: Manifest) -> list[Load]:
+    closed = [Load(concurrency=concurrency) for concurrency in manifest.concurrency]
+    return closed + [Load(rate=rate, arrivals=manifest.arrivals) for rate in manifest.rates]
 
 
 def _device(runs: Sequence[Run]) -> str:
@@ -173,24 +183,28 @@ def _num_devices(run: Run, device: str) -> int:
 
 
 def _groups(runs: Mapping[str, Run], baseline: str | None, device: str, asked: Collection[str]) -> tuple[Group, ...]:
-    keys: dict[tuple[str, str, str], dict[str, list[Point]]] = {}
+    keys: dict[tuple[str, str | None, str, str], dict[str, list[Point]]] = {}
     for run_id, run in runs.items():
         for point in run.points:
-            key = (point.summary.shape, point.summary.token_source, point.summary.definitions)
+            summary = point.summary
+            key = (summary.shape, summary.arrivals, summary.token_source, summary.definitions)
             keys.setdefault(key, {}).setdefault(run_id, []).append(point)
-    shapes = Counter(shape for shape, _, _ in keys)
+    shapes = Counter((shape, arrivals) for shape, arrivals, _, _ in keys)
     groups = []
-    for (shape, token_source, definitions), points in sorted(keys.items(), key=lambda item: _tokens(item[0][0])):
+    for (shape, arrivals, token_source, definitions), points in sorted(
+        keys.items(), key=lambda item: (_tokens(item[0][0]), item[0][1] or "")
+    ):
         note = None
-        if shapes[shape] > 1:
+        if shapes[shape, arrivals] > 1:
             note = (
                 f"tokens counted by {token_source} under {definitions}: "
-                f"not comparable with the other {shape} {'group' if shapes[shape] == 2 else 'groups'}"
+                f"not comparable with the other {shape} {'group' if shapes[shape, arrivals] == 2 else 'groups'}"
             )
-        levels = _levels(points, runs, baseline if baseline in points else None, device, asked)
+        levels = _levels(points, runs, arrivals, baseline if baseline in points else None, device, asked)
         groups.append(
             Group(
                 shape=shape,
+                arrivals=arrivals,
                 token_source=token_source,
                 definitions=definitions,
                 runs=tuple(points),
@@ -208,17 +222,17 @@ def _tokens(shape: str) -> tuple[int, ...]:
 def _levels(
     points: Mapping[str, Sequence[Point]],
     runs: Mapping[str, Run],
+    arrivals: str | None,
     baseline: str | None,
     device: str,
     asked: Collection[str],
 ) -> tuple[Level, ...]:
     levels = []
-    planned = {level for run_id in points for level in runs[run_id].manifest.concurrency}
-    measured = {point.summary.concurrency for some in points.values() for point in some}
-    for concurrency in sorted(planned | measured):
+    planned = {load for run_id in points for load in _planned(runs[run_id].manifest) if load.arrivals == arrivals}
+    measured = {point.summary.load for some in points.values() for point in some}
+    for load in sorted(planned | measured, key=lambda load: load.order):
         here = {
-            run_id: _usable([point for point in some if point.summary.concurrency == concurrency])
-            for run_id, some in points.items()
+            run_id: _usable([point for point in some if point.summary.load == load]) for run_id, some in points.items()
         }
         counts = [
             sum(len(point.measured) for point in some)
@@ -227,7 +241,7 @@ def _levels(
         ]
         tail = supported_tail(min(counts)) if counts else None
         cells = {
-            run_id: _cell(run_id, concurrency, points[run_id], some, tail, _num_devices(runs[run_id], device), asked)
+            run_id: _cell(run_id, load, points[run_id], some, tail, _num_devices(runs[run_id], device), asked)
             for run_id, some in here.items()
             if some
         }
@@ -239,7 +253,7 @@ def _levels(
                 else cell
                 for run_id, cell in cells.items()
             }
-        levels.append(Level(concurrency=concurrency, tail=tail, cells=tuple(cells.values())))
+        levels.append(Level(load=load, tail=tail, cells=tuple(cells.values())))
     return tuple(levels)
 
 
@@ -250,7 +264,7 @@ def _usable(points: Sequence[Point]) -> list[Point]:
 
 def _cell(
     run_id: str,
-    concurrency: int,
+    load: Load,
     points: Sequence[Point],
     used: Sequence[Point],
     tail: int | None,
@@ -258,20 +272,23 @@ def _cell(
     asked: Collection[str],
 ) -> Cell:
     """`points` are all of the run in this group, `used` those of this load that count."""
-    everything = [point for point in points if point.summary.concurrency == concurrency]
+    everything = [point for point in points if point.summary.load == load]
     repeats = [point.measured for point in used]
+    block = _block(used)
     reported = [point.summary.output_tok_s for point in used]
 
     def of(columns: Sequence[str], statistic: Statistic, told: Sequence[float] | None = None) -> Estimate | None:
         rows: list[Floats] = [frame[list(columns)].dropna().to_numpy(dtype=float) for frame in repeats]
-        return estimate(rows, statistic, block=concurrency, reported=told)
+        return estimate(rows, statistic, block=block, reported=told)
 
     output = of(("osl", "e2e"), ratio_of_sums, reported)
     estimates = {"output_tok_s": output, "tok_s_device": _scaled(output, 1 / num_devices)}
     percentiles = {"p50": 50, "tail": tail}
     latencies = {
         name: of((measure.metric,), percentile_of(percentile))
-        if measure.percentile is not None and (percentile := percentiles[measure.percentile]) is not None
+        if measure.percentile is not None
+        and (percentile := percentiles[measure.percentile]) is not None
+        and (load.rate is not None or not measure.metric.endswith("_sched"))
         else None
         for name, measure in MEASURES.items()
         if measure.percentile is not None
@@ -283,7 +300,7 @@ def _cell(
         errors.update(point.summary.errors)
     return Cell(
         run=run_id,
-        concurrency=concurrency,
+        load=load,
         repeats=len(used),
         requests=sum(point.summary.requests for point in used),
         errors=dict(errors),
@@ -294,16 +311,23 @@ def _cell(
             if not point.summary.is_valid
             for reason in (point.summary.invalid_reasons or ("no reason given",))
         ),
+        requests_s=float(np.median([point.summary.requests_s for point in used])),
         estimates=estimates,
         output_tok_s_repeats=tuple(reported),
         goodput=_goodput(used),
     )
 
 
+def _block(points: Sequence[Point]) -> int:
+    """Requests that share the server's steps, so that they are no independent samples: those in flight together."""
+    summary = points[0].summary
+    return summary.concurrency or max(round(summary.client.get("delivered_concurrency", 1)), 1)
+
+
 def _asked(name: str, points: Sequence[Point]) -> Estimate | None:
     """One of ASKABLE over the points, all of one load; None when too few requests support a percentile."""
     kind, detail = ASKABLE[name]
-    block = points[0].summary.concurrency
+    block = _block(points)
     frames = [point.measured for point in points]
     if isinstance(detail, int):
         if detail > 50 and sum(map(len, frames)) < min_requests(detail):
@@ -312,10 +336,13 @@ def _asked(name: str, points: Sequence[Point]) -> Estimate | None:
         return estimate(samples, percentile_of(detail), block=block)
     if kind == "goodput":
         reported = [float(point.summary.goodput.get(detail, {}).get("requests_s", 0.0)) for point in points]
+        is_open = points[0].summary.rate is not None
+        limits = {
+            f"{metric}_sched" if is_open and metric in ("ttft", "e2e") else metric: limit
+            for metric, limit in SLO_TIERS[detail].items()
+        }
         counted = [
-            np.logical_and.reduce(
-                [frame[metric] <= limit for metric, limit in SLO_TIERS[detail].items()] or [frame["e2e"] > 0]
-            )
+            np.logical_and.reduce([frame[metric] <= limit for metric, limit in limits.items()] or [frame["e2e"] > 0])
             for frame in frames
         ]
     else:
@@ -367,7 +394,7 @@ def _changes(cell: Cell, baseline: Cell) -> dict[str, Change]:
 def _with_frontier(levels: Sequence[Level]) -> tuple[Level, ...]:
     """Marks the valid cells that no other valid cell beats in both tok/s per user and tok/s per device."""
     places = {
-        (cell.run, cell.concurrency): (user.value, device.value)
+        (cell.run, cell.load): (user.value, device.value)
         for level in levels
         for cell in level.cells
         if cell.is_valid
@@ -382,7 +409,7 @@ def _with_frontier(levels: Sequence[Level]) -> tuple[Level, ...]:
     return tuple(
         replace(
             level,
-            cells=tuple(replace(cell, is_on_frontier=(cell.run, cell.concurrency) in frontier) for cell in level.cells),
+            cells=tuple(replace(cell, is_on_frontier=(cell.run, cell.load) in frontier) for cell in level.cells),
         )
         for level in levels
     )

@@ -46,14 +46,17 @@ from tkit.report.record import (
 )
 from tkit.report.statistics import Change, Estimate, min_requests
 from tkit.specs.gate import Gate
-from tkit.specs.record import METRICS, SLO_TIERS
+from tkit.specs.record import METRICS, SLO_TIERS, Load
 
 # what a run has once -> unit
 FACTS = {"kl": "nats/token", "ppl_ratio": "", "top1": "", "weight_bytes": "bytes"}
 # a gate's metric -> the key of a cell's estimates, where they differ
 KEYS = {"tok_s_gpu": "tok_s_device"}
+SCHEDULED = tuple(name for name in MEASURES if "_sched_" in name)  # of open loops only
 MEASURED = tuple(
-    dict.fromkeys(("output_tok_s", "tok_s_user", "tok_s_gpu", *ASKABLE, "ttft_tail", "tpot_tail", "e2e_tail"))
+    dict.fromkeys(
+        ("output_tok_s", "tok_s_user", "tok_s_gpu", *ASKABLE, "ttft_tail", "tpot_tail", "e2e_tail", *SCHEDULED)
+    )
 )
 SUFFIXES = {"p50", "p90", "p95", "p99", "tail", *SLO_TIERS}
 GATE = re.compile(r"(\w+)\s*(<=|>=|==|!=|=|<|>)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%?)", re.ASCII)
@@ -103,7 +106,7 @@ def _unknown(metric: str) -> str | None:
     if metric == "chunk_gap" or metric.startswith("chunk_gap_"):
         return f"{metric}: gaps are pooled over requests and have no interval; gate on tpot_p50 or tpot_p99"
     if metric in METRICS:
-        return f"{metric}: which one? {', '.join(name for name in MEASURED if name.startswith(f'{metric}_'))}"
+        return f"{metric}: which one? {', '.join(name for name in MEASURED if name.rpartition('_')[0] == metric)}"
     return f'unknown metric "{metric}"{did_you_mean(metric, (*MEASURED, *FACTS))}'
 
 
@@ -160,7 +163,7 @@ def describe(comparison: Comparison, check: GateCheck) -> str:
 
 def place(check: GateCheck) -> str:
     """`128/64 at C = 4`; "" of what a run has once."""
-    return f"{check.shape} at C = {check.concurrency}" if check.shape is not None else ""
+    return f"{check.shape} at {check.load}" if check.shape is not None else ""
 
 
 def closest(outcome: GateOutcome) -> GateCheck | None:
@@ -178,7 +181,7 @@ class _Place:
     """A point that a run should have; `cell` and `baseline` are what it and the baseline have there."""
 
     shape: str
-    concurrency: int
+    load: Load
     tail: int | None = None
     cell: Cell | None = None
     baseline: Cell | None = None
@@ -188,14 +191,19 @@ class _Place:
 def _checks(gate: Gate, comparison: Comparison, run: RunFacts) -> list[GateCheck]:
     if gate.metric in FACTS:
         return [_fact(gate, comparison, run)]
-    return [_point(gate, comparison, run, found) for found in _places(comparison, run)]
+    places = _places(comparison, run)
+    if gate.metric in SCHEDULED:
+        places = [found for found in places if found.load.rate is not None]
+        if not places:
+            return [GateCheck(run=run.id, state=NOT_EVALUATED, text="no open-loop point")]
+    return [_point(gate, comparison, run, found) for found in places]
 
 
 def _places(comparison: Comparison, run: RunFacts) -> list[_Place]:
     """What the run has or set out to have, and what the baseline has; not what only other runs have."""
     places: list[_Place] = []
-    told: set[tuple[str, int]] = set()
-    missing = {(entry.split(" ")[0], int(entry.split(" ")[1].removeprefix("C="))) for entry in run.missing}
+    told: set[tuple[str, Load]] = set()
+    missing = {(entry.shape, entry.load) for entry in run.missing}
     for group in comparison.groups:
         if run.id not in group.runs:
             continue
@@ -207,11 +215,11 @@ def _places(comparison: Comparison, run: RunFacts) -> list[_Place]:
             cell, baseline = cells.get(run.id), cells.get(comparison.baseline or "")
             if cell is None and baseline is None:
                 continue
-            told.add((group.shape, level.concurrency))
+            told.add((group.shape, level.load))
             places.append(
                 _Place(
                     shape=group.shape,
-                    concurrency=level.concurrency,
+                    load=level.load,
                     tail=level.tail,
                     cell=cell,
                     baseline=baseline,
@@ -219,19 +227,24 @@ def _places(comparison: Comparison, run: RunFacts) -> list[_Place]:
                 )
             )
     elsewhere = {
-        (group.shape, cell.concurrency)
+        (group.shape, cell.load)
         for group in comparison.groups
         for level in group.levels
         for cell in level.cells
         if cell.run == comparison.baseline
     }
     order = {group.shape: index for index, group in enumerate(comparison.groups)}
-    absent = sorted((elsewhere | missing) - told, key=lambda key: (order.get(key[0], len(order)), key))
-    return places + [_Place(shape=shape, concurrency=concurrency) for shape, concurrency in absent]
+
+    def position(key: tuple[str, Load]) -> tuple[int, str, str, float]:
+        shape, load = key
+        return order.get(shape, len(order)), shape, load.arrivals or "", load.order
+
+    absent = sorted((elsewhere | missing) - told, key=position)
+    return places + [_Place(shape=shape, load=load) for shape, load in absent]
 
 
 def _point(gate: Gate, comparison: Comparison, run: RunFacts, found: _Place) -> GateCheck:
-    check = functools.partial(GateCheck, run=run.id, shape=found.shape, concurrency=found.concurrency)
+    check = functools.partial(GateCheck, run=run.id, shape=found.shape, load=found.load)
     obstacle = _obstacle(gate, comparison, run, found)
     if obstacle is not None:
         return check(state=NOT_EVALUATED, text=obstacle)

@@ -75,14 +75,14 @@ def pareto(comparison: Comparison, group: Group, plot_id: str) -> Plot:
             state = "invalid" if not cell.is_valid else "frontier" if cell.is_on_frontier else "behind"
             rows.append(
                 _row(comparison, run_id, segment, cell)
-                | {"x": user.value, "y": device.value, "state": state, "load": str(cell.concurrency)}
+                | {"x": user.value, "y": device.value, "state": state, "load": cell.load.number}
             )
     device_name = comparison.device
     x = _quantitative("x", "tok/s per user", zero=True)
     y = _quantitative("y", f"tok/s per {device_name}", zero=True)
     tooltip = [
         _tip("run", "run"),
-        _tip("C", "C", "d"),
+        _tip("C", _load_name(group), "~r"),
         _tip("x", "tok/s per user", ".4~r"),
         _tip("y", f"tok/s per {device_name}", ".4~r"),
         _tip("state", "state"),
@@ -110,22 +110,22 @@ def pareto(comparison: Comparison, group: Group, plot_id: str) -> Plot:
     caption = (
         f"Up and to the right is better. Right: tok/s per user, 1 / median TPOT, how fast one answer streams. "
         f"Up: tok/s per {device_name}, what the hardware yields: {DEVICES[device_name]}. "
-        f"A line per configuration, points labelled by requests in flight (C). "
+        f"A line per configuration, points labelled by {_LOADS[group.arrivals is None]}. "
         f"Filled: on the frontier, no other point is better in both. "
         f"Pale: behind it. Hollow: invalid. Gaps in a line: no valid result."
     )
     return Plot(
         id=plot_id,
-        title=f"Throughput against interactivity, {group.shape}",
+        title=f"Throughput against interactivity, {group.title}",
         caption=caption,
-        spec=_spec(rows, layers, height=380, description=f"Pareto plot of {group.shape}"),
+        spec=_spec(rows, layers, height=380, description=f"Pareto plot of {group.title}"),
     )
 
 
 def latency_against_throughput(comparison: Comparison, group: Group, metric: str, plot_id: str) -> Plot:
     """p50 as a point, a bar from there to the tail percentile."""
     rows = []
-    tails = {level.concurrency: level.tail for level in group.levels}
+    tails = {level.load: level.tail for level in group.levels}
     for run_id in group.runs:
         for segment, cell in _segments(group, run_id):
             rate, median = cell.estimates["output_tok_s"], cell.estimates[f"{metric}_p50"]
@@ -138,16 +138,16 @@ def latency_against_throughput(comparison: Comparison, group: Group, metric: str
                     "x": rate.value,
                     "y": median.value,
                     "tail": tail.value if tail else None,
-                    "percentile": f"p{tails[cell.concurrency]}" if tail else "too few requests",
+                    "percentile": f"p{tails[cell.load]}" if tail else "too few requests",
                     "state": "valid" if cell.is_valid else "invalid",
-                    "load": str(cell.concurrency),
+                    "load": cell.load.number,
                 }
             )
     name = metric.upper()
     x, y = _quantitative("x", "output tok/s", zero=True), _logarithmic("y", f"{name}, ms")
     tooltip = [
         _tip("run", "run"),
-        _tip("C", "C", "d"),
+        _tip("C", _load_name(group), "~r"),
         _tip("x", "output tok/s", ".4~r"),
         _tip("y", f"{name} p50, ms", ".4~r"),
         _tip("tail", f"{name} tail, ms", ".4~r"),
@@ -173,10 +173,10 @@ def latency_against_throughput(comparison: Comparison, group: Group, metric: str
     ]
     return Plot(
         id=plot_id,
-        title=f"{name} against throughput, {group.shape}",
-        caption=f"Point: {name} p50 at each C. Bar: up to the highest percentile that the requests support (hover). "
+        title=f"{name} against throughput, {group.title}",
+        caption=f"Point: {name} p50 at each load. Bar: up to the highest percentile that the requests support (hover). "
         f"Down and to the right is better.",
-        spec=_spec(rows, layers, height=300, description=f"{name} against output tokens per second, {group.shape}"),
+        spec=_spec(rows, layers, height=300, description=f"{name} against output tokens per second, {group.title}"),
     )
 
 
@@ -372,6 +372,13 @@ def _segments(group: Group, run_id: str) -> Iterable[tuple[int, Cell]]:
             segment += 1
 
 
+_LOADS = {True: "requests in flight (C)", False: "requests per second asked"}
+
+
+def _load_name(group: Group) -> str:
+    return "C" if group.arrivals is None else "req/s asked"
+
+
 def _name(comparison: Comparison, run_id: str) -> str:
     """A run in tooltips and scales: unique through its id."""
     return f"{run_id} {text.shorten(comparison.facts(run_id).name)}"
@@ -381,7 +388,7 @@ def _row(comparison: Comparison, run_id: str, segment: int, cell: Cell) -> Row:
     return {
         "run": _name(comparison, run_id),
         "segment": f"{run_id}{segment}",
-        "C": cell.concurrency,
+        "C": cell.load.order,
         "is_valid": cell.is_valid,
     }
 

@@ -261,8 +261,8 @@ def _point_directories(directory: Path) -> list[Path]:
     return sorted(path for path in points.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _place(summary: PointSummary) -> tuple[str, int, int]:
-    return summary.shape, summary.concurrency, summary.repeat
+def _place(summary: PointSummary) -> tuple[str, float, int]:
+    return summary.shape, summary.load.order, summary.repeat
 
 
 def _contradictions(point: Point, manifest: Manifest) -> list[str]:
@@ -275,9 +275,14 @@ def _contradictions(point: Point, manifest: Manifest) -> list[str]:
         problems.append(f'token source "{summary.token_source}", expected one of {", ".join(TOKEN_SOURCES)}')
     if summary.definitions != manifest.definitions:
         problems.append(f"{POINT_FILE} uses {summary.definitions}, {MANIFEST_FILE} {manifest.definitions}")
-    named = re.search(r"-c(\d+)-r(\d+)$", point.directory.name)
-    if named and (int(named[1]), int(named[2])) != (summary.concurrency, summary.repeat):
-        problems.append(f"{POINT_FILE} says concurrency {summary.concurrency}, repeat {summary.repeat}")
+    named = re.search(r"-(c\d+|rate[\d.e+-]+)-r(\d+)$", point.directory.name)
+    kind = "c" if summary.rate is None else "rate"
+    if named and (named[1], int(named[2])) != (f"{kind}{summary.load.number}", summary.repeat):
+        problems.append(f"{POINT_FILE} says {summary.load}, repeat {summary.repeat}")
+    if (summary.concurrency is None) == (summary.rate is None):
+        problems.append(
+            f"{POINT_FILE}: concurrency {summary.concurrency} and rate {summary.rate}, expected one of them"
+        )
     problems.extend(
         f"{POINT_FILE}: {name} is {value}" for name, value in _floats(asdict(summary)) if not math.isfinite(value)
     )
@@ -387,6 +392,8 @@ def _request_frame(table: pa.Table) -> pd.DataFrame:
             "ttft": milliseconds("first_token_ns", "sent_ns"),
             "ttfb": milliseconds("first_byte_ns", "sent_ns"),
             "e2e": milliseconds("last_token_ns", "sent_ns"),
+            "ttft_sched": milliseconds("first_token_ns", "scheduled_ns"),
+            "e2e_sched": milliseconds("last_token_ns", "scheduled_ns"),
         }
     )
     decoding = milliseconds("last_token_ns", "first_token_ns")

@@ -18,6 +18,7 @@ from tkit.report.read import LeftOut
 from tkit.report.statistics import Change, Estimate
 from tkit.specs.engine import EngineCard
 from tkit.specs.gate import Gate
+from tkit.specs.record import Load
 
 REPORT_SCHEMA = "tkit.report/1"
 
@@ -42,6 +43,11 @@ MEASURES = {
     "tpot_tail":    Measure(metric="tpot", percentile="tail"),
     "e2e_p50":      Measure(metric="e2e",  percentile="p50"),
     "e2e_tail":     Measure(metric="e2e",  percentile="tail"),
+    # of open loops only
+    "ttft_sched_p50":  Measure(metric="ttft_sched", percentile="p50"),
+    "ttft_sched_tail": Measure(metric="ttft_sched", percentile="tail"),
+    "e2e_sched_p50":   Measure(metric="e2e_sched",  percentile="p50"),
+    "e2e_sched_tail":  Measure(metric="e2e_sched",  percentile="tail"),
 }
 # fmt: on
 
@@ -71,13 +77,14 @@ class Cell:
     """One run at one load: its valid repeats joined, or all of them when none is valid."""
 
     run: str  # RunFacts.id
-    concurrency: int
+    load: Load
     repeats: int
     requests: int
     errors: Mapping[str, int]
     is_valid: bool
     invalid_reasons: tuple[str, ...]
     is_on_frontier: bool = False
+    requests_s: float  # answered, median of the repeats
     estimates: Mapping[str, Estimate | None]  # by MEASURES, and by what gates ask for
     output_tok_s_repeats: tuple[float, ...]
     goodput: Mapping[str, Goodput]  # by tier
@@ -88,21 +95,26 @@ class Cell:
 class Level:
     """`tail`: the percentile that stands for p99 here, None when the requests support none."""
 
-    concurrency: int
+    load: Load
     tail: int | None
     cells: tuple[Cell, ...]  # in the order of the runs; a run without a readable point here has none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """What may be compared: one shape, one way to count tokens, one version of the definitions."""
+    """What may be compared: one shape, one kind of load, one way to count tokens, one version of the definitions."""
 
     shape: str
+    arrivals: str | None = None  # as in Load
     token_source: str
     definitions: str
     runs: tuple[str, ...]
     levels: tuple[Level, ...]
     note: str | None = None  # why another group of the same shape stands apart
+
+    @property
+    def title(self) -> str:
+        return self.shape if self.arrivals is None else f"{self.shape}, {self.arrivals} arrivals"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +124,16 @@ class Difference:
     kind: str
     name: str
     values: Mapping[str, str | None]  # run id -> value
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingPoint:
+    shape: str
+    load: Load
+    repeat: int
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.load} repeat {self.repeat}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +151,7 @@ class RunFacts:
     command: str
     num_points: int
     num_invalid: int
-    missing: tuple[str, ...]  # grid points without a readable result
+    missing: tuple[MissingPoint, ...]  # grid points without a readable result
     ended_early: str | None  # the sweep's own reason for them
     num_devices: int
     engine: EngineCard | None
@@ -162,7 +184,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class GateCheck:
-    """One gate at one point of one run; `shape` and `concurrency` are None for what a run has once, such as `kl`.
+    """One gate at one point of one run; `shape` and `load` are None for what a run has once, such as `kl`.
 
     `value`, `low` and `high`: what was held against the limit, a change as a fraction or a number in the metric's unit,
     and its 95 % interval where it has one. `text` says it in words, or why it could not be said.
@@ -170,7 +192,7 @@ class GateCheck:
 
     run: str | None  # RunFacts.id; None for a directory that was left out
     shape: str | None = None
-    concurrency: int | None = None
+    load: Load | None = None
     state: str  # PASSED, FAILED, NOT_EVALUATED
     text: str
     value: float | None = None

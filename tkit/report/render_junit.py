@@ -39,14 +39,14 @@ def _points(comparison: Comparison) -> ElementTree.Element:
                 for cell in level.cells:
                     if cell.run != run.id:
                         continue
-                    case = _case(suite, run.name, f"{group.shape} C={level.concurrency}{apart}")
+                    case = _case(suite, run.name, f"{group.shape} {level.load}{apart}")
                     reasons = "; ".join(cell.invalid_reasons)
                     if not cell.is_valid:
                         ElementTree.SubElement(case, "skipped", message=_xml(f"invalid: {reasons}"))
                     elif reasons:
                         ElementTree.SubElement(case, "system-out").text = _xml(f"not counted: {reasons}")
         for missing in run.missing:
-            case = _case(suite, run.name, missing)
+            case = _case(suite, run.name, str(missing))
             reason = f"the sweep ended early: {run.ended_early}" if run.ended_early else "no readable result"
             ElementTree.SubElement(case, "skipped", message=_xml(f"missing: {reason}"))
     return suite

@@ -14,7 +14,7 @@ from tkit.report.read import Point, Run
 from tkit.report.record import Comparison
 from tkit.report.statistics import REPEAT_NOISE
 from tkit.report.tables import Table
-from tkit.specs.record import DEFINITIONS, SLO_TIERS
+from tkit.specs.record import DEFINITIONS, SLO_TIERS, Load
 
 Runs = Mapping[str, Run]  # by run id
 
@@ -99,7 +99,7 @@ def numbers(comparison: Comparison, runs: Runs) -> Section:
     )
     tiers = "; ".join(f"{tier}: {tables.limits(tier)}" for tier in SLO_TIERS)
     lead.append(f"Goodput: requests per second within a tier's limits, under it their share of all ({tiers}).")
-    lead += [f"{group.shape}: {group.note}." for group in comparison.groups if group.note]
+    lead += [f"{group.title}: {group.note}." for group in comparison.groups if group.note]
     found = [
         table
         for group in comparison.groups
@@ -136,10 +136,8 @@ def distributions(comparison: Comparison, runs: Runs) -> Section:
     if place is None:
         return Section(id=section.id, title=section.title, lead=("No valid point to look into.",))
     group, level = place
-    shown = {
-        cell.run: _first_valid(runs[cell.run], group.shape, level.concurrency) for cell in level.cells if cell.is_valid
-    }
-    where = f"{group.shape} at C = {level.concurrency}"
+    shown = {cell.run: _first_valid(runs[cell.run], group.shape, level.load) for cell in level.cells if cell.is_valid}
+    where = f"{group.shape} at {level.load}"
     samples = [("TTFT", "ttft"), ("TPOT", "tpot")]
     drawn = [
         plots.ecdf(
@@ -172,11 +170,11 @@ def distributions(comparison: Comparison, runs: Runs) -> Section:
     )
 
 
-def _first_valid(run: Run, shape: str, concurrency: int) -> Point:
+def _first_valid(run: Run, shape: str, load: Load) -> Point:
     return next(
         point
         for point in run.points
-        if (point.summary.shape, point.summary.concurrency) == (shape, concurrency) and point.summary.is_valid
+        if (point.summary.shape, point.summary.load) == (shape, load) and point.summary.is_valid
     )
 
 

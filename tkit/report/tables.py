@@ -25,10 +25,15 @@ from tkit.report.record import (
     RunFacts,
 )
 from tkit.report.verdict import judgement
-from tkit.specs.record import METRICS, SLO_TIERS
+from tkit.specs.record import METRICS, SLO_TIERS, Load
 from tkit.units import format_bytes, format_seconds
 
 MAX_STALLS = 5
+# closed loop? -> what the latency table shows
+LATENCIES = {True: ("ttft", "tpot", "e2e"), False: ("ttft", "ttft_sched", "tpot", "e2e_sched")}
+LATENCY_NAMES = {
+    "ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E", "ttft_sched": "TTFT from schedule", "e2e_sched": "E2E from schedule",
+}  # fmt: skip
 GATE_TONES = {FAILED: "worse", NOT_EVALUATED: "invalid"}
 KINDS = {
     "engine": "the engine",
@@ -149,8 +154,9 @@ def gates_table(comparison: Comparison) -> Table:
 def throughput_table(comparison: Comparison, group: Group) -> Table:
     device = comparison.device
     columns = (
-        Column(name="C", meaning="requests in flight"),
+        _load_column(group),
         Column(name="Run", kind="text"),
+        *([] if group.arrivals is None else [Column(name="req/s", meaning=METRICS["requests_s"][1])]),
         Column(name="output tok/s", meaning=METRICS["output_tok_s"][1]),
         Column(name=f"tok/s per {device}", meaning=DEVICES[device]),
         Column(name="tok/s per user", meaning=METRICS["tok_s_user"][1]),
@@ -163,23 +169,25 @@ def throughput_table(comparison: Comparison, group: Group) -> Table:
         named = ", ".join(f"{name} {count}" for name, count in sorted(cell.errors.items()) if count)
         total = f"of {text.count(cell.requests)}"
         return [
+            *([] if group.arrivals is None else [Entry(text=text.number(cell.requests_s))]),
             *(_estimate(comparison, level, cell, name) for name in ("output_tok_s", "tok_s_device", "tok_s_user")),
             *(_goodput(cell.goodput.get(tier)) for tier in SLO_TIERS),
             Entry(text=text.count(errors), note=total, aside=named, tone="invalid" if errors else ""),
         ]
 
     return _per_load(
-        comparison, group, f"throughput-{group_id(comparison, group)}", f"Throughput, {group.shape}", columns, entries
+        comparison, group, f"throughput-{group_id(comparison, group)}", f"Throughput, {group.title}", columns, entries
     )
 
 
 def latency_table(comparison: Comparison, group: Group) -> Table:
-    names = [name for name, measure in MEASURES.items() if measure.percentile]
+    shown = LATENCIES[group.arrivals is None]
+    names = [name for metric in shown for name, measure in MEASURES.items() if measure.metric == metric]
     columns = (
-        Column(name="C", meaning="requests in flight"),
+        _load_column(group),
         Column(name="Run", kind="text"),
         *(
-            Column(name=f"{metric.upper()} {percentile}, ms", meaning=METRICS[metric][1])
+            Column(name=f"{LATENCY_NAMES[metric]} {percentile}, ms", meaning=METRICS[metric][1])
             for metric, percentile in ((MEASURES[name].metric, MEASURES[name].percentile) for name in names)
         ),
     )
@@ -188,8 +196,19 @@ def latency_table(comparison: Comparison, group: Group) -> Table:
         return [_estimate(comparison, level, cell, name) for name in names]
 
     return _per_load(
-        comparison, group, f"latency-{group_id(comparison, group)}", f"Latency, {group.shape}", columns, entries
+        comparison, group, f"latency-{group_id(comparison, group)}", f"Latency, {group.title}", columns, entries
     )
+
+
+def _load_column(group: Group) -> Column:
+    if group.arrivals is None:
+        return Column(name="C", meaning="requests in flight")
+    return Column(name="req/s asked", meaning=f"requests per second that are due, {group.arrivals} arrivals")
+
+
+def _load_text(load: Load) -> str:
+    """In columns of mixed loads, where a bare number is a concurrency."""
+    return load.number if load.rate is None else str(load)
 
 
 def _per_load(
@@ -205,7 +224,7 @@ def _per_load(
         for run_id in group.runs:
             cell = next((cell for cell in level.cells if cell.run == run_id), None)
             name = Entry(text=comparison.facts(run_id).name, run=run_id)
-            load = Entry(text=str(level.concurrency))
+            load = Entry(text=level.load.number)
             if cell is None:
                 hole = [Entry(text=text.ABSENT, tone="absent")] * (len(columns) - 3)
                 rows.append((load, name, Entry(text="no result", tone="absent"), *hole))
@@ -300,7 +319,7 @@ def _told(value: Any, format_value: Callable[[float], str]) -> Entry:
 def quality_table(comparison: Comparison) -> Table:
     """Quality beside speed: the speed at the highest load that is valid in every run."""
     place = common_load(comparison)
-    speed = f"output tok/s, {place[0].shape} C={place[1].concurrency}" if place else "output tok/s"
+    speed = f"output tok/s, {place[0].shape} {place[1].load}" if place else "output tok/s"
     columns = (
         Column(name="Run", kind="text"),
         Column(name=speed),
@@ -353,22 +372,21 @@ def validity_table(comparison: Comparison) -> Table:
         for level in group.levels:
             for cell in level.cells:
                 name = Entry(text=comparison.facts(cell.run).name, run=cell.run)
-                where = (Entry(text=group.shape), Entry(text=str(level.concurrency)))
+                where = (Entry(text=group.shape), Entry(text=_load_text(level.load)))
                 rows.extend(
                     (name, *where, Entry(text="invalid", tone="invalid"), Entry(text=reason))
                     for reason in cell.invalid_reasons
                 )
     for run in comparison.runs:
         for missing in run.missing:
-            shape, concurrency, rest = missing.split(" ", 2)
             reason = f"the sweep ended early: {run.ended_early}" if run.ended_early else "no readable result"
             rows.append(
                 (
                     Entry(text=run.name, run=run.id),
-                    Entry(text=shape),
-                    Entry(text=concurrency.removeprefix("C=")),
+                    Entry(text=missing.shape),
+                    Entry(text=_load_text(missing.load)),
                     Entry(text="missing", tone="absent"),
-                    Entry(text=f"{rest}: {reason}"),
+                    Entry(text=f"repeat {missing.repeat}: {reason}"),
                 )
             )
     columns = (*_text("Run", "Shape"), Column(name="C"), *_text("State", "Reason"))
@@ -397,7 +415,7 @@ def stalls_table(comparison: Comparison, points: Mapping[str, Point], gaps: Mapp
             rows.append(
                 (
                     Entry(text=comparison.facts(run_id).name, run=run_id),
-                    Entry(text=str(point.summary.concurrency)),
+                    Entry(text=_load_text(point.summary.load)),
                     Entry(text=text.number(gap)),
                     Entry(text=str(int(request))),
                     Entry(text=text.number(sent.get(request))),

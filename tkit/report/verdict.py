@@ -19,6 +19,10 @@ LABELS = {
     "tpot_tail": "TPOT tail",
     "e2e_p50": "E2E p50",
     "e2e_tail": "E2E tail",
+    "ttft_sched_p50": "TTFT p50 from schedule",
+    "ttft_sched_tail": "TTFT tail from schedule",
+    "e2e_sched_p50": "E2E p50 from schedule",
+    "e2e_sched_tail": "E2E tail from schedule",
 }
 
 
@@ -61,7 +65,7 @@ def _against(comparison: Comparison, run: RunFacts, group: Group, *, is_first: b
         reason = "no load is valid in both"
         if baseline.id not in group.runs:
             reason = "the baseline was not measured so, or under other definitions"
-        return Claim(text=f"{pair}{group.shape}: not comparable, {reason}."), []
+        return Claim(text=f"{pair}{group.title}: not comparable, {reason}."), []
     last = cells[-1]
     changes = {name: last.changes[name] for name in HEADLINE if name in last.changes}
     judged = {name: judgement(name, found, comparison.threshold) for name, found in changes.items()}
@@ -69,7 +73,7 @@ def _against(comparison: Comparison, run: RunFacts, group: Group, *, is_first: b
         _clause(name, found, judged[name], comparison.threshold, is_first=name == next(iter(changes)))
         for name, found in changes.items()
     ]
-    claim = f"{pair}{group.shape} at C = {last.concurrency}: {', '.join(clauses)}."
+    claim = f"{pair}{group.shape} at {last.load}: {', '.join(clauses)}."
     return Claim(text=claim, over_loads=_over_loads(cells, comparison.threshold)), list(judged.values())
 
 
@@ -107,17 +111,17 @@ def _alone(run: RunFacts, group: Group) -> Claim:
     name = text.shorten(run.name)
     rates = [(rate.value, cell) for cell in cells if (rate := cell.estimates["output_tok_s"]) is not None]
     if not rates:
-        return Claim(text=f"{name}, {group.shape}: no valid point.")
+        return Claim(text=f"{name}, {group.title}: no valid point.")
     peak, cell = max(rates, key=lambda pair: pair[0])
-    clauses = [f"highest output rate {text.number(peak)} tok/s, at C = {cell.concurrency}"]
+    clauses = [f"highest output rate {text.number(peak)} tok/s, at {cell.load}"]
     latencies = [
         f"{LABELS[key]} {text.number(value.value)} ms"
         for key in ("ttft_p50", "tpot_p50")
         if (value := cells[0].estimates[key]) is not None
     ]
     if latencies:
-        clauses.append(f"{' and '.join(latencies)} at C = {cells[0].concurrency}")
-    return Claim(text=f"{name}, {group.shape}: {'; '.join(clauses)}.")
+        clauses.append(f"{' and '.join(latencies)} at {cells[0].load}")
+    return Claim(text=f"{name}, {group.title}: {'; '.join(clauses)}.")
 
 
 def _quality(comparison: Comparison, run: RunFacts) -> tuple[str, ...]:

@@ -72,6 +72,9 @@ class SweepRecipe:
     profile: str = "quick"
     shapes: tuple[str, ...] | None = None  # "ISL/OSL"
     concurrency: tuple[int, ...] | None = None
+    rates: tuple[float, ...] | None = None  # requests/s, open loop
+    arrivals: str | None = None  # as `tkit sweep --arrivals` takes them
+    max_outstanding: int | None = None  # requests in flight, open loop
     requests: int | None = None  # measured, per point
     duration_s: float | None = None  # measured, per point; with `requests`: at most
     repeats: int | None = None

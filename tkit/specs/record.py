@@ -2,7 +2,7 @@
 
 reports/<run>/
   manifest.json                         Manifest: profile, identity, grid, seeds, client
-  points/<shape>-c<C>-r<k>/
+  points/<shape>-c<C>-r<k>/             <shape>-rate<R>-r<k>/ in open loop
     requests.parquet                    one row per request, columns REQUEST_COLUMNS
     chunks.parquet                      gaps between chunks, columns CHUNK_COLUMNS
     point.json                          PointSummary
@@ -29,12 +29,14 @@ METRICS = {
     "tpot":         ("ms", "per request (last token - first token) / (N - tokens in the first chunk)"),
     "chunk_gap":    ("ms", "gaps between consecutive chunks, pooled over requests"),
     "e2e":          ("ms", "request sent -> last token"),
+    "ttft_sched":   ("ms", "open loop: as ttft, from the scheduled time, sent then or not"),
+    "e2e_sched":    ("ms", "open loop: as e2e, from the scheduled time, sent then or not"),
     "output_tok_s": ("tok/s", "output tokens / time, over the steady window"),
     "input_tok_s":  ("tok/s", "input tokens / time, over the steady window"),
     "requests_s":   ("req/s", "requests completed / time, over the steady window"),
     "tok_s_user":   ("tok/s", "1 / median tpot"),
     "tok_s_gpu":    ("tok/s", "output_tok_s / GPUs of the engine"),
-    "goodput":      ("req/s", "requests per second that meet every limit of an SLO tier"),
+    "goodput":      ("req/s", "requests per second that meet every limit of an SLO tier; open loop: from the schedule"),
 }  # fmt: skip
 
 TOKEN_SOURCES = ("server_usage", "token_ids", "tokenizer", "chunks")
@@ -42,7 +44,8 @@ TOKEN_SOURCES = ("server_usage", "token_ids", "tokenizer", "chunks")
 # requests.parquet; times are nanoseconds of one monotonic clock, null when it did not happen
 REQUEST_COLUMNS = {
     "id": "int64",
-    "phase": "string",  # warmup | measured (sent and answered in the steady window, or failed) | drain
+    # warmup | measured | drain. Measured: sent and answered in the steady window, or failed; open loop: scheduled in it
+    "phase": "string",
     "scheduled_ns": "int64",
     "sent_ns": "int64",
     "first_byte_ns": "int64",
@@ -70,6 +73,27 @@ SLO_TIERS: dict[str, dict[str, float]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a server is driven with: requests in flight in closed loop, requests/s and how they arrive in open loop."""
+
+    concurrency: int | None = None
+    rate: float | None = None
+    arrivals: str | None = None  # poisson, constant, gamma:<CV>, ramp, trace; None in closed loop
+
+    def __str__(self) -> str:
+        return f"C = {self.number}" if self.rate is None else f"{self.number} req/s"
+
+    @property
+    def number(self) -> str:
+        return f"{self.order:g}"
+
+    @property
+    def order(self) -> float:
+        """By which loads of one kind are sorted."""
+        return float(self.concurrency or 0) if self.rate is None else self.rate
+
+
+@dataclass(frozen=True, kw_only=True)
 class Distribution:
     """Milliseconds. A percentile that `n` does not support is None: p99 needs n >= 662."""
 
@@ -85,14 +109,16 @@ class Distribution:
 
 @dataclass(frozen=True, kw_only=True)
 class PointSummary:
-    """`point.json`: one shape at one load, one repeat."""
+    """`point.json`: one shape at one load, one repeat. Every load has either a concurrency or a rate."""
 
     schema: str = POINT_SCHEMA
     definitions: str = DEFINITIONS
     shape: str  # "ISL/OSL"
     isl: int
     osl: int
-    concurrency: int
+    concurrency: int | None = None  # requests in flight, closed loop; None in open loop
+    arrivals: str | None = None  # open loop: poisson, constant, gamma:<CV>, ramp, trace
+    rate: float | None = None  # open loop: requests/s asked
     repeat: int
     requests: int  # measured, without warm-up
     errors: Mapping[str, int]  # named error -> count
@@ -102,6 +128,7 @@ class PointSummary:
     output_tok_s_whole: float  # over the whole run, beside the steady window
     input_tok_s: float
     requests_s: float
+    offered_requests_s: float | None = None  # open loop: scheduled in the steady window / its length
     tok_s_user: float | None
     tok_s_gpu: float | None
     goodput: Mapping[str, Mapping[str, float]]  # tier -> {"requests_s", "attainment", "low", "high"} (95 % Wilson)
@@ -110,12 +137,19 @@ class PointSummary:
     tpot: Distribution
     chunk_gap: Distribution
     e2e: Distribution
-    # cpu_share, {loop,schedule}_lag_p{50,90,95,99}_ms, rss_bytes, delivered_concurrency, {tok_s,tpot}_drift
+    ttft_sched: Distribution | None = None
+    e2e_sched: Distribution | None = None
+    # cpu_share, {loop,schedule}_lag_p{50,90,95,99}_ms, rss_bytes, delivered_concurrency, {tok_s,tpot}_drift;
+    # open loop: num_held_back, num_unsent
     client: Mapping[str, float]
     is_valid: bool
     invalid_reasons: tuple[str, ...] = ()
     started: str  # UTC, ISO 8601
     duration_s: float
+
+    @property
+    def load(self) -> Load:
+        return Load(concurrency=self.concurrency, rate=self.rate, arrivals=self.arrivals)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +168,8 @@ class Manifest:
     model: str
     shapes: tuple[str, ...]
     concurrency: tuple[int, ...]
+    rates: tuple[float, ...] = ()  # open loop, requests/s
+    arrivals: str | None = None
     repeats: int
     requests: int | None = None
     duration_s: float | None = None

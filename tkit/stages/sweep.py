@@ -120,6 +120,8 @@ def run_sweep(
             model=session.model,
             shapes=tuple(map(str, profile.shapes)),
             concurrency=profile.concurrency,
+            rates=profile.rates,
+            arrivals=str(profile.arrivals) if profile.rates else None,
             repeats=profile.repeats,
             requests=recipe.requests,
             duration_s=recipe.duration_s,
@@ -142,8 +144,8 @@ def _measure_grid(
     run.journal("started", tkit=__version__)
     try:
         for place in _grid(profile):
-            what = f"{place.shape} C={place.concurrency}" + (f" #{place.repeat}" if profile.repeats > 1 else "")
-            progress.step(what, 0, profile.num_requests(place.concurrency))
+            what = f"{place.shape} {place.load}" + (f" #{place.repeat}" if profile.repeats > 1 else "")
+            progress.step(what, 0, profile.num_requests(place.concurrency or 1))
             measurement = session.measure(place, functools.partial(progress.step, what))
             measured[place] = measurement.summary  # before it is written: a signal may come between any two lines
             run.write_point(place, measurement.summary, measurement.records)
@@ -165,16 +167,23 @@ def _grid(profile: Profile) -> Iterator[Place]:
         for shape in profile.shapes:
             for concurrency in profile.concurrency:
                 yield Place(shape=shape, concurrency=concurrency, repeat=repeat)
+            for rate in profile.rates:
+                yield Place(shape=shape, rate=rate, repeat=repeat)
 
 
 def point_line(point: PointSummary) -> str:
-    """`1 840 tok/s, TTFT p50 52.1 ms, TPOT p50 10.1 ms, 0 errors, valid`."""
+    """`1 840 tok/s, TTFT p50 52.1 ms, TPOT p50 10.1 ms, 0 errors, valid`; in open loop the rates and the TTFT from the
+    schedule too."""
     ttft = "-" if point.ttft.p50 is None else f"{point.ttft.p50:.1f} ms"
+    asked = ""
+    if point.ttft_sched is not None and point.ttft_sched.p50 is not None:
+        asked = f"{point.requests_s:.2f} of {point.offered_requests_s:.2f} req/s answered, "
+        ttft += f" ({point.ttft_sched.p50:.1f} ms from the schedule)"
     tpot = "-" if point.tpot.p50 is None else f"{point.tpot.p50:.2f} ms"
     errors = sum(point.errors.values())
     verdict = "valid" if point.is_valid else f"INVALID: {'; '.join(point.invalid_reasons)}"
     return (
-        f"{point.output_tok_s:,.0f} tok/s, TTFT p50 {ttft}, TPOT p50 {tpot}, "
+        f"{point.output_tok_s:,.0f} tok/s, {asked}TTFT p50 {ttft}, TPOT p50 {tpot}, "
         f"{errors} error{'s' * (errors != 1)} in {point.requests}, {verdict}"
     ).replace(",", " ", f"{point.output_tok_s:,.0f}".count(","))
 
@@ -366,6 +375,9 @@ def sweep_command(recipe: SweepRecipe, target: Target, out: Path) -> str:
         "model": target.model,
         "shape": ",".join(recipe.shapes) if recipe.shapes else None,
         "concurrency": ",".join(map(str, recipe.concurrency)) if recipe.concurrency else None,
+        "rate": ",".join(f"{rate:g}" for rate in recipe.rates) if recipe.rates else None,
+        "arrivals": recipe.arrivals,
+        "max-outstanding": recipe.max_outstanding,
         "requests": recipe.requests,
         "duration": recipe.duration_s,
         "repeats": recipe.repeats,

@@ -1,0 +1,170 @@
+"""Open loop: requests are sent when they are scheduled, whatever the server does. Knows times, no protocol.
+
+    start     steady_start                       steady_end     all measured ended
+      |  warm-up  |  measured: scheduled in here      |   drain      |
+      the schedule goes on until the last measured request has ended: until then it sees the load that it should
+
+A user does not wait for others before asking, so a latency counts from the *scheduled* time as well: a client that sends
+late, because the server keeps all its connections busy, would otherwise leave out the waiting. At most `max_outstanding`
+requests are in flight; those beyond wait, their lateness counts in the latencies from the schedule, and the trace
+says how many there were.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tkit.loadgen.exchange import Exchange
+from tkit.loadgen.load_trace import LoadTrace
+from tkit.loadgen.monitor import Monitor, quiet_interpreter, rss_bytes
+from tkit.loadgen.protocols import Client
+from tkit.units import NS_PER_MS, NS_PER_S
+
+# The timers of an event loop count milliseconds and round either way: the last one before a request is waited out by
+# looking at the clock, between turns of the loop, so that messages are seen meanwhile.
+TIMER_S = 0.001
+MIN_FAILURES = 10  # in a row before a point is given up; a server that refuses for now (HTTP 429, 503) is not failing
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenLoop:
+    """One point's load. Each exchange brings its time, `scheduled_ns` after the start, which becomes one of the clock."""
+
+    steady_start_s: float  # after the start
+    steady_end_s: float
+    max_outstanding: int
+    idle_timeout_s: float
+    total_timeout_s: float
+
+
+async def run_open_loop(
+    client: Client, exchanges: Sequence[Exchange], load: OpenLoop, on_progress: Callable[[int, int], None]
+) -> LoadTrace:
+    """Sends `exchanges`, ordered by schedule, until all that are measured have ended or nothing but failures comes back.
+
+    Ends within `total_timeout_s` after the steady window. `on_progress(done, total)` is called some times a second.
+    """
+    with quiet_interpreter():
+        return await _Run(client, exchanges, load, on_progress).run()
+
+
+class _Run:
+    def __init__(
+        self, client: Client, exchanges: Sequence[Exchange], load: OpenLoop, on_progress: Callable[[int, int], None]
+    ):
+        self.client = client
+        self.exchanges = exchanges
+        self.load = load
+        self.start_offset_ns = round(load.steady_start_s * NS_PER_S)
+        self.end_offset_ns = round(load.steady_end_s * NS_PER_S)
+        self.num_measured = sum(self._is_measured(exchange.scheduled_ns) for exchange in exchanges)
+        self.on_progress = on_progress
+        self.monitor = Monitor(load.idle_timeout_s, load.total_timeout_s, self._report)
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.slot_is_free = asyncio.Event()
+        self.num_sent = 0
+        self.num_measured_ended = 0
+        self.num_held_back = 0
+        self.num_unsent = 0
+        self.late_ns = array("q")
+        self.failures_in_a_row = 0
+        self.gave_up_ns: int | None = None
+        self.cpu_ns: list[int] = []  # process time at the edges of the window
+        self.start_ns = 0
+
+    def _is_measured(self, offset_ns: int) -> bool:
+        return self.start_offset_ns <= offset_ns < self.end_offset_ns
+
+    async def run(self) -> LoadTrace:
+        self.start_ns = time.monotonic_ns()
+        steady_start, steady_end = self.start_ns + self.start_offset_ns, self.start_ns + self.end_offset_ns
+        loop = asyncio.get_running_loop()
+        timers = [
+            loop.call_later(seconds, lambda: self.cpu_ns.append(time.process_time_ns()))
+            for seconds in (self.load.steady_start_s, self.load.steady_end_s)
+        ]
+        monitor = asyncio.create_task(self.monitor.run())
+        try:
+            await self._send_all(steady_end)
+            while self.tasks:
+                await asyncio.wait(self.tasks)
+        finally:
+            for timer in timers:
+                timer.cancel()
+            tasks = (monitor, *self.tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        end = time.monotonic_ns()
+        if self.gave_up_ns is not None:
+            steady_end = min(steady_end, self.gave_up_ns)
+            steady_start = min(steady_start, steady_end)
+        window_ns = steady_end - steady_start
+        return LoadTrace(
+            sent=self.exchanges[: self.num_sent],
+            start_ns=self.start_ns,
+            steady_start_ns=steady_start,
+            steady_end_ns=steady_end,
+            end_ns=end,
+            cpu_share=(self.cpu_ns[1] - self.cpu_ns[0]) / window_ns if len(self.cpu_ns) == 2 and window_ns else 0.0,
+            lags_ms=self.monitor.lags_ms(steady_start, steady_end),
+            rss_bytes=rss_bytes(),
+            gave_up=self.gave_up_ns is not None,
+            is_open=True,
+            late_ms=[late / NS_PER_MS for late in self.late_ns],
+            num_held_back=self.num_held_back,
+            num_unsent=self.num_unsent,
+        )
+
+    async def _send_all(self, steady_end_ns: int) -> None:
+        for exchange in self.exchanges:
+            is_measured = self._is_measured(exchange.scheduled_ns)
+            exchange.scheduled_ns += self.start_ns
+            await self._wait_until(exchange.scheduled_ns)
+            is_held_back = len(self.tasks) >= self.load.max_outstanding
+            while len(self.tasks) >= self.load.max_outstanding and not self._is_over(steady_end_ns):
+                self.slot_is_free.clear()
+                await self.slot_is_free.wait()
+            self.num_held_back += is_held_back and is_measured
+            if self._is_over(steady_end_ns) or (is_held_back and time.monotonic_ns() >= steady_end_ns):
+                self.num_unsent = self.num_measured - sum(map(self._was_measured, self.exchanges[: self.num_sent]))
+                return
+            if is_measured and not is_held_back:
+                self.late_ns.append(time.monotonic_ns() - exchange.scheduled_ns)
+            self.num_sent += 1
+            task = asyncio.create_task(self._perform(exchange, is_measured))
+            self.tasks.add(task)
+            task.add_done_callback(self._ended)
+
+    def _was_measured(self, exchange: Exchange) -> bool:
+        return self._is_measured(exchange.scheduled_ns - self.start_ns)
+
+    async def _wait_until(self, when_ns: int) -> None:
+        while (left_s := (when_ns - time.monotonic_ns()) / NS_PER_S) > 0:
+            await asyncio.sleep(left_s - TIMER_S if left_s > TIMER_S else 0)
+
+    def _is_over(self, steady_end_ns: int) -> bool:
+        if self.gave_up_ns is not None:
+            return True
+        return self.num_measured_ended == self.num_measured and time.monotonic_ns() >= steady_end_ns
+
+    async def _perform(self, exchange: Exchange, is_measured: bool) -> None:
+        self.monitor.in_flight.add(exchange)
+        await self.client.perform(exchange)
+        self.monitor.in_flight.discard(exchange)
+        self.num_measured_ended += is_measured
+        is_failing = exchange.error is not None and exchange.error != "overloaded"
+        self.failures_in_a_row = self.failures_in_a_row + 1 if is_failing else 0
+        if self.failures_in_a_row >= MIN_FAILURES and self.gave_up_ns is None:
+            self.gave_up_ns = exchange.end_ns
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        self.slot_is_free.set()
+
+    def _report(self) -> None:
+        self.on_progress(self.num_measured_ended, self.num_measured)
