@@ -33,6 +33,7 @@ SIZES = {
 WINDOW = {"query_pre_attn_scalar": 16, "sliding_window": 8}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("config_class", "overrides"),
     [
@@ -47,7 +48,7 @@ WINDOW = {"query_pre_attn_scalar": 16, "sliding_window": 8}
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
-def test_every_linear_sees_what_it_sees_in_the_whole_model(tmp_path, monkeypatch, config_class, overrides):
+def test_every_linear_sees_what_it_sees_in_the_whole_model(tmp_path, monkeypatch, config_class, overrides, dtype):
     torch.manual_seed(0)
     config = config_class(**{**SIZES, **overrides})
     transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
@@ -58,7 +59,7 @@ def test_every_linear_sees_what_it_sees_in_the_whole_model(tmp_path, monkeypatch
     seen = {}
     watch = Quantizer(lambda weights, inputs, dtype: seen.update(dict.fromkeys(weights, inputs)) or {}, torch.clone)
     monkeypatch.setitem(QUANTIZERS, "fp8", watch)
-    quantizer = CalibratedQuantizer(spec, tokens)
+    quantizer = CalibratedQuantizer(spec, tokens, dtype=dtype)
     with open_source(tmp_path) as source:
         quantizer.embedding((source.read("model.embed_tokens.weight"), "BF16"))
         for index in range(spec.num_layers):
@@ -66,7 +67,7 @@ def test_every_linear_sees_what_it_sees_in_the_whole_model(tmp_path, monkeypatch
             sources = {name: (source.read(name), "BF16") for move in step for name in move.sources}
             quantizer.layer(index, sources, [move for move in step if move.format is not None])
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     expected = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -75,10 +76,12 @@ def test_every_linear_sees_what_it_sees_in_the_whole_model(tmp_path, monkeypatch
         model(tokens)
     assert len(seen) == sum(move.format is not None for move in moves)
     for move in (move for move in moves if move.format is not None):
-        x, inputs = expected[move.sources[-1].removesuffix(".weight")], seen[move.module]
-        torch.testing.assert_close(inputs.abs_max, x.abs().amax(0), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(inputs.abs_mean, x.abs().mean(0), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(inputs.square_mean, x.square().mean(0), rtol=1e-4, atol=1e-5)
+        x, inputs = expected[move.sources[-1].removesuffix(".weight")].float(), seen[move.module]
+        # batches of another size may be summed in another order, which bfloat16 shows
+        tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+        torch.testing.assert_close(inputs.abs_max, x.abs().amax(0), **tolerance)
+        torch.testing.assert_close(inputs.abs_mean, x.abs().mean(0), **tolerance)
+        torch.testing.assert_close(inputs.square_mean, x.square().mean(0), **tolerance)
 
 
 @pytest.fixture

@@ -27,12 +27,14 @@ EXPONENTS = tuple(step / 20 for step in range(21))
 def quantize(
     weights: Mapping[str, torch.Tensor], inputs: InputStatistics, dtype: torch.dtype
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """{module: {stored tensor: values}} for float32 weights (out, in) that read the same activations."""
+    """{module: {stored tensor: values}} for weights (out, in) that read the same activations."""
     prequant = search_prequant(weights, inputs, dtype)
     stored = {}
     for module, weight in weights.items():
         factor = prequant.float()
-        codes, scale = int4.quantize(weight / factor, int4.GROUP_SIZE, dtype, inputs.square_mean * factor.square())
+        codes, scale = int4.quantize(
+            weight.float() / factor, int4.GROUP_SIZE, dtype, inputs.square_mean * factor.square()
+        )
         stored[module] = {
             "weight": int4.pack(codes),
             "weights_scaling_factor": scale,
@@ -49,7 +51,7 @@ def dequantize(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def search_prequant(weights: Mapping[str, torch.Tensor], inputs: InputStatistics, dtype: torch.dtype) -> torch.Tensor:
     """The (in,) factor with the smallest output error, in `dtype`."""
     moments = inputs.square_mean
-    stacked = torch.cat(list(weights.values()))  # (sum of out, in)
+    stacked = torch.cat(list(weights.values())).float()  # (sum of out, in)
     best_error, best = float("inf"), torch.ones(0)
     for exponent in EXPONENTS:
         prequant = candidate(inputs.abs_mean, exponent).to(dtype)

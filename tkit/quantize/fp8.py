@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tkit.quantize.data_free import FP8_MAX, MIN_ROW_SCALE
+from tkit.quantize.data_free import BLOCK_VALUES, FP8_MAX, MIN_ROW_SCALE
 from tkit.quantize.statistics import InputStatistics
 
 
@@ -27,20 +27,29 @@ def fp8_scale(amax: torch.Tensor) -> torch.Tensor:
 
 
 def round_to_fp8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (values / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return (values / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 def quantize(weights: Mapping[str, torch.Tensor], inputs: InputStatistics) -> dict[str, dict[str, torch.Tensor]]:
-    """{module: {stored tensor: values}} for float32 weights (out, in) that read the same activations."""
+    """{module: {stored tensor: values}} for weights (out, in) that read the same activations."""
     stored = {}
     for module, weight in weights.items():
-        scale = fp8_scale(weight.abs().amax())
+        low, high = torch.aminmax(weight)
+        scale = fp8_scale(torch.maximum(-low, high))
+        codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+        for rows, block in zip(row_blocks(codes), row_blocks(weight), strict=True):
+            rows.copy_(round_to_fp8(block.float(), scale))
         stored[module] = {
-            "weight": round_to_fp8(weight, scale),
+            "weight": codes,
             "weights_scaling_factor": scale,
             "activation_scaling_factor": fp8_scale(inputs.abs_max.amax()),
         }
     return stored
+
+
+def row_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of (rows, in) with about BLOCK_VALUES values each."""
+    return weight.split(max(BLOCK_VALUES // weight.shape[1], 1))
 
 
 def dequantize_rows(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:

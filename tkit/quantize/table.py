@@ -15,7 +15,7 @@ Weights = Mapping[str, torch.Tensor]
 
 
 class Quantizer(NamedTuple):
-    """One format. `quantize` takes float32 weights {module: (out, in)} that read the same activations, the statistics of
+    """One format. `quantize` takes weights {module: (out, in)} that read the same activations, the statistics of
     those and the model's dtype; it gives {module: stored tensors}. None: looks at weights only, see data_free.py.
 
     `dequantize` gives the float32 weight (out, in) that multiplies the kernel's input. `kernel_input` makes that of x

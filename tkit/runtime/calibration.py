@@ -3,7 +3,7 @@ of every linear layer's input are taken, its weights are quantized, it goes.
 
 Each layer sees the activations of the original weights, not of the layers quantized so far. The layers are transformers'
 own modules; how the model calls them (masks, rotary tables, per-layer kinds) is recorded from a run of the empty model.
-Memory: one layer in float32, the embedding, and the activations (samples x length x hidden, float32), whatever the depth.
+Memory: one layer, the embedding, and the activations (samples x length x hidden), whatever the depth.
 """
 
 from __future__ import annotations
@@ -36,8 +36,16 @@ BATCH_TOKENS = 4096  # bounds the activations inside a layer; larger batches are
 class CalibratedQuantizer:
     """The `LayerQuantizer` of every format that looks at activations. `tokens` is (samples, length) int64."""
 
-    def __init__(self, spec: ModelSpec, tokens: torch.Tensor, device: str = "cpu", num_threads: int = 1):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tokens: torch.Tensor,
+        device: str = "cpu",
+        num_threads: int = 1,
+        dtype: torch.dtype | None = None,
+    ):
         self.num_threads = num_threads  # of what needs no calibration
+        self.dtype = dtype or compute_dtype(spec, device)
         self.spec = spec
         self.tokens = tokens
         self.device = device
@@ -53,7 +61,7 @@ class CalibratedQuantizer:
             model.embed_tokens, "scalar_embed_scale", 1.0
         )  # Gemma's embedding scales what it looks up
         with torch.inference_mode():
-            self.hidden, self._calls = _record_layer_calls(model, embeddings.to(self.device))
+            self.hidden, self._calls = _record_layer_calls(model, embeddings.to(self.device, self.dtype))
         self._layers = cast(torch.nn.ModuleList, model.layers)
 
     def layer(self, index: int, sources: Mapping[str, Raw], moves: Sequence[Move]) -> dict[str, dict[str, Raw]]:
@@ -67,7 +75,7 @@ class CalibratedQuantizer:
         for input_name in dict.fromkeys(move.input for move in calibrated):
             group = [move for move in calibrated if move.input == input_name]
             stacked = {
-                move.module: torch.cat([as_linear(weights[name.removeprefix(prefix)], move) for name in move.sources])
+                move.module: _stacked([weights[name.removeprefix(prefix)] for name in move.sources], move)
                 for move in group
             }
             assert group[0].format is not None
@@ -88,7 +96,7 @@ class CalibratedQuantizer:
     ) -> dict[str, InputStatistics]:
         """Passes the activations through layer `index`; returns the input statistics of each module."""
         layer, call = self._layers[index], self._calls[index]
-        layer.load_state_dict({name: w.float().to(self.device) for name, w in weights.items()}, assign=True)
+        layer.load_state_dict({name: w.to(self.device, self.dtype) for name, w in weights.items()}, assign=True)
         statistics = {move.module: InputStatistics() for move in moves}
         hooks = []
         for move in moves:
@@ -105,9 +113,18 @@ class CalibratedQuantizer:
         return statistics
 
 
-def as_linear(weight: torch.Tensor, move: Move) -> torch.Tensor:
-    """A source as the rows of a linear layer: (out, in) float32."""
-    return (weight.T if move.transform == "transpose" else weight).float()
+def compute_dtype(spec: ModelSpec, device: str) -> torch.dtype:
+    """What the layers compute in: the model's dtype on CUDA, and bfloat16 also on a CPU that multiplies it natively."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if device != "cpu" or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
+        return dtype
+    return torch.float32
+
+
+def _stacked(sources: Sequence[torch.Tensor], move: Move) -> torch.Tensor:
+    """The sources as one linear layer (out, in), in their dtype; no copy of a single one."""
+    parts = [source.T if move.transform == "transpose" else source for source in sources]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def calibration_tokens(file: Path, tokenizer: Tokenizer, num_samples: int, length: int, seed: int) -> torch.Tensor:

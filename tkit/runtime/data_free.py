@@ -8,13 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from tkit.checkpoints.tensors import cast, raw_dtype, to_float32
-from tkit.quantize.data_free import fp8_rows, int4_groups
+from tkit.quantize.data_free import BLOCK_VALUES, fp8_rows, int4_groups
 from tkit.specs.moves import Move
 from tkit.specs.quantization import QuantFormat
 
 Raw = tuple[np.ndarray, str]
-
-BLOCK_VALUES = 1 << 18  # 1 MB of float32: what a block needs stays in the processor's cache
 
 
 class DataFreeQuantizer:
