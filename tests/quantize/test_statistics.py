@@ -20,3 +20,16 @@ def test_statistics_are_those_of_all_tokens_however_they_are_batched():
         torch.testing.assert_close(inputs.abs_mean, x.abs().double().mean(0).float())
         torch.testing.assert_close(inputs.square_mean, x.double().square().mean(0).float())
         assert inputs.num_tokens == 1700
+
+
+def test_gram_blocks_lie_along_the_diagonal_of_the_second_moments():
+    x = torch.randn(300, 384, generator=torch.Generator().manual_seed(7))
+    moments = (x.double().T @ x.double() / 300).float()
+    block, whole = InputStatistics("block"), InputStatistics("input")
+    for part in x.split(123):
+        block.update(part)
+        whole.update(part)
+    torch.testing.assert_close(whole.gram, moments[None], rtol=1e-4, atol=1e-5)
+    for index, found in enumerate(block.gram):
+        columns = slice(index * 128, (index + 1) * 128)
+        torch.testing.assert_close(found, moments[columns, columns], rtol=1e-4, atol=1e-5)

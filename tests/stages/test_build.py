@@ -135,9 +135,11 @@ def test_int4_awq_stores_codes_and_scales_of_the_grid_on_both_ranks(tkit, make_l
             groups = scaled.reshape(len(scaled), -1, 128)
             ratio = scales * 7 / groups.abs().amax(dim=-1)
             assert ((ratio > 0.69) & (ratio < 1.01)).all() and ratio.min() < 0.95  # clipped, within the grid of ratios
-            codes = (groups / scales[..., None]).round().clamp(-8, 7).reshape(scaled.shape).to(torch.int64)
-            expected = (codes[0::2] & 15) | ((codes[1::2] & 15) << 4)
-            assert torch.equal(stored[f"{layer}{name}.weight"].to(torch.int64) & 255, expected)
+            nearest = (groups / scales[..., None]).round().clamp(-8, 7).reshape(scaled.shape).to(torch.int64)
+            packed = stored[f"{layer}{name}.weight"].to(torch.int64) & 255
+            nibbles = torch.stack((packed & 15, packed >> 4), dim=1).reshape(nearest.shape)
+            distance = (torch.where(nibbles < 8, nibbles, nibbles - 16) - nearest).abs()
+            assert (distance <= 1).float().mean() > 0.95  # compensation moves a code by a step or so
 
 
 def test_rowwise_fp8_and_plain_int4_equal_a_direct_recomputation(tkit, make_llama):

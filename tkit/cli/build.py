@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from tkit.cli.output import Output, output_options
+from tkit.specs.quantization import QUANT_FORMATS
 from tkit.specs.recipe import BACKENDS, FORMATS, GOALS, EngineRecipe
 from tkit.units import format_bytes, format_seconds
 
@@ -18,7 +19,7 @@ from tkit.units import format_bytes, format_seconds
 @click.option("--moe-ep", "moe_ep_size", type=click.IntRange(min=1),
               help="Of the tp ranks, how many hold different experts.  [default: 1]")  # fmt: skip
 @click.option("--pp", "pp_size", type=click.IntRange(min=1), help="Pipeline-parallel size, in GPUs.  [default: 1]")
-@click.option("--quant", help="none, int8, fp8, fp8_rowwise, int4 or int4_awq.  [default: none]")
+@click.option("--quant", help=f"{', '.join(QUANT_FORMATS)}.  [default: none]")
 @click.option("--quant-override", "quant_overrides", multiple=True, metavar="PATTERN=QUANT",
               help="Another quantization for some modules: '*.attention.*=int8'. The first match counts.")  # fmt: skip
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Modules that stay in 16 bits: 'layers.0.*'.")

@@ -1,4 +1,4 @@
-"""AWQ: INT4 weights after scaling the input channels that matter most.
+"""AWQ with error compensation: INT4 weights after scaling the input channels that matter most.
 
     s = mean(|x|)^a, normalised by sqrt(max s * min s)        stored weight = int4(w * s)        x is multiplied by 1 / s
 
@@ -7,6 +7,11 @@ expected squared error of their outputs, each group's range clipped as int4.py d
 searched is what ships: nothing is averaged afterwards. The factor 1 / s is rounded to the model's dtype first, as the kernel
 reads it. The error is sum_j E[x_j^2] (w^_j - w_j)^2, as if rounding errors were independent: measured on the outputs of 512
 tokens instead, the demo model's KL divergence was 2.39e-2, with this sum 2.32e-2, at a fraction of the cost.
+
+The codes are then chosen by compensation.py, within 128 channels (`int4_awq`) or over the whole input (`int4_gptq`). KL
+divergence of the demo model: rounding to nearest 3.6e-2, without compensation 2.3e-2, within 128 channels 1.2e-2, over the
+whole input 1.0e-2. Without the factor, compensation over the whole input does as well there, but twice as badly once a few
+channels are 30 times as loud, as they are in large models.
 
 Method: Lin et al., AWQ, https://arxiv.org/abs/2306.00978. Layout: TensorRT-LLM `W4A16_AWQ` (see int4.py), with
 `prequant_scaling_factor` (in,) = 1 / s in the model's dtype.
@@ -19,9 +24,11 @@ from collections.abc import Mapping
 import torch
 
 from tkit.quantize import int4
+from tkit.quantize.compensation import compensated
 from tkit.quantize.statistics import InputStatistics
 
 EXPONENTS = tuple(step / 20 for step in range(21))
+SEARCH_ROWS = 512  # evenly spread; the demo model's KL divergence is the same with 64 as with all of them
 
 
 def quantize(
@@ -29,12 +36,14 @@ def quantize(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """{module: {stored tensor: values}} for weights (out, in) that read the same activations."""
     prequant = search_prequant(weights, inputs, dtype)
+    factor = prequant.float()
+    blocks = factor.reshape(len(inputs.gram), -1)
+    gram = inputs.gram * blocks[:, :, None] * blocks[:, None, :]  # of what the kernel multiplies by
     stored = {}
     for module, weight in weights.items():
-        factor = prequant.float()
-        codes, scale = int4.quantize(
-            weight.float() / factor, int4.GROUP_SIZE, dtype, inputs.square_mean * factor.square()
-        )
+        scaled = weight.float() / factor
+        _, scale = int4.quantize(scaled, int4.GROUP_SIZE, dtype, inputs.square_mean * factor.square())
+        codes = int4.nearest_codes(compensated(scaled, scale, gram, int4.rounded), scale)
         stored[module] = {
             "weight": int4.pack(codes),
             "weights_scaling_factor": scale,
@@ -51,7 +60,9 @@ def dequantize(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def search_prequant(weights: Mapping[str, torch.Tensor], inputs: InputStatistics, dtype: torch.dtype) -> torch.Tensor:
     """The (in,) factor with the smallest output error, in `dtype`."""
     moments = inputs.square_mean
-    stacked = torch.cat(list(weights.values())).float()  # (sum of out, in)
+    num_rows = sum(map(len, weights.values()))
+    step = max(num_rows // SEARCH_ROWS, 1)
+    stacked = torch.cat([weight[::step] for weight in weights.values()]).float()  # (rows, in)
     best_error, best = float("inf"), torch.ones(0)
     for exponent in EXPONENTS:
         prequant = candidate(inputs.abs_mean, exponent).to(dtype)

@@ -54,6 +54,17 @@ def _error(groups: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, impor
     return ((codes * scale[..., None] - groups).square() * importance).sum(dim=-1)
 
 
+def rounded(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The nearest values of the grid; both of one shape."""
+    return (values / scale).round_().clamp_(-8, 7).mul_(scale)
+
+
+def nearest_codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(out, in) int8 on the given scales (out, in/group)."""
+    groups = weight.reshape(*scale.shape, -1)
+    return (groups / scale[..., None]).round_().clamp_(-8, 7).reshape(weight.shape).to(torch.int8)
+
+
 def dequantize_groups(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """(out, in) float32."""
     return dequantize(unpack(stored["weight"]), stored["weights_scaling_factor"])

@@ -25,6 +25,7 @@ class Quantizer(NamedTuple):
     quantize: Callable[[Weights, InputStatistics, torch.dtype], dict[str, dict[str, torch.Tensor]]] | None
     dequantize: Callable[[Stored], torch.Tensor]
     kernel_input: Callable[[torch.Tensor, Stored], torch.Tensor] | None = None
+    gram: str | None = None  # how far `quantize` compensates rounding errors: within a "block", over the whole "input"
 
 
 # fmt: off
@@ -33,6 +34,7 @@ QUANTIZERS: dict[str, Quantizer] = {
                              fp8.rounded_per_tensor),
     "fp8_rowwise": Quantizer(None, fp8.dequantize_rows, lambda x, stored: fp8.rounded_per_token(x)),
     "int4":        Quantizer(None, int4.dequantize_groups),
-    "int4_awq":    Quantizer(awq.quantize, awq.dequantize),
+    "int4_awq":    Quantizer(awq.quantize, awq.dequantize, gram="block"),
+    "int4_gptq":   Quantizer(awq.quantize, awq.dequantize, gram="input"),
 }
 # fmt: on

@@ -82,7 +82,7 @@ class CalibratedQuantizer:
             dtype = getattr(torch, self.spec.dtype)
             quantize = QUANTIZERS[group[0].format.name].quantize
             assert quantize is not None, f"{group[0].format.name} needs no calibration"
-            for module, stored in quantize(stacked, statistics[group[0].module], dtype).items():
+            for module, stored in quantize(stacked, statistics[input_name], dtype).items():
                 quantized[module] = {part: to_raw(values) for part, values in stored.items()}
         return quantized
 
@@ -93,16 +93,21 @@ class CalibratedQuantizer:
     @torch.inference_mode()
     def _run(
         self, index: int, weights: Mapping[str, torch.Tensor], moves: Sequence[Move], prefix: str
-    ) -> dict[str, InputStatistics]:
-        """Passes the activations through layer `index`; returns the input statistics of each module."""
+    ) -> dict[str | None, InputStatistics]:
+        """Passes the activations through layer `index`; returns the statistics of each input."""
         layer, call = self._layers[index], self._calls[index]
         layer.load_state_dict({name: w.to(self.device, self.dtype) for name, w in weights.items()}, assign=True)
-        statistics = {move.module: InputStatistics() for move in moves}
-        hooks = []
+        statistics, hooks = {}, []
         for move in moves:
+            if move.input in statistics:  # modules with the same input see the same activations
+                continue
+            assert move.format is not None
             linear = layer.get_submodule(move.sources[0].removeprefix(prefix).removesuffix(".weight"))
-            observe = statistics[move.module].update
-            hooks.append(linear.register_forward_pre_hook(lambda _, arguments, observe=observe: observe(arguments[0])))
+            inputs = InputStatistics(QUANTIZERS[move.format.name].gram)
+            statistics[move.input] = inputs
+            hooks.append(
+                linear.register_forward_pre_hook(lambda _, arguments, inputs=inputs: inputs.update(arguments[0]))
+            )
         batch = max(BATCH_TOKENS // self.tokens.shape[1], 1)
         for start in range(0, len(self.hidden), batch):
             output = layer(self.hidden[start : start + batch], **call)

@@ -96,6 +96,8 @@ QUANT_FORMATS: dict[str, QuantFormat] = {format.name: format for format in (
                 group_size=128, size_multiple=128),
     QuantFormat(name="int4_awq", algo="W4A16_AWQ",  weight_bits=4,  tensors=_int4(128, has_prequant_scale=True),
                 needs_calibration=True, group_size=128, has_prequant_scale=True, size_multiple=128),
+    QuantFormat(name="int4_gptq", algo="W4A16_AWQ", weight_bits=4, tensors=_int4(128, has_prequant_scale=True),
+                needs_calibration=True, group_size=128, has_prequant_scale=True, size_multiple=128),
 )}
 # fmt: on
 
