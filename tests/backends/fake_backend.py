@@ -33,13 +33,13 @@ class Fake:
     def problems(self, device: str) -> list[str]:
         return []
 
-    def served_model(self, engine_dir: Path, options: ServeOptions, instance: str) -> ServedModel:
+    def served_models(self, engine_dir: Path, options: ServeOptions, instance: str) -> list[ServedModel]:
         parameters = {
             INSTANCE_PARAMETER: instance,
             "max_batch_size": str(options.max_batch_size),
             "max_queue_size": str(options.max_queue_size),
         }
-        return ServedModel(config=ensemble_config(parameters), source=SOURCE % self.first_line)
+        return [ServedModel(config=ensemble_config(parameters), source=SOURCE % self.first_line)]
 
 
 class Failing(Fake):

@@ -95,7 +95,7 @@ def paced_server(directory: Path, *, ttft_ms: float = 50, itl_ms: float = 10) ->
     source = (HERE / "paced_model.py").read_text()
     for config, final in ((ensemble_config({}), "with_last"), (BARE, "apart")):
         changed = ModelConfig(**{**vars(config), "parameters": {**settings, "final": final}})
-        write_repository(directory / "repository", ServedModel(config=changed, source=source))
+        write_repository(directory / "repository", [ServedModel(config=changed, source=source)])
     link_backends(install, directory / "backends")
     http_port, grpc_port, metrics_port = free_ports(HOST, 3)
     spec = LaunchSpec(

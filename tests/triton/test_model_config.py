@@ -20,11 +20,11 @@ def test_repository_layout(tmp_path: Path) -> None:
     tensor = TensorSpec(name="x", data_type="FP32", dims=(-1, 2))
     config = ModelConfig(name="m", inputs=(tensor,), outputs=(tensor,), max_batch_size=0, is_decoupled=False)
     model = ServedModel(config=config, source="source\n")
-    write_repository(tmp_path, model)
+    write_repository(tmp_path, [model])
     written = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     assert (
         written
-        == dict(repository_files(model))
+        == repository_files([model])
         == {
             "m/config.pbtxt": render_model_config(config),
             "m/1/model.py": "source\n",

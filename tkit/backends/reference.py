@@ -30,7 +30,7 @@ class Reference:
             problems.append("--device cuda: no NVIDIA driver on this machine")
         return problems
 
-    def served_model(self, engine_dir: Path, options: ServeOptions, instance: str) -> ServedModel:
+    def served_models(self, engine_dir: Path, options: ServeOptions, instance: str) -> list[ServedModel]:
         parameters = {
             INSTANCE_PARAMETER: instance,
             "engine_dir": str(engine_dir),
@@ -38,4 +38,4 @@ class Reference:
             "max_batch_size": str(options.max_batch_size),
             "max_queue_size": str(options.max_queue_size),
         }
-        return ServedModel(config=ensemble_config(parameters), source=MODEL_SOURCE)
+        return [ServedModel(config=ensemble_config(parameters), source=MODEL_SOURCE)]

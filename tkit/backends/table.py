@@ -20,8 +20,8 @@ class Backend(Protocol):
     def problems(self, device: str) -> list[str]:
         """What this machine lacks to run engines on `device`, one line each."""
 
-    def served_model(self, engine_dir: Path, options: ServeOptions, instance: str) -> ServedModel:
-        """The model that Triton loads for an engine; `instance` is a nonce that its config must give back."""
+    def served_models(self, engine_dir: Path, options: ServeOptions, instance: str) -> list[ServedModel]:
+        """What Triton loads for an engine; `instance` is a nonce that the config of `ensemble` must give back."""
 
 
 def find_backend(name: str) -> Backend:

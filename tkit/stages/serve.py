@@ -273,7 +273,7 @@ def _with_ports(options: ServeOptions) -> ServeOptions:
 def _launch(launch: _Launch, options: ServeOptions, instance: str) -> ServerProcess:
     runtime = launch.files.runtime
     runtime.mkdir(mode=0o700)
-    write_repository(runtime / "repository", launch.backend.served_model(launch.engine_dir, options, instance))
+    write_repository(runtime / "repository", launch.backend.served_models(launch.engine_dir, options, instance))
     backends = runtime / "backends" if launch.install.is_wheel else None
     if backends is not None:
         link_backends(launch.install, backends)

@@ -1,9 +1,9 @@
-"""A model repository on disk: `<model>/config.pbtxt` and `<model>/1/model.py`. Never knows what the model does."""
+"""A model repository on disk: `<model>/config.pbtxt` and `<model>/1/` with its code. Never knows what a model does."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tkit.files import write_atomic
@@ -12,20 +12,32 @@ from tkit.triton.model_config import ModelConfig, render_model_config
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """A model ready to be laid out. `source` is the text of model.py, which Triton's Python backend imports."""
+    """A model ready to be laid out. In its version directory: `source` as model.py, which Triton's Python backend imports;
+    `files` by name; and links to everything that lies in `code`, a directory of the machine that will serve."""
 
     config: ModelConfig
-    source: str
+    source: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    code: Path | None = None
 
 
-def repository_files(model: ServedModel) -> Mapping[str, str]:
+def repository_files(models: Sequence[ServedModel]) -> dict[str, str]:
     """Relative path -> text of every file of the repository."""
-    return {
-        f"{model.config.name}/config.pbtxt": render_model_config(model.config),
-        f"{model.config.name}/1/model.py": model.source,
-    }
+    files = {}
+    for model in models:
+        files[f"{model.config.name}/config.pbtxt"] = render_model_config(model.config)
+        own = dict(model.files) | ({"model.py": model.source} if model.source is not None else {})
+        files |= {f"{model.config.name}/1/{name}": text for name, text in own.items()}
+    return files
 
 
-def write_repository(repository: Path, model: ServedModel) -> None:
-    for name, text in repository_files(model).items():
+def write_repository(repository: Path, models: Sequence[ServedModel]) -> None:
+    for name, text in repository_files(models).items():
         write_atomic(repository / name, text)
+    for model in models:
+        version = repository / model.config.name / "1"
+        version.mkdir(parents=True, exist_ok=True)  # Triton wants one, even empty
+        if model.code is not None:
+            for path in model.code.iterdir():
+                if not (version / path.name).exists():
+                    (version / path.name).symlink_to(path)
