@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import openai
 import psutil
 import pytest
 import torch
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tkit import demo
 
 Tkit = Callable[..., subprocess.CompletedProcess[str]]
-PORTS = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+PORTS = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--openai-port", "0"]
 PROMPTS = [
     text[start : start + length]
     for text in [demo.HELD_OUT.read_text()]
@@ -116,6 +117,30 @@ def test_sixteen_at_once_answer_as_one_by_one(server):
     assert len(set(alone)) > 8  # the prompts do lead to different texts
 
 
+def test_greedy_text_through_the_openai_front_is_transformers_own(server, expected):
+    """Alone and among 32 requests of mixed lengths; sampled text is reproducible."""
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server['openai_port']}/v1", api_key="-", timeout=120) as client:
+
+        def complete(prompt: str, max_tokens: int, **more: float) -> str:
+            options = {"temperature": 0, **more}
+            return (
+                client.completions.create(model="ensemble", prompt=prompt, max_tokens=max_tokens, **options)
+                .choices[0]
+                .text
+            )
+
+        lengths = [8, 40, 16, 24]
+        alone = [complete(prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=False)]
+        assert alone == [expected(prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=False)]
+        with ThreadPoolExecutor(32) as pool:
+            wanted = [(PROMPTS[number % 16], lengths[number % 4]) for number in range(32)]
+            together = list(pool.map(lambda one: complete(*one), wanted))
+        assert together[:4] == alone
+        assert together == [expected(*one) for one in wanted[:16]] * 2
+        sampled = [complete(PROMPTS[0], 16, temperature=1, seed=seed) for seed in (1, 1, 2)]
+        assert sampled[0] == sampled[1] != sampled[2]
+
+
 def test_sweep_and_report_need_nothing_but_their_names(tkit, checkout, server, engine):
     run = (
         checkout / tkit("sweep", "--shape", "32/16", "--concurrency", "1,4", "--requests", "8").stdout.splitlines()[-1]
@@ -125,5 +150,12 @@ def test_sweep_and_report_need_nothing_but_their_names(tkit, checkout, server, e
     points = [json.loads(path.read_text()) for path in sorted(run.glob("points/*/point.json"))]
     assert [point["concurrency"] for point in points] == [1, 4]
     assert all(point["errors"] == {} and point["output_tok_s"] > 0 for point in points)
+    openai_run = (
+        checkout
+        / tkit("sweep", "--protocol", "openai", "--shape", "32/16", "--concurrency", "4").stdout.splitlines()[-1]
+    )
+    assert json.loads((openai_run / "manifest.json").read_text())["protocol"] == "openai"
+    [point] = [json.loads(path.read_text()) for path in openai_run.glob("points/*/point.json")]
+    assert (point["errors"], point["output_tok_s"] > 0) == ({}, True)
     html = checkout / tkit("report").stdout.splitlines()[-1]
     assert engine.name in html.read_text()

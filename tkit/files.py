@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -182,6 +183,21 @@ def read_jsonl_texts(path: Path) -> list[str]:
     if problems:
         raise InputError(f"{path}: not JSON lines of texts", problems=problems)
     return texts
+
+
+def read_api_key(path: Path) -> str:
+    """The key that a file of `--api-key-file` holds; InputError unless it is one word of plain text."""
+    try:
+        key = path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not plain text"
+        raise InputError(f"--api-key-file: {path}: {reason}") from error
+    if not re.fullmatch(r"[!-~]+", key):
+        raise InputError(
+            f"--api-key-file: {path} holds {len(key.split())} words, expected one",
+            hint="the file holds the key and nothing else",
+        )
+    return key
 
 
 def sha256_file(path: Path) -> str:

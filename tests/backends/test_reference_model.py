@@ -26,7 +26,14 @@ from tkit.triton import probe
 
 # One second to exit: a gRPC request that Triton itself refuses keeps the model loaded until that time is over.
 OPTIONS = ServeOptions(
-    http_port=0, grpc_port=0, metrics_port=0, max_batch_size=4, max_queue_size=4, timeout_s=20, exit_timeout_s=1
+    http_port=0,
+    grpc_port=0,
+    metrics_port=0,
+    openai_port=0,
+    max_batch_size=4,
+    max_queue_size=4,
+    timeout_s=120,
+    exit_timeout_s=1,
 )
 
 
@@ -41,7 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerRecord]:
 
 
 def post(server: ServerRecord, path: str, body: Any) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=60)
     data = body if isinstance(body, bytes) else json.dumps({"text_input": "a b c", "max_tokens": 4, **body})
     connection.request("POST", f"/v2/models/ensemble/{path}", data)
     response = connection.getresponse()
@@ -60,14 +67,14 @@ class GrpcStream:
     def __init__(self, server: ServerRecord, **inputs: Any):
         self._responses: queue.Queue[Any] = queue.Queue()
         self.client = triton.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
-        self.client.start_stream(lambda result, error: self._responses.put((result, error)), stream_timeout=20)
+        self.client.start_stream(lambda result, error: self._responses.put((result, error)), stream_timeout=60)
         inputs = {"text_input": b"a b c", "max_tokens": np.int32(4), "stream": True, **inputs}
         tensors = [_tensor(*item) for item in inputs.items()]
         self.client.async_stream_infer("ensemble", tensors, enable_empty_final_response=True)
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], str | None]]:
         while True:
-            result, error = self._responses.get(timeout=20)
+            result, error = self._responses.get(timeout=60)
             if error is not None:
                 yield {}, error.message()
                 return
@@ -97,12 +104,12 @@ def grpc(server: ServerRecord, **inputs: Any) -> list[tuple[dict[str, Any], str 
 
 
 def metrics(server: ServerRecord) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=30) as response:
         lines = response.read().decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("tkit_"))}
 
 
-def wait_until(condition: Any, timeout_s: float = 5.0) -> bool:
+def wait_until(condition: Any, timeout_s: float = 30.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -181,7 +188,7 @@ def test_a_large_body_is_served(server: ServerRecord) -> None:
 
 def test_a_body_in_more_pieces_than_the_default_stack_holds_is_served(server: ServerRecord) -> None:
     start = b'{"text_input": "a", "max_tokens": 1'
-    with socket.create_connection(("127.0.0.1", server.http_port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", server.http_port), timeout=60) as connection:
         head = "POST /v2/models/ensemble/generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head.encode() + b"%x\r\n%s\r\n" % (len(start), start))
         connection.sendall(b"1\r\n \r\n" * 550_000 + b"1\r\n}\r\n0\r\n\r\n")
@@ -191,14 +198,14 @@ def test_a_body_in_more_pieces_than_the_default_stack_holds_is_served(server: Se
 
 
 def test_requests_beyond_the_queue_are_refused_and_the_others_finish(server: ServerRecord) -> None:
-    streams = [GrpcStream(server, max_tokens=np.int32(60)) for _ in range(8)]
+    streams = [GrpcStream(server, max_tokens=np.int32(300)) for _ in range(8)]
     first = [next(iter(stream)) for stream in streams]  # all eight are in
     assert post(server, "generate", {}) == (400, '{"error":"queue full: 8 requests"}')
     assert grpc(server) == [({}, "queue full: 8 requests")]
     finished = [list(stream) for stream in streams]
     for stream in streams:
         stream.close()
-    assert [len(responses) for responses in finished] == [59] * 8
+    assert [len(responses) for responses in finished] == [299] * 8
     assert all(error is None for _, error in first)
 
 
@@ -213,11 +220,11 @@ def test_a_client_that_leaves_frees_its_slot(server: ServerRecord, prompt: bytes
 
 
 def test_an_http_client_that_leaves_frees_its_slot(server: ServerRecord) -> None:
-    with socket.create_connection(("127.0.0.1", server.http_port)) as connection:
+    with socket.create_connection(("127.0.0.1", server.http_port), timeout=60) as connection:
         body = json.dumps({"text_input": "a", "max_tokens": 4000, "stream": True})
         head = f"POST /v2/models/ensemble/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall((head + body).encode())
-        assert b"200 OK" in connection.recv(100)
+        assert connection.makefile("rb").readline() == b"HTTP/1.1 200 OK\r\n"
         assert wait_until(lambda: metrics(server)["tkit_open_requests"] == 1)
     assert wait_until(lambda: metrics(server)["tkit_open_requests"] == 0)
 
@@ -234,11 +241,11 @@ def test_metrics_count_what_ended(server: ServerRecord) -> None:
     assert grown[refused] == 1
     assert grown['tkit_tokens_total{kind="output"}'] == 7
     assert grown["tkit_time_to_first_token_seconds_count"] == 1
-    assert 0.005 < grown["tkit_time_per_output_token_seconds_sum"] < 0.1  # the fake engine paces by 10 ms
+    assert grown["tkit_time_per_output_token_seconds_sum"] >= 0.01  # the fake engine paces by 10 ms
 
 
 def test_management_interfaces_are_closed(server: ServerRecord) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=30)
     for method, path in (
         ("POST", "/v2/repository/index"),
         ("POST", "/v2/repository/models/ensemble/unload"),
@@ -257,13 +264,13 @@ def test_management_interfaces_are_closed(server: ServerRecord) -> None:
 
 def test_a_stranger_is_not_taken_for_the_server(server: ServerRecord) -> None:
     with pytest.raises(ServerError, match=r"HTTP port \d+ is answered by another server: instance .*, not mine"):
-        probe.check_instance("127.0.0.1", server.http_port, server.grpc_port, "mine", 5)
+        probe.check_instance("127.0.0.1", server.http_port, server.grpc_port, "mine", 30)
 
 
 def test_the_smoke_generation_reports_the_servers_words(server: ServerRecord) -> None:
-    assert probe.generate("127.0.0.1", server.grpc_port, "x y", 3, 5) == "x y x "
+    assert probe.generate("127.0.0.1", server.grpc_port, "x y", 3, 30) == "x y x "
     with pytest.raises(ServerError, match="the first request failed: the fake engine was asked to fail"):
-        probe.generate("127.0.0.1", server.grpc_port, "!error", 3, 5)
+        probe.generate("127.0.0.1", server.grpc_port, "!error", 3, 30)
     with pytest.raises(ServerError, match="Deadline|no answer"):
         probe.generate("127.0.0.1", server.grpc_port, "!silent", 3, 0.3)
 

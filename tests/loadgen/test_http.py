@@ -452,7 +452,6 @@ def test_a_key_that_the_server_repeats_is_not_shown(tkit: Tkit, fake: Any, token
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--protocol", "openai"], "--protocol openai needs a server's address: --url HOST:PORT"),
         (["--protocol", "openai", "--url", "https://h:1/v1"], "https is not spoken yet"),
         (["--protocol", "triton-http", "--url", "h"], "--url is 'h', expected host:port or http://host:port"),
         (["--api-key-file", "f"], "--api-key-file is given, but triton-grpc sends no key"),
@@ -480,7 +479,7 @@ def test_triton_http_finds_the_running_servers_port(tkit: Tkit, fake: Any, token
     lock = ServerLock(files)
     record = ServerRecord(
         engine=str(engine), pid=os.getpid(), host="127.0.0.1", http_port=int(fake.url.rpartition(":")[2]), grpc_port=1,
-        metrics_port=2, started="2026-01-01T00:00:00Z", log=str(files.log),
+        metrics_port=2, openai_port=3, openai_pid=4, api_key_file=None, started="2026-01-01T00:00:00Z", log=str(files.log),
     )  # fmt: skip
     write_json(files.record, record)
     try:

@@ -22,6 +22,13 @@ def _option(name: str, default: Any, text: str, **more: Any) -> Callable[[Callab
 @_option("--http-port", ServeOptions.http_port, "HTTP port; 0 = any free one.")
 @_option("--grpc-port", ServeOptions.grpc_port, "gRPC port; 0 = any free one.")
 @_option("--metrics-port", ServeOptions.metrics_port, "Prometheus metrics; 0 = any free port.")
+@_option("--openai-port", ServeOptions.openai_port, "OpenAI-compatible HTTP; 0 = any free port.")
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Holds the key that OpenAI clients must send.",
+)
 @_option("--device", ServeOptions.device, "Where the model runs.", type=click.Choice(DEVICES))
 @_option("--max-batch-size", ServeOptions.max_batch_size, "Requests that run at once.")
 @_option("--max-queue-size", ServeOptions.max_queue_size, "Requests that may wait; more are refused.")
@@ -32,7 +39,7 @@ def command(output: Output, engine: str | None, detach: bool, timeout: float, **
     """Serve ENGINE with Triton Inference Server until Ctrl-C.
 
     ENGINE is a directory or a name under engines/; default: the newest engine. The model is called `ensemble` and takes
-    the requests of TensorRT-LLM's own Triton models.
+    the requests of TensorRT-LLM's own Triton models; in front of it stands an OpenAI-compatible API.
     """
     from tkit.stages.engines import find_engine
     from tkit.stages.serve import serve, serve_detached
@@ -61,6 +68,7 @@ def _summary(record: ServerRecord, is_detached: bool) -> str:
             f"serving {record.engine}",
             f"  HTTP     {url}/generate_stream",
             f"  gRPC     {record.host}:{record.grpc_port}",
+            f"  OpenAI   http://{record.host}:{record.openai_port}/v1",
             f"  metrics  http://{record.host}:{record.metrics_port}/metrics",
             f"  log      {record.log}",
             f"""  try      curl -s {url}/generate -d '{{"text_input": "Hello", "max_tokens": 16}}'""",

@@ -41,16 +41,17 @@ class Client(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class ProtocolRow:
     client: str  # module:class, called with (url, model, token_ends), and api_key where it takes one
-    port: str | None  # the field of ServerRecord that holds its port; None = `tkit serve` does not speak it
+    port: str  # the field of ServerRecord that holds its port
     is_http: bool
+    lists_models: bool = False  # so that a server of one model need not be told which
     has_api_key: bool = False
 
 
 PROTOCOLS = {
     "triton-grpc": ProtocolRow(client="tkit.loadgen.triton_grpc:TritonGrpcClient", port="grpc_port", is_http=False),
     "triton-http": ProtocolRow(client="tkit.loadgen.triton_http:TritonHttpClient", port="http_port", is_http=True),
-    "openai":      ProtocolRow(client="tkit.loadgen.openai_http:OpenAIClient",     port=None,        is_http=True,
-                               has_api_key=True),
+    "openai":      ProtocolRow(client="tkit.loadgen.openai_http:OpenAIClient",     port="openai_port", is_http=True,
+                               lists_models=True, has_api_key=True),
 }  # fmt: skip
 
 

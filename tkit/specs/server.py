@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from pathlib import Path
 
 from tkit.errors import InputError
 
@@ -22,11 +23,15 @@ class ServerRecord:
     http_port: int
     grpc_port: int
     metrics_port: int
+    openai_port: int
+    openai_pid: int  # of the OpenAI front, a child of the server
+    api_key_file: str | None  # absolute path; the key itself is written nowhere
     started: str  # UTC, ISO 8601
     log: str  # absolute path
 
 
 DEVICES = ("auto", "cpu", "cuda")
+PORTS = ("http_port", "grpc_port", "metrics_port", "openai_port")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,8 @@ class ServeOptions:
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
+    openai_port: int = 9000
+    api_key_file: Path | None = None  # what clients of the OpenAI port must know; Triton's own ports know no key
     device: str = "auto"
     max_batch_size: int = 32
     max_queue_size: int = 256
@@ -46,7 +53,7 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.host == "localhost":
             object.__setattr__(self, "host", "127.0.0.1")
-        ports = {name: getattr(self, name) for name in ("http_port", "grpc_port", "metrics_port")}
+        ports = dict(zip(PORTS, self.ports, strict=True))
         problems = [
             f"{name} is {port}, expected 0 (any free port) to 65535"
             for name, port in ports.items()
@@ -68,8 +75,9 @@ class ServeOptions:
             raise InputError("impossible server", problems=problems)
 
     @property
-    def ports(self) -> tuple[int, int, int]:
-        return self.http_port, self.grpc_port, self.metrics_port
+    def ports(self) -> tuple[int, ...]:
+        """In the order of PORTS."""
+        return tuple(getattr(self, name) for name in PORTS)
 
     @property
     def is_loopback(self) -> bool:

@@ -50,7 +50,7 @@ def run_recipe(recipe_name: str, progress: Progress, *, device: str = "auto") ->
         engines.append(directory)
     sweeps: list[Path] = []
     for directory in engines:
-        options = ServeOptions(device=device, http_port=0, grpc_port=0, metrics_port=0)
+        options = ServeOptions(device=device, http_port=0, grpc_port=0, metrics_port=0, openai_port=0)
         with running_server(directory, options, progress=progress):
             sweep = run_sweep(recipe.sweep, Target(engine=str(directory)), progress=progress)
         sweeps.append(Path(sweep.directory))

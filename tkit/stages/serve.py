@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from tkit.backends.table import Backend, find_backend
 from tkit.errors import InputError, ServerError
-from tkit.files import write_json
+from tkit.files import read_api_key, to_json, write_json
+from tkit.gateway.settings import GatewaySettings, missing_packages
+from tkit.specs.engine import EngineCard
 from tkit.specs.progress import Progress
-from tkit.specs.server import ServeOptions, ServerRecord
+from tkit.specs.server import MODEL_NAME, PORTS, ServeOptions, ServerRecord
 from tkit.stages.engines import ENGINES_DIR, read_card, verify_files
 from tkit.stages.servers import ServerFiles, ServerLock, known_servers, server_files
 from tkit.triton import probe
@@ -37,6 +41,7 @@ from tkit.triton.repository import write_repository
 
 SMOKE_PROMPT = "Hello"
 PORT_ATTEMPTS = 3  # a port found free may be taken by someone else before the server binds it
+FRONT = "tkit.gateway"
 MISSING_LIBRARY = "error while loading shared libraries"  # the server itself waits half a minute more before it says so
 
 
@@ -137,6 +142,7 @@ class _Launch:
     """What stays the same over the attempts to start one server."""
 
     engine_dir: Path
+    card: EngineCard
     backend: Backend
     install: TritonInstall
     files: ServerFiles
@@ -152,15 +158,16 @@ class _Server:
         self.record = record
         self._process = process
         self._launch = launch
-        self._model_pids = process.child_pids()
+        self._child_pids = process.child_pids()
 
     def watch(self) -> None:
-        """Returns when the server has ended because someone asked it to; raises when it or its model's process died."""
+        """Returns when the server has ended because someone asked it to; raises when it or a child of it died."""
         process = self._process
         while (code := process.wait(1.0)) is None:
-            is_model_gone = not self._model_pids <= process.child_pids()
-            if is_model_gone and process.wait(1.0) is None and not process.is_asked_to_end:
-                error = process.failure("the model's process died (killed, or out of memory)")
+            gone = self._child_pids - process.child_pids()
+            if gone and process.wait(1.0) is None and not process.is_asked_to_end:
+                who = "the OpenAI front" if self.record.openai_pid in gone else "the model's process"
+                error = process.failure(f"{who} died (killed, or out of memory)")
                 process.kill()  # asked to end, it would wait for the dead model
                 raise error
         if not process.is_asked_to_end:
@@ -188,12 +195,14 @@ def _start(
     files = server_files(engine_dir.name, engines_dir)
     lock = ServerLock(files)
     try:
+        if options.api_key_file is not None:
+            read_api_key(options.api_key_file)
         install = _checked_install(backend, options)
         progress.note(f"{install.binary} ({install.origin})")
         _warn_about_host(options, install, progress)
         verify_files(engine_dir, card, progress)
-        launch = _Launch(engine_dir, backend, install, files, lock, is_detached, progress)
-        process, options = _launch_until_it_generates(launch, options)
+        launch = _Launch(engine_dir, card, backend, install, files, lock, is_detached, progress)
+        process, options, openai_pid = _launch_until_it_generates(launch, options)
     except BaseException as error:
         files.remove_leftovers()
         lock.release()
@@ -207,6 +216,9 @@ def _start(
         http_port=options.http_port,
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
+        openai_port=options.openai_port,
+        openai_pid=openai_pid,
+        api_key_file=_absolute(options.api_key_file),
         started=datetime.now(UTC).isoformat(timespec="microseconds"),
         log=str(files.log),
     )
@@ -221,9 +233,11 @@ def _start(
 
 def _checked_install(backend: Backend, options: ServeOptions) -> TritonInstall:
     install = find_install()
-    ports = {"--http-port": options.http_port, "--grpc-port": options.grpc_port, "--metrics-port": options.metrics_port}
+    ports = {f"--{name.replace('_', '-')}": port for name, port in zip(PORTS, options.ports, strict=True)}
+    missing = missing_packages()
     problems = [
         *install_problems(install),
+        *([f"{', '.join(missing)} not installed; pip install 'tkit[serve]'"] if missing else []),
         *backend.problems(options.device),
         *port_problems(options.host, {option: port for option, port in ports.items() if port}),
         *shared_memory_problems(),
@@ -236,9 +250,10 @@ def _checked_install(backend: Backend, options: ServeOptions) -> TritonInstall:
 def _warn_about_host(options: ServeOptions, install: TritonInstall, progress: Progress) -> None:
     if options.is_loopback:
         return
-    progress.note(
-        f"warning: --host {options.host} opens the server to the network, without authentication or encryption"
-    )
+    lack = "without authentication or encryption"
+    if options.api_key_file is not None:
+        lack = "without encryption; the key guards the OpenAI port, not Triton's own"
+    progress.note(f"warning: --host {options.host} opens the server to the network, {lack}")
     if install.is_wheel:
         progress.note(
             "warning: the wheel's tritonserver 2.51 has known remote holes (CVE-2025-23310, -23319, -23320, -23334; "
@@ -246,14 +261,14 @@ def _warn_about_host(options: ServeOptions, install: TritonInstall, progress: Pr
         )
 
 
-def _launch_until_it_generates(launch: _Launch, options: ServeOptions) -> tuple[ServerProcess, ServeOptions]:
-    """A server that has generated, and the options with the ports it listens on."""
+def _launch_until_it_generates(launch: _Launch, options: ServeOptions) -> tuple[ServerProcess, ServeOptions, int]:
+    """A server that has generated, the options with the ports it listens on, and the process id of its OpenAI front."""
     for attempt in range(PORT_ATTEMPTS):
         fixed, instance = _with_ports(options), secrets.token_hex(8)
         process = _launch(launch, fixed, instance)
         try:
             _wait_until_it_generates(process, fixed, instance, launch.progress)
-            return process, fixed
+            return process, fixed, _wait_for_the_front(process, fixed, instance)
         except BaseException as error:
             is_port_lost = isinstance(error, ServerError) and process.log_contains("already in use")
             process.kill()
@@ -266,8 +281,8 @@ def _launch_until_it_generates(launch: _Launch, options: ServeOptions) -> tuple[
 def _with_ports(options: ServeOptions) -> ServeOptions:
     """Every port 0 replaced by a free one."""
     free = iter(free_ports(options.host, options.ports.count(0)))
-    http_port, grpc_port, metrics_port = (port or next(free) for port in options.ports)
-    return replace(options, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+    ports: dict[str, Any] = {name: port or next(free) for name, port in zip(PORTS, options.ports, strict=True)}
+    return replace(options, **ports)
 
 
 def _launch(launch: _Launch, options: ServeOptions, instance: str) -> ServerProcess:
@@ -293,6 +308,7 @@ def _launch(launch: _Launch, options: ServeOptions, instance: str) -> ServerProc
         launch.files.log,
         dies_with_parent=not launch.is_detached,
         keep_open=[launch.lock.descriptor],
+        beside=_front_command(launch, options, instance),
     )
     try:
         launch.lock.write_pid(process.pid)
@@ -300,6 +316,40 @@ def _launch(launch: _Launch, options: ServeOptions, instance: str) -> ServerProc
         process.kill()
         raise
     return process
+
+
+def _front_command(launch: _Launch, options: ServeOptions, instance: str) -> list[str]:
+    settings = GatewaySettings(
+        host=options.host,
+        port=options.openai_port,
+        triton=f"{probe.connect_host(options.host)}:{options.grpc_port}",
+        model=MODEL_NAME,
+        instance=instance,
+        engine=launch.card.name,
+        tokenizer=str(launch.engine_dir / "tokenizer"),
+        max_positions=launch.card.max_position_embeddings,
+        api_key_file=_absolute(options.api_key_file),
+        drain_s=options.exit_timeout_s,
+    )
+    return [sys.executable, "-P", "-m", FRONT, "{pid}", to_json(settings)]
+
+
+def _absolute(path: Path | None) -> str | None:
+    return str(path.absolute()) if path is not None else None
+
+
+def _wait_for_the_front(process: ServerProcess, options: ServeOptions, instance: str) -> int:
+    """Its process id, once it is connected to the model of this start and answers."""
+    deadline = time.monotonic() + options.timeout_s
+    while True:
+        pid = process.find_child(FRONT)
+        if pid is None:
+            raise process.failure("the OpenAI front did not start")
+        if probe.front_instance(options.host, options.openai_port, timeout_s=1.0) == instance:
+            return pid
+        if time.monotonic() > deadline:
+            raise process.failure(f"the OpenAI front did not answer within {options.timeout_s:.0f} s")
+        time.sleep(0.1)
 
 
 def _wait_until_it_generates(process: ServerProcess, options: ServeOptions, instance: str, progress: Progress) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from tkit import __version__
 from tkit.errors import InputError, ServerError
-from tkit.files import read_json, sha256_file
+from tkit.files import read_api_key, read_json, sha256_file
 from tkit.loadgen.exchange import ERRORS
 from tkit.loadgen.http import http_address
 from tkit.loadgen.point import Place
@@ -86,7 +86,7 @@ def run_sweep(
     progress = progress or Progress()
     profile = resolve_profile(recipe)
     _check_options(target, name)
-    api_key = _api_key(target)
+    api_key = read_api_key(target.api_key_file) if target.api_key_file is not None else None
     endpoint = _find_endpoint(target, engines_dir)
     _check_shapes(profile, endpoint)
     prompts = PromptMaker(_tokenizer_dir(target, endpoint), recipe.seed)
@@ -207,8 +207,6 @@ def _check_options(target: Target, name: str | None) -> None:
         problems.append(f"--timeout is {target.timeout_s}, expected more than 0 seconds")
     if target.num_gpus is not None and target.num_gpus < 1:
         problems.append(f"--gpus is {target.num_gpus}, expected at least 1")
-    if target.url is None and row.port is None:
-        problems.append(f"--protocol {target.protocol} needs a server's address: --url HOST:PORT")
     if target.url is not None and row.is_http:
         http_address(target.url)
     elif target.url is not None and not GRPC_ADDRESS.fullmatch(target.url):
@@ -221,29 +219,13 @@ def _check_options(target: Target, name: str | None) -> None:
         raise InputError("impossible sweep", problems=problems)
 
 
-def _api_key(target: Target) -> str | None:
-    if target.api_key_file is None:
-        return None
-    try:
-        key = target.api_key_file.read_text(encoding="ascii").strip()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not plain text"
-        raise InputError(f"--api-key-file: {target.api_key_file}: {reason}") from error
-    if not re.fullmatch(r"[!-~]+", key):
-        raise InputError(
-            f"--api-key-file: {target.api_key_file} holds {len(key.split())} words, expected one",
-            hint="the file holds the key and nothing else",
-        )
-    return key
-
-
 def _find_endpoint(target: Target, engines_dir: Path) -> _Endpoint:
     if target.url is not None:
         engine_dir = find_engine(target.engine, engines_dir) if target.engine is not None else None
         card = read_card(engine_dir) if engine_dir else None
         row = find_protocol(target.protocol)
         url = str(http_address(target.url)) if row.is_http else target.url.removeprefix("grpc://")
-        model = target.model or (MODEL_NAME if row.port else None)
+        model = target.model or (None if row.lists_models else MODEL_NAME)
         return _Endpoint(url=url, model=model, engine_dir=engine_dir, card=card)
     servers = running_servers(engines_dir)
     if target.engine is not None:
@@ -260,9 +242,7 @@ def _find_endpoint(target: Target, engines_dir: Path) -> _Endpoint:
             hint="restart the server: tkit stop, tkit serve",
         )
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
-    field = find_protocol(target.protocol).port
-    assert field is not None, "checked with the options"
-    port = getattr(server, field)
+    port = getattr(server, find_protocol(target.protocol).port)
     return _Endpoint(
         url=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
         model=target.model or server.model,

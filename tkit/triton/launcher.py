@@ -100,12 +100,18 @@ class ServerProcess:
         *,
         dies_with_parent: bool,
         keep_open: Sequence[int] = (),
+        beside: Sequence[str] = (),
     ) -> ServerProcess:
         """`dies_with_parent`: also when this process is killed; then call it from a thread that lives as long.
 
-        `keep_open` are file descriptors that the server inherits, so that a lock lives as long as it does.
+        `keep_open` are file descriptors that the server inherits, so that a lock lives as long as it does. `beside` is
+        a command that runs as a child of the server, `{pid}` in it being the server's.
         """
-        settings = {"parent_pid": os.getpid() if dies_with_parent else None, "stack_bytes": STACK_BYTES}
+        settings = {
+            "parent_pid": os.getpid() if dies_with_parent else None,
+            "stack_bytes": STACK_BYTES,
+            "beside": [*beside],
+        }
         command = server_command(install.binary, spec, secrets.token_hex(16))
         with open(log, "wb") as output:
             popen = subprocess.Popen(
@@ -139,12 +145,20 @@ class ServerProcess:
         return self.log_contains(ASKED_TO_END)
 
     def child_pids(self) -> set[int]:
-        """The models' processes that run now."""
+        """The models' processes, and what was started beside the server, that run now."""
         try:
             children = psutil.Process(self.pid).children()
         except psutil.NoSuchProcess:
             return set()
         return {process.pid for process in children if is_running(process.pid)}
+
+    def find_child(self, argument: str) -> int | None:
+        """The running child with `argument` on its command line."""
+        for pid in self.child_pids():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if argument in psutil.Process(pid).cmdline():
+                    return pid
+        return None
 
     def log_contains(self, text: str) -> bool:
         return text in self.log.read_text("utf-8", "replace")
@@ -179,12 +193,13 @@ class ServerProcess:
 
 
 def stop_group(pid: int, patience_s: float) -> bool:
-    """SIGTERM to the leader, a bounded wait, SIGKILL to what is left of its process group; true when that was needed.
+    """SIGTERM to the group, a bounded wait, SIGKILL to what is left of it; true when that was needed.
 
+    The processes of Triton's Python backend ignore SIGTERM: they end with their server, after the last request.
     An exception (a second Ctrl-C) ends the wait, not the killing.
     """
     try:
-        _signal(os.kill, pid, signal.SIGTERM)
+        _signal(os.killpg, pid, signal.SIGTERM)
         _wait_for_none(lambda: [pid] if is_running(pid) else [], patience_s)
         if not is_running(pid):
             _wait_for_none(lambda: _members(pid), 1)  # a model's process leaves by itself when its server has

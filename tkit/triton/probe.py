@@ -43,6 +43,12 @@ def check_instance(host: str, http_port: int, grpc_port: int, instance: str, tim
             raise ServerError(f"{what} port {port} is answered by another server: instance {found}, not {instance}")
 
 
+def front_instance(host: str, port: int, timeout_s: float) -> str | None:
+    """The start that the OpenAI front belongs to; None while none answers there, or is not ready."""
+    status, body = _http_get(host, port, "/health", timeout_s)
+    return body.get(INSTANCE_PARAMETER) if status == 200 and isinstance(body, dict) else None
+
+
 def _http_get(host: str, port: int, path: str, timeout_s: float) -> tuple[int, Any]:
     """Status and JSON body; status 0 when nobody answers."""
     connection = http.client.HTTPConnection(connect_host(host), port, timeout=timeout_s)

@@ -1,0 +1,265 @@
+"""Generating on Triton over gRPC: one channel, one ModelStreamInfer per request. Knows the inputs of TensorRT-LLM's
+`ensemble` and of its LLM API model; nothing of HTTP.
+
+Every request streams, also when its client wants one answer: only so does a client that leaves end it early.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2 as pb
+
+from tkit.gateway.errors import ApiError
+from tkit.specs.generation import GenerationRequest
+
+SERVICE = "/inference.GRPCInferenceService/"
+INSTANCE = "instance"  # the parameter in the model's config
+FINAL = "triton_final_response"
+RETRY_S = 0.1
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_http_proxy", 0),  # the server is this machine's own
+    ("grpc.use_local_subchannel_pool", 1),  # a channel that is made anew is to connect anew
+)
+AS_STATUS = (("triton_grpc_error", "true"),)  # or an error is a text without its code
+FORMATS = {"INT32": "<i", "BOOL": "<?", "FP32": "<f", "UINT64": "<Q"}
+STATUSES = {
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.CANCELLED: 503,  # not by us: the server gave it up to end
+}
+# What a request says -> the input of either model. None: it has no such input.
+# fmt: off
+ENSEMBLE = {
+    "prompt":             ("text_input",               "BYTES"),
+    "stream":             ("stream",                   "BOOL"),
+    "max_tokens":         ("max_tokens",               "INT32"),
+    "min_tokens":         ("min_tokens",               "INT32"),
+    "temperature":        ("temperature",              "FP32"),
+    "top_k":              ("top_k",                    "INT32"),
+    "top_p":              ("top_p",                    "FP32"),
+    "repetition_penalty": ("repetition_penalty",       "FP32"),
+    "seed":               ("seed",                     "UINT64"),
+    "stop_words":         ("stop_words",               "BYTES"),
+    "end_id":             ("end_id",                   "INT32"),
+    "exclude_input":      ("exclude_input_in_output",  "BOOL"),
+    "return_log_probs":   ("return_log_probs",         "BOOL"),
+    "count_input":        ("return_num_input_tokens",  "BOOL"),
+    "count_output":       ("return_num_output_tokens", "BOOL"),
+}
+LLM_API = {
+    "prompt":             ("text_input",                                "BYTES"),
+    "stream":             ("streaming",                                 "BOOL"),
+    "max_tokens":         ("sampling_param_max_tokens",                 "INT32"),
+    "temperature":        ("sampling_param_temperature",                "FP32"),
+    "top_k":              ("sampling_param_top_k",                      "INT32"),
+    "top_p":              ("sampling_param_top_p",                      "FP32"),
+    "seed":               ("sampling_param_seed",                       "UINT64"),
+    "stop_words":         ("sampling_param_stop",                       "BYTES"),
+    "exclude_input":      ("sampling_param_exclude_input_from_output",  "BOOL"),
+    "finish_reason":      ("return_finish_reason",                      "BOOL"),
+}
+# fmt: on
+# Sent where the model has them; the others must be there when a request uses them.
+HELPFUL = {"stream", "seed", "exclude_input", "count_input", "count_output", "finish_reason"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What one response added."""
+
+    text: str
+    num_tokens: int
+    num_input_tokens: int | None = None
+    log_probs: tuple[float, ...] = ()
+    finish_reason: str | None = None
+
+
+class TritonModel:
+    """Call `connect` first."""
+
+    def __init__(self, address: str, name: str, instance: str):
+        self.name = name
+        self._address = address
+        self._instance = instance
+        self._inputs: dict[str, int] = {}  # -> rank
+        self._surface: Mapping[str, tuple[str, str]] = ENSEMBLE
+
+    async def connect(self) -> None:
+        """Waits until the model of this instance is ready. Another server may hold the same port for a while."""
+        while not await self._find():
+            await self._channel.close()
+            await asyncio.sleep(RETRY_S)
+        self._stream = self._channel.unary_stream(f"{SERVICE}ModelStreamInfer")
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def is_ready(self) -> bool:
+        try:
+            return bool((await self._ask("ModelReady", timeout_s=5)).ready)
+        except grpc.aio.AioRpcError:
+            return False
+
+    async def _find(self) -> bool:
+        self._channel = grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+        try:
+            if not await self.is_ready():
+                return False
+            config = (await self._ask("ModelConfig", timeout_s=5)).config
+            if config.parameters[INSTANCE].string_value != self._instance:
+                return False
+            metadata = await self._ask("ModelMetadata", timeout_s=5)
+        except grpc.aio.AioRpcError:
+            return False
+        self._inputs = {tensor.name: len(tensor.shape) for tensor in metadata.inputs}
+        self._surface = LLM_API if LLM_API["max_tokens"][0] in self._inputs else ENSEMBLE
+        return True
+
+    async def _ask(self, method: str, timeout_s: float) -> Any:
+        request, response = getattr(pb, f"{method}Request")(name=self.name), getattr(pb, f"{method}Response")
+        call = self._channel.unary_unary(SERVICE + method)
+        return response.FromString(await call(request.SerializeToString(), timeout=timeout_s))
+
+    def generate(self, request: GenerationRequest, request_id: str) -> Generation:
+        """Raises ApiError when the model has no input for something that the request asks for."""
+        message = pb.ModelInferRequest(model_name=self.name, id=request_id)
+        missing = []
+        for what, value in _values(request).items():
+            tensor, data_type = self._surface.get(what, (None, ""))
+            if tensor in self._inputs:
+                rank = self._inputs[tensor]
+                items = value if isinstance(value, tuple) else (value,)
+                message.inputs.add(name=tensor, datatype=data_type, shape=[*[1] * (rank - 1), len(items)])
+                message.raw_input_contents.append(b"".join(_raw(what, data_type, item) for item in items))
+            elif what not in HELPFUL:
+                missing.append(what)
+        if missing:
+            raise ApiError(400, f"the served model cannot do {', '.join(missing)}")
+        call = self._stream(message.SerializeToString(), metadata=AS_STATUS)
+        return Generation(call, request.max_tokens, is_cumulative=self._surface is LLM_API)
+
+
+class Generation:
+    """The pieces of one answer; the last one has a finish reason."""
+
+    def __init__(self, call: Any, max_tokens: int, *, is_cumulative: bool):
+        self.is_cancelled = False
+        self._call = call
+        self._max_tokens = max_tokens
+        self._is_cumulative = is_cumulative
+        self._num_tokens = 0
+        self._text = ""
+
+    def cancel(self) -> None:
+        """Ends the request on the server; the iteration ends without a last piece."""
+        self.is_cancelled = True
+        self._call.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """Raises ApiError."""
+        is_ended = False
+        try:
+            async for message in self._call:
+                answer = pb.ModelStreamInferResponse.FromString(message)
+                if answer.error_message:
+                    raise ApiError(500, answer.error_message)
+                piece = self._piece(answer.infer_response)
+                is_ended = is_ended or piece.finish_reason is not None
+                yield piece
+        except grpc.aio.AioRpcError as error:
+            raise _api_error(error) from error
+        except asyncio.CancelledError:
+            if not self.is_cancelled:  # this task itself is to end
+                raise
+            return
+        if not is_ended:
+            yield Piece(text="", num_tokens=0, finish_reason=self._reason())
+
+    def _piece(self, response: Any) -> Piece:
+        raw = {tensor.name: data for tensor, data in zip(response.outputs, response.raw_output_contents, strict=False)}
+        text = _first_text(raw.get("text_output", b""))
+        if self._is_cumulative and text.startswith(self._text):
+            text, self._text = text[len(self._text) :], text
+        counted = _ints(raw.get("num_output_tokens", b""))
+        num_tokens = counted[0] if counted else int(bool(text))
+        self._num_tokens += num_tokens
+        log_probs = _floats(raw.get("output_log_probs", b""))
+        reason = _first_text(raw.get("finish_reason", b"")) or None
+        if reason is None and response.parameters[FINAL].bool_param:
+            reason = self._reason()
+        return Piece(
+            text=text,
+            num_tokens=num_tokens,
+            num_input_tokens=next(iter(_ints(raw.get("num_input_tokens", b""))), None),
+            log_probs=log_probs[-num_tokens:] if num_tokens else (),
+            finish_reason=reason,
+        )
+
+    def _reason(self) -> str:
+        """For a server that does not say: what is shorter than allowed was stopped."""
+        return "length" if self._num_tokens >= self._max_tokens else "stop"
+
+
+def _values(request: GenerationRequest) -> dict[str, Any]:
+    """What differs from the default, and top_p: without it and top_k, TensorRT-LLM decodes greedily."""
+    values: dict[str, Any] = {
+        "prompt": request.prompt,
+        "stream": True,
+        "max_tokens": request.max_tokens,
+        "exclude_input": True,
+        "count_input": True,
+        "count_output": True,
+        "finish_reason": True,
+    }
+    if request.is_greedy:
+        values["top_k"] = 1  # some releases refuse a temperature of 0
+    else:
+        values |= {"top_p": request.top_p, "seed": request.seed}
+    optional: dict[str, tuple[Any, Any]] = {
+        "min_tokens": (request.min_tokens, 0),
+        "repetition_penalty": (request.repetition_penalty, 1),
+        "stop_words": (request.stop_words, ()),
+        "end_id": (request.end_id, None),
+        "return_log_probs": (request.return_log_probs, False),
+    }
+    if not request.is_greedy:
+        optional |= {"temperature": (request.temperature, 1), "top_k": (request.top_k, 0)}
+    return values | {name: value for name, (value, default) in optional.items() if value != default}
+
+
+def _raw(what: str, data_type: str, value: Any) -> bytes:
+    if data_type == "BYTES":
+        data = value.encode("utf-8")
+        return struct.pack("<I", len(data)) + data
+    try:
+        return struct.pack(FORMATS[data_type], value)
+    except (struct.error, OverflowError) as error:
+        raise ApiError(400, f"{what} is {value}, too large for {data_type}") from error
+
+
+def _ints(raw: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(raw) // 4}i", raw)
+
+
+def _floats(raw: bytes) -> tuple[float, ...]:
+    return struct.unpack(f"<{len(raw) // 4}f", raw)
+
+
+def _first_text(raw: bytes) -> str:
+    return raw[4 : 4 + struct.unpack_from("<I", raw)[0]].decode("utf-8", "replace") if len(raw) >= 4 else ""
+
+
+def _api_error(error: grpc.aio.AioRpcError) -> ApiError:
+    status, message = STATUSES.get(error.code(), 500), error.details() or error.code().name
+    if status == 503 and "queue" in message.lower():  # tkit's engine and Triton both say that it is full
+        status = 429
+    return ApiError(status, message)
