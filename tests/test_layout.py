@@ -106,9 +106,13 @@ def test_help_loads_nothing_heavy():
     }
 
 
-@pytest.mark.parametrize("command", ["sweep", "report", "stop", "serve", "build"])
+@pytest.mark.parametrize("command", ["sweep", "report", "stop", "serve", "build", "doctor"])
 def test_help_of_a_command_loads_no_torch(command):
     assert not loaded_modules(command, "--help") & {"torch", "transformers"}
+
+
+def test_doctor_needs_no_torch():
+    assert not loaded_modules("doctor", "plan") & {"torch", "transformers"}
 
 
 def test_plain_build_needs_no_torch(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ COMMANDS = {
     "stop":     ("tkit.cli.stop",     "Stop a running server."),
     "sweep":    ("tkit.cli.sweep",    "Measure latency and throughput of a running server."),
     "report":   ("tkit.cli.report",   "Compare sweeps in one report."),
+    "doctor":   ("tkit.cli.doctor",   "Say what this machine can do, and how to mend what it cannot."),
     "run":      ("tkit.cli.run",      "Build, validate, serve, sweep and report every engine of a recipe."),
 }  # fmt: skip
 
