@@ -190,7 +190,7 @@ def test_models_that_cannot_be_measured(fake_url: str, tokenizer_dir: Path, mode
 
 
 def test_nobody_answers(tokenizer_dir: Path) -> None:
-    with pytest.raises(ServerError, match="127.0.0.1:9: no Triton server answers over gRPC: UNAVAILABLE") as caught:
+    with pytest.raises(ServerError, match="127.0.0.1:9: no Triton server answers over gRPC: ") as caught:
         measure("127.0.0.1:9", "ensemble", tokenizer_dir, profile(4), 2)
     assert "tkit serve" in (caught.value.hint or "")
 

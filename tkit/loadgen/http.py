@@ -296,8 +296,15 @@ class _Chunked:
         self._left = 0
         self._line = b""  # the beginning of a line whose end has not come
         self._take_line = self._take_size
+        self._is_between = True  # nothing of the next chunk has come
+        self._sizes: dict[bytes, int] = {}  # line -> bytes, those that were read
 
     def feed(self, data: bytes) -> bytes:
+        if self._is_between:
+            end = data.find(b"\r", 0, 20)
+            size = self._sizes.get(data[:end])
+            if size and len(data) == end + size + 4 and data.endswith(b"\r\n"):
+                return data[end + 2 : -2]  # nearly always: one whole chunk, of a size that came before
         parts, position = [], 0
         while position < len(data):
             if self.is_complete:
@@ -317,13 +324,14 @@ class _Chunked:
             line, self._line = self._line.removesuffix(b"\r"), b""
             position = end + 1
             self._take_line(line)
+        self._is_between = not self._left and not self._line and self._take_line == self._take_size
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _take_size(self, line: bytes) -> None:
         size = line.partition(b";")[0].strip()
         if not CHUNK_SIZE.fullmatch(size):
             raise ValueError(f"a chunk's size is {line[:60].decode('latin-1')!r}")
-        self._left = int(size, 16)
+        self._left = self._sizes[line] = int(size, 16)
         self._take_line = self._take_end_of_chunk if self._left else self._take_trailer
 
     def _take_end_of_chunk(self, line: bytes) -> None:

@@ -1,25 +1,22 @@
 """Triton's ModelStreamInfer with the inputs and outputs of TensorRT-LLM's `ensemble`: one RPC per request.
 
-The client is grpc.aio with bytes in and bytes out: requests are serialized before the load, answers parsed after. One
-request and then nothing more is to be sent, so the bidirectional method is called as unary-stream: the same frames on
-the wire, one operation instead of three. Reading goes on to the end of the RPC, so the final response needs no search.
+Requests are serialized before the load and answers parsed after it. Reading goes on to the end of the RPC, so the final
+response needs no search.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
-import time
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import grpc
-import grpc.aio
 from tritonclient.grpc import service_pb2 as pb
 
 from tkit.errors import ServerError
 from tkit.loadgen.exchange import Answer, Exchange
+from tkit.loadgen.http2 import GrpcConnections
 from tkit.loadgen.token_counts import added_tokens, tokens_of_texts
 from tkit.loadgen.triton import ensemble_inputs, refuse_unless_streaming, token_source
 
@@ -29,12 +26,6 @@ ERROR_START = b"\x0a"  # how a ModelStreamInferResponse begins that carries erro
 
 # Requests go round the connections: one TCP stream has one flow-control window and one sender at a time on either side.
 CONNECTIONS = 4
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.enable_http_proxy", 0),  # a proxy from the environment would be measured, or refuse loopback
-    ("grpc.use_local_subchannel_pool", 1),  # or all channels would share one connection
-)
 
 FORMATS = {"INT32": "<i", "BOOL": "<?", "FP32": "<f", "UINT64": "<Q"}
 
@@ -47,37 +38,39 @@ class TritonGrpcClient:
         self.identity: dict[str, Any] = {}
         self._token_ends = token_ends
         self._input_ranks: dict[str, int] = {}
-        self._channels: list[grpc.aio.Channel] = []
-        self._streams: list[Any] = []
+        host, _, port = url.rpartition(":")
+        self._grpc = GrpcConnections(host.strip("[]"), int(port), CONNECTIONS)
 
     async def open(self, timeout_s: float) -> None:
-        self._channels = [grpc.aio.insecure_channel(self.url, options=CHANNEL_OPTIONS) for _ in range(CONNECTIONS)]
-        self._streams = [channel.unary_stream(f"{SERVICE}ModelStreamInfer") for channel in self._channels]
         try:
             await self._read_model(timeout_s)
-        except grpc.aio.AioRpcError as error:
+        except (OSError, TimeoutError) as error:
+            reason = str(error) or f"no answer within {timeout_s:.3g} s"
             raise ServerError(
-                f"{self.url}: no Triton server answers over gRPC: {error.code().name}: {error.details()}",
+                f"{self.url}: no Triton server answers over gRPC: {reason}",
                 hint="start one with tkit serve, or give its gRPC address: --url HOST:PORT",
             ) from error
 
     async def is_ready(self, timeout_s: float) -> bool:
         try:
             answer = await self._ask("ModelReady", timeout_s)
-        except grpc.aio.AioRpcError:
+        except (OSError, TimeoutError):
             return False
         return bool(answer.ready)
 
     async def close(self) -> None:
-        for channel in self._channels:
-            await channel.close()
+        self._grpc.close()
 
     async def _ask(self, method: str, timeout_s: float) -> Any:
         """A method without arguments, or with the model's name as the only one."""
         request, response = getattr(pb, f"{method}Request"), getattr(pb, f"{method}Response")
         message = request(name=self.model) if "name" in request.DESCRIPTOR.fields_by_name else request()
-        call = self._channels[0].unary_unary(SERVICE + method)
-        return response.FromString(await call(message.SerializeToString(), timeout=timeout_s))
+        exchange = Exchange(index=0, request=message.SerializeToString(), isl=0, osl=0)
+        async with asyncio.timeout(timeout_s):
+            await self._grpc.call(SERVICE + method, exchange)
+        if exchange.error is not None or not exchange.messages:
+            raise ConnectionError(exchange.detail or "no message")
+        return response.FromString(exchange.messages[0])
 
     async def _read_model(self, timeout_s: float) -> None:
         server = await self._ask("ServerMetadata", timeout_s)
@@ -115,23 +108,7 @@ class TritonGrpcClient:
         return message.SerializeToString()
 
     async def perform(self, exchange: Exchange) -> None:
-        now, stamp, keep = time.monotonic_ns, exchange.times.append, exchange.messages.append
-        stream = self._streams[exchange.index % CONNECTIONS]
-        exchange.sent_ns = now()
-        call = stream(exchange.request)
-        exchange.abort = call.cancel
-        try:
-            async for message in call:
-                stamp(now())
-                keep(message)
-        except grpc.aio.AioRpcError as error:
-            exchange.fail(*_named(error))
-        except asyncio.CancelledError:
-            if exchange.error is None:  # not aborted: this task itself is to end
-                raise
-        finally:
-            exchange.end_ns = now()
-            exchange.abort = None
+        await self._grpc.call(SERVICE + "ModelStreamInfer", exchange)
         if exchange.error is None:
             _conclude(exchange)
             if exchange.error is None and self.token_source == "server_usage":
@@ -218,16 +195,6 @@ def _drop_uniform(exchange: Exchange) -> None:
     if final.is_final and counts_add_up and (len(messages) == osl or not final.num_output_tokens):
         exchange.messages = [messages[0]]
         exchange.is_uniform = True
-
-
-def _named(error: grpc.aio.AioRpcError) -> tuple[str, str]:
-    code, details = error.code(), error.details() or ""
-    detail = f"{code.name}: {details}"
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return ("refused" if "failed to connect" in details.lower() else "disconnected"), detail
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return "timeout", detail
-    return ("disconnected" if code is grpc.StatusCode.CANCELLED else "server"), detail
 
 
 def _raw(data_type: str, value: Any) -> bytes:
