@@ -24,7 +24,7 @@ PREFIX_BYTES = 5
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
 END_STREAM, ACK, END_HEADERS, PADDED, PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
 ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 2, 3, 4, 5
-NO_ERROR, CANCEL = 0, 8
+REFUSED_STREAM, CANCEL = 7, 8
 DEFAULT_WINDOW, MAX_WINDOW = 65535, 2**31 - 1
 LAST_STREAM = 2**31 - 1
 MAX_MESSAGE_BYTES = 1 << 28
@@ -248,7 +248,8 @@ class _Connection(asyncio.Protocol):
             self._take_headers(kind, flags, stream, payload, now)
         elif kind == RST_STREAM and call is not None:
             (code,) = struct.unpack(">I", payload)
-            call.exchange.fail("disconnected", f"the server reset the stream (HTTP/2 error {code})")
+            error = "overloaded" if code == REFUSED_STREAM else "disconnected"
+            call.exchange.fail(error, f"the server reset the stream (HTTP/2 error {code})")
             self._end(call, now)
         elif kind == SETTINGS and not flags & ACK:
             self._take_settings(payload)
