@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tkit.errors import InputError, ServerError
-from tkit.specs.generation import GenerationChunk, GenerationRequest
+from tkit.specs.generation import EngineStats, GenerationChunk, GenerationRequest
 
 
 class QueueFull(ServerError):
@@ -58,8 +58,14 @@ class FakeEngine:
             self._changed.notify()
         return handle
 
-    def stats(self) -> dict[str, int]:
-        return {"open": len(self._open)}
+    def stats(self) -> EngineStats:
+        """As if each open request ran and each token lay in the cache."""
+        handles = list(self._open)
+        return EngineStats(
+            running=len(handles), waiting=0, free_slots=self._max_open - len(handles),
+            kv_tokens=sum(len(handle.words) + handle.num_tokens for handle in handles), kv_allocated_tokens=0,
+            kv_budget_tokens=1000, kv_bytes_per_token=4,
+        )  # fmt: skip
 
     def close(self) -> None:
         with self._changed:

@@ -103,6 +103,9 @@ def grpc(server: ServerRecord, **inputs: Any) -> list[tuple[dict[str, Any], str 
         stream.close()
 
 
+OPEN = 'tkit_open_requests{state="running"}'
+
+
 def metrics(server: ServerRecord) -> dict[str, float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=30) as response:
         lines = response.read().decode().splitlines()
@@ -213,10 +216,12 @@ def test_requests_beyond_the_queue_are_refused_and_the_others_finish(server: Ser
 def test_a_client_that_leaves_frees_its_slot(server: ServerRecord, prompt: bytes) -> None:
     cancelled = metrics(server).get('tkit_requests_total{outcome="cancelled"}', 0)
     stream = GrpcStream(server, text_input=prompt, max_tokens=np.int32(4000))
-    assert wait_until(lambda: metrics(server)["tkit_open_requests"] == 1)
+    assert wait_until(lambda: metrics(server)[OPEN] == 1)
+    assert metrics(server)['tkit_kv_cache_tokens{kind="stored"}'] > 0
     stream.close()
-    assert wait_until(lambda: metrics(server)["tkit_open_requests"] == 0)
-    assert metrics(server)['tkit_requests_total{outcome="cancelled"}'] == cancelled + 1
+    assert wait_until(lambda: metrics(server)[OPEN] == 0)
+    assert wait_until(lambda: metrics(server)['tkit_kv_cache_tokens{kind="stored"}'] == 0)
+    assert wait_until(lambda: metrics(server).get('tkit_requests_total{outcome="cancelled"}') == cancelled + 1)
 
 
 def test_an_http_client_that_leaves_frees_its_slot(server: ServerRecord) -> None:
@@ -225,8 +230,8 @@ def test_an_http_client_that_leaves_frees_its_slot(server: ServerRecord) -> None
         head = f"POST /v2/models/ensemble/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall((head + body).encode())
         assert connection.makefile("rb").readline() == b"HTTP/1.1 200 OK\r\n"
-        assert wait_until(lambda: metrics(server)["tkit_open_requests"] == 1)
-    assert wait_until(lambda: metrics(server)["tkit_open_requests"] == 0)
+        assert wait_until(lambda: metrics(server)[OPEN] == 1)
+    assert wait_until(lambda: metrics(server)[OPEN] == 0)
 
 
 def test_metrics_count_what_ended(server: ServerRecord) -> None:
@@ -240,7 +245,8 @@ def test_metrics_count_what_ended(server: ServerRecord) -> None:
     assert grown['tkit_requests_total{outcome="length"}'] == 1
     assert grown[refused] == 1
     assert grown['tkit_tokens_total{kind="output"}'] == 7
-    assert grown["tkit_time_to_first_token_seconds_count"] == 1
+    assert grown["tkit_time_to_first_token_seconds_count"] == grown["tkit_queue_seconds_count"] == 1
+    assert after['tkit_kv_cache_tokens{kind="limit"}'] == 1000
     assert grown["tkit_time_per_output_token_seconds_sum"] >= 0.01  # the fake engine paces by 10 ms
 
 

@@ -59,6 +59,9 @@ def complete(client: openai.OpenAI, prompt: str = "a b c", max_tokens: int = 4, 
     return client.completions.create(model="ensemble", prompt=prompt, max_tokens=max_tokens, **more)
 
 
+OPEN = 'tkit_open_requests{state="running"}'
+
+
 def metrics(server: ServerRecord) -> dict[str, float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=30) as response:
         lines = response.read().decode().splitlines()
@@ -175,8 +178,8 @@ def test_a_client_that_leaves_frees_its_slot(server: ServerRecord, stream: bool,
     cancelled = 'tkit_requests_total{outcome="cancelled"}'
     before = metrics(server).get(cancelled, 0)
     with raw(server, body={"prompt": prompt, "max_tokens": 4000, "stream": stream}):
-        assert wait_until(lambda: metrics(server)["tkit_open_requests"] == 1)
-    assert wait_until(lambda: metrics(server)["tkit_open_requests"] == 0)
+        assert wait_until(lambda: metrics(server)[OPEN] == 1)
+    assert wait_until(lambda: metrics(server)[OPEN] == 0)
     assert wait_until(lambda: metrics(server)[cancelled] == before + 1)
 
 

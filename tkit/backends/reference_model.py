@@ -23,7 +23,7 @@ import triton_python_backend_utils as pb_utils
 
 from tkit.backends.requests import Answer, EnsembleRequest, read_request
 from tkit.errors import InputError
-from tkit.specs.generation import GenerationChunk
+from tkit.specs.generation import EngineStats, GenerationChunk
 from tkit.units import NS_PER_S
 
 CANCEL_PERIOD_S = 0.1  # TensorRT-LLM's cancellation_check_period_ms
@@ -94,7 +94,7 @@ class TritonPythonModel:
             if wait_s <= 0:
                 for stream in open_streams:
                     stream.cancel_if_abandoned()
-                self._metrics.open(len(open_streams))
+                self._metrics.load(self._engine.stats())
                 next_look = time.monotonic() + CANCEL_PERIOD_S
                 continue
             try:
@@ -186,7 +186,6 @@ class _Metrics:
 
     def __init__(self, server_pid: int) -> None:
         self._server_pid = server_pid
-        self._num_open = 0
         family = pb_utils.MetricFamily
         counter, gauge, histogram = family.COUNTER, family.GAUGE, family.HISTOGRAM
         families = {
@@ -194,7 +193,9 @@ class _Metrics:
             for name, description, kind in (
                 ("requests_total", "Requests by how they ended", counter),
                 ("tokens_total", "Tokens of ended requests", counter),
-                ("open_requests", "Requests waiting or running", gauge),
+                ("open_requests", "Requests that run or wait", gauge),
+                ("kv_cache_tokens", "Tokens in the KV cache, and how many it may ever hold", gauge),
+                ("queue_seconds", "Arrival to the first step of its prompt", histogram),
                 ("time_to_first_token_seconds", "Arrival to first token", histogram),
                 ("time_per_output_token_seconds", "Mean gap between the tokens of a request", histogram),
                 ("request_seconds", "Arrival to last token", histogram),
@@ -204,16 +205,26 @@ class _Metrics:
         self._outcomes: dict[str, Any] = {}
         self._input_tokens = families["tokens_total"].Metric(labels={"kind": "input"})
         self._output_tokens = families["tokens_total"].Metric(labels={"kind": "output"})
-        self._open_requests = families["open_requests"].Metric(labels={})
+        self._gauges = {
+            "running": families["open_requests"].Metric(labels={"state": "running"}),
+            "waiting": families["open_requests"].Metric(labels={"state": "waiting"}),
+            "kv_tokens": families["kv_cache_tokens"].Metric(labels={"kind": "stored"}),
+            "kv_budget_tokens": families["kv_cache_tokens"].Metric(labels={"kind": "limit"}),
+        }
+        self._values = dict.fromkeys(self._gauges, 0)
         self._seconds = {
-            name: families[name].Metric(labels={}, buckets=SECONDS_BUCKETS)
-            for name in ("time_to_first_token_seconds", "time_per_output_token_seconds", "request_seconds")
+            name: family.Metric(labels={}, buckets=SECONDS_BUCKETS)
+            for name, family in families.items()
+            if name.endswith("_seconds")
         }
 
-    def open(self, num_requests: int) -> None:
-        if num_requests != self._num_open and os.getppid() == self._server_pid:
-            self._num_open = num_requests
-            self._open_requests.set(num_requests)
+    def load(self, stats: EngineStats) -> None:
+        """`stats` has a field for every gauge."""
+        for name, gauge in self._gauges.items():
+            value = getattr(stats, name)
+            if value != self._values[name] and os.getppid() == self._server_pid:
+                self._values[name] = value
+                gauge.set(value)
 
     def finished(self, outcome: str, chunk: GenerationChunk | None = None) -> None:
         if os.getppid() != self._server_pid:
@@ -225,6 +236,8 @@ class _Metrics:
             return
         self._input_tokens.increment(chunk.num_input_tokens)
         self._output_tokens.increment(chunk.num_output_tokens)
+        if chunk.first_scheduled_ns:
+            self._observe("queue_seconds", chunk.first_scheduled_ns - chunk.arrival_ns)
         if chunk.first_token_ns:
             self._observe("time_to_first_token_seconds", chunk.first_token_ns - chunk.arrival_ns)
             self._observe("request_seconds", chunk.last_token_ns - chunk.arrival_ns)

@@ -26,12 +26,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from tkit.errors import InputError, ServerError
 from tkit.runtime.cache import SlotCache
-from tkit.runtime.forward import forward, kv_bytes_per_token
+from tkit.runtime.forward import forward, kv_bytes_per_token, max_positions
 from tkit.runtime.load import load_model
 from tkit.runtime.sampling import Draw, Sampler, sample
 from tkit.runtime.scheduler import Generation, Prefill, QueueFull, Scheduler
 from tkit.runtime.text import Decoder, TextStream, decode
-from tkit.specs.generation import GenerationChunk, GenerationRequest
+from tkit.specs.generation import EngineStats, GenerationChunk, GenerationRequest
 
 __all__ = ["Engine", "EngineStats", "QueueFull", "RequestHandle"]
 
@@ -43,17 +43,6 @@ CPU_KV_BYTES = 2 * 1024**3
 CUDA_KV_SHARE = 0.8
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    running: int
-    waiting: int
-    free_slots: int
-    kv_tokens: int  # stored
-    kv_allocated_tokens: int  # positions there is memory for
-    kv_budget_tokens: int  # positions there may ever be memory for
-    kv_bytes_per_token: int
 
 
 @dataclass(eq=False, kw_only=True)
@@ -106,7 +95,7 @@ class Engine:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.num_vocab: int = config.vocab_size
-        self.max_positions: int = config.max_position_embeddings
+        self.max_positions = max_positions(config)
         self.prefill_chunk = prefill_chunk
         self.num_threads = num_threads or max(1, _num_usable_cores() - 1)
         self._decoder = Decoder.of(tokenizer)

@@ -78,6 +78,20 @@ def attention_mask(
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
+def max_positions(config: PreTrainedConfig) -> int:
+    """How long prompt and answer may be together.
+
+    LongRoPE has other frequencies for every token as soon as a sequence grows beyond its original length; transformers
+    decides so for a whole batch and computes the cache anew. Here rows are of unequal length and stay as computed, so
+    they end where the first frequencies do.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = [config.max_position_embeddings]
+    if rope.get("rope_type") == "longrope":
+        limits.append(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+    return min(limits)
+
+
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     """The kinds of attention in a model -> sliding window in tokens, None where a token sees all before it."""
     window = getattr(config, "sliding_window", None)
@@ -87,6 +101,11 @@ def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
             f"{config.model_type}: layers of type {', '.join(sorted(unknown))} keep a state that the reference runtime "
             "cannot hold",
             hint="the reference runtime runs models with full and sliding-window attention",
+        )
+    if getattr(config, "alibi", False):
+        raise InputError(
+            f"{config.model_type}: ALiBi positions need a mask of another kind than the reference runtime makes",
+            hint="the reference runtime runs models with rotary and learned positions",
         )
     if config._attn_implementation not in ("sdpa", "eager"):
         raise InputError(

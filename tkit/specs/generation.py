@@ -49,6 +49,19 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """What an engine is busy with now."""
+
+    running: int
+    waiting: int
+    free_slots: int
+    kv_tokens: int  # stored
+    kv_allocated_tokens: int  # positions there is memory for
+    kv_budget_tokens: int  # positions there may ever be memory for
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationChunk:
     """What one step added. Text deltas concatenate to the whole answer; none ends inside a UTF-8 character.
 
