@@ -1,12 +1,13 @@
 """A small HTTP server that streams as OpenAI's servers and as Triton do, one model per way of behaving.
 
-`python fake_http.py LOG` prints its port and serves until its standard input closes. Answers are paced, 30 ms to the first
-token and 3 ms between. LOG gets one JSON line per answer: id, arrived_ns, sent_ns (per token), connection, body, key.
+`python fake_http.py LOG TOKENIZER_FILE` prints its port and serves until its standard input closes. Answers are paced,
+30 ms to the first token and 3 ms between. LOG gets one JSON line per answer: id, arrived_ns, sent_ns (per token), connection, body, key.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 import os
@@ -28,6 +29,7 @@ STATUSES = {
     "broken": (500, {"message": "worker died"}),
     "error_200": (200, {"error": "generate expects exactly 1 response"}),
 }
+TEMPLATE = 9  # tokens that a chat template adds
 WORD = " wörd"  # two bytes for one of its characters
 
 
@@ -45,7 +47,10 @@ class Answer:
     def __init__(self, path: str, body: dict[str, Any], writer: asyncio.StreamWriter, log: dict[str, Any]):
         self.is_triton = path.startswith("/v2")
         self.model = path.split("/")[3] if self.is_triton else body["model"]
-        self.asked, self.isl = body["max_tokens"], 0
+        self.asked, self.isl = body["max_tokens"], 24
+        self.is_chat = path.endswith("/chat/completions")
+        if self.is_chat:
+            self.isl = TEMPLATE + len(tokenizer().encode(body["messages"][0]["content"]).ids)
         self.writer = writer
         self.log = log
 
@@ -130,6 +135,9 @@ class Answer:
 
     def token(self, done: int, tokens: int) -> bytes:
         text = WORD * (done + tokens if self.model == "so_far" else tokens)
+        if self.is_chat:
+            key = "reasoning_content" if done < 4 else "content"
+            return event({"choices": [{"index": 0, "delta": {key: text}}], "usage": None})
         if not self.is_triton:
             return event({"choices": [{"index": 0, "text": text, "finish_reason": None}], "usage": None})
         value = {"model_name": self.model, "text_output": text}
@@ -139,7 +147,7 @@ class Answer:
 
     async def end(self, count: int | None = None) -> bool:
         if not self.is_triton:
-            usage = {"prompt_tokens": 24, "completion_tokens": self.asked if count is None else count}
+            usage = {"prompt_tokens": self.isl, "completion_tokens": self.asked if count is None else count}
             if self.model != "no_usage":
                 await self.send(event({"choices": [], "usage": usage}))
             await self.send(event(b"[DONE]"))
@@ -152,6 +160,13 @@ class Answer:
 def reply(status: int, value: Any) -> bytes:
     body = json.dumps(value).encode()
     return b"HTTP/1.1 %d X\r\nServer: fake\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
+
+
+@functools.cache
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(sys.argv[2])
 
 
 class FakeServer:

@@ -132,8 +132,8 @@ def fake_server(engine_dir: str = "") -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def fake_http_server(log: Path) -> Iterator[FakeHttp]:
-    command = [sys.executable, str(HERE / "fake_http.py"), str(log)]
+def fake_http_server(log: Path, tokenizer_dir: Path) -> Iterator[FakeHttp]:
+    command = [sys.executable, str(HERE / "fake_http.py"), str(log), str(tokenizer_dir / "tokenizer.json")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None

@@ -8,7 +8,11 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
+import ssl
 import statistics
+import subprocess
+import threading
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,10 +47,10 @@ KEY = "sk-secret-0123456789"
 
 
 @pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def fake(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Iterator[Any]:
     import servers
 
-    with servers.fake_http_server(tmp_path_factory.mktemp("http") / "sent.jsonl") as server:
+    with servers.fake_http_server(tmp_path_factory.mktemp("http") / "sent.jsonl", tokenizer_dir) as server:
         yield server
 
 
@@ -120,6 +124,75 @@ def test_openai_times_agree_with_the_servers_own(fake: Any, tokenizer_dir: Path)
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     assert lines[0]["key"] is None
+
+
+def test_chat_is_measured_with_prompts_that_leave_room_for_the_template(fake: Any, tokenizer_dir: Path) -> None:
+    """The server counts 9 tokens more than it is sent; what it thinks before it answers are tokens too."""
+    point = measure("openai-chat", f"{fake.url}/one", None, tokenizer_dir, 8, 4, probes=True)
+    assert point.failures == []
+    assert {(r.isl, r.osl, r.chunks, r.n_first) for r in point.records} == {(24, 16, 16, 1)}
+    sent = fake.sent("plain")
+    check_times(point, sent)
+    (message,) = sent[f"24x16-16-4-1-{point.records[0].id}"]["body"]["messages"]
+    assert message["role"] == "user"
+    assert prompts(tokenizer_dir).count_tokens(message["content"]) == 24 - 9
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    key, authority = (tmp_path_factory.mktemp("tls") / name for name in ("key.pem", "authority.pem"))
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    )
+    subprocess.run([*command.split(), "-keyout", key, "-out", authority], check=True, capture_output=True)
+    return key, authority
+
+
+def test_tls(certificate: tuple[Path, Path], fake: Any, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a relay that ends the TLS; a certificate that nobody vouches for is refused."""
+    key, authority = certificate
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(authority, key)
+    with relay(context, fake.url) as port:
+        with pytest.raises(ServerError, match="certificate verify failed"):
+            measure("openai", f"https://localhost:{port}/one", None, tokenizer_dir)
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+        point = measure("openai", f"https://localhost:{port}/one", None, tokenizer_dir, 8, 4, probes=True)
+    assert point.failures == []
+    check_times(point, fake.sent("plain"))
+
+
+@contextlib.contextmanager
+def relay(context: ssl.SSLContext, url: str) -> Iterator[int]:
+    """A port on which TLS is spoken, in front of `url`."""
+    host, _, port = url.rpartition(":")
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(pump(reader, there[1]), pump(there[0], writer))
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        starting = asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+        server = asyncio.run_coroutine_threadsafe(starting, loop).result(10)
+        yield server.sockets[0].getsockname()[1]
+        loop.call_soon_threadsafe(server.close)
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0.2), loop).result(10)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 WAYS = [
@@ -263,7 +336,7 @@ def test_a_server_that_goes_away_ends_the_point(tokenizer_dir: Path, tmp_path: P
     import servers
 
     with contextlib.ExitStack() as stack:
-        with servers.fake_http_server(tmp_path / "log") as server:
+        with servers.fake_http_server(tmp_path / "log", tokenizer_dir) as server:
             used = dataclasses.replace(QUICK, requests=30)
             session = stack.enter_context(
                 Session("openai", server.url, "plain", prompts=prompts(tokenizer_dir), profile=used)
@@ -377,6 +450,9 @@ def test_a_total_is_spread_over_the_chunks(texts: list[str], total: int, expecte
         ("http://h:80/", "h:80"),
         ("http://[::1]:8000/v1/", "[::1]:8000/v1"),
         ("127.0.0.1:8000/v1", "127.0.0.1:8000/v1"),
+        ("http://h/v1", "h:80/v1"),
+        ("https://api.example.com/v1", "https://api.example.com:443/v1"),
+        ("https://h:8443", "https://h:8443"),
     ],
 )
 def test_addresses(url: str, expected: str) -> None:
@@ -387,11 +463,6 @@ def test_addresses(url: str, expected: str) -> None:
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(InputError, match="expected host:port or http://host:port"):
         http_address(url)
-
-
-def test_https_is_refused() -> None:
-    with pytest.raises(InputError, match="https is not spoken yet"):
-        http_address("https://h:1/v1")
 
 
 @pytest.mark.parametrize(
@@ -452,7 +523,6 @@ def test_a_key_that_the_server_repeats_is_not_shown(tkit: Tkit, fake: Any, token
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--protocol", "openai", "--url", "https://h:1/v1"], "https is not spoken yet"),
         (["--protocol", "triton-http", "--url", "h"], "--url is 'h', expected host:port or http://host:port"),
         (["--api-key-file", "f"], "--api-key-file is given, but triton-grpc sends no key"),
         (["--protocol", "openai", "--url", "h:1", "--api-key-file", "two"], "two holds 2 words, expected one"),

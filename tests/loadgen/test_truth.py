@@ -117,7 +117,7 @@ def test_a_schedule_is_seen_as_it_was_kept(mock: str, tokenizer_dir: Path, proto
 
 
 def test_an_empty_chunk_that_names_a_role_is_no_token(mock: str, tokenizer_dir: Path) -> None:
-    _, pairs = truthful("openai", mock, "role_first", tokenizer_dir)
+    _, pairs = truthful("openai-chat", mock, "role_first", tokenizer_dir)
     for pair in pairs:
         assert (ttft_ms(pair.seen) or 0) >= 50
         assert pair.seen.chunks == OSL

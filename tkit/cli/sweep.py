@@ -48,8 +48,8 @@ class _Rates(_Words):
 @click.argument("profile", required=False)
 @click.option("--url", metavar="HOST:PORT", help="Server to measure.  [default: the newest that tkit serve started]")
 @click.option("--protocol", metavar="NAME",
-              help="triton-grpc, triton-http, or openai: streamed completions of any server that speaks it, at "
-              "HOST:PORT or http://HOST:PORT/v1.  [default: triton-grpc]")  # fmt: skip
+              help="triton-grpc, triton-http, or openai, openai-chat: streamed completions or chat of any server that "
+              "speaks it, at HOST:PORT or https://HOST/v1.  [default: triton-grpc]")  # fmt: skip
 @click.option("--model", metavar="NAME", help="Served model's name.  [default: ensemble; openai: the only one served]")
 @click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE",
               help="File with the key that openai is sent.  [default: none]")  # fmt: skip

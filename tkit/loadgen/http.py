@@ -2,13 +2,14 @@
 
 A message of an Exchange is what one arrival brought of the body, its time taken before anything is looked at. The chunk
 framing is removed at once, since only it tells where an answer ends; the rest is bytes until the load is over. Knows
-no JSON, no events and no token. TLS and proxies are not spoken.
+no JSON, no events and no token. Proxies are not spoken.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ from tkit.errors import InputError
 from tkit.loadgen.exchange import Exchange
 from tkit.units import NS_PER_S
 
-ADDRESS = re.compile(r"(?:http://)?(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:/\[\]@]+):(?P<port>\d{1,5})(?P<path>(/[^\s?#@]*)?)")
+HOST_AND_PATH = r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:/\[\]@]+)(:(?P<port>\d{1,5}))?(?P<path>(/[^\s?#@]*)?)"
+ADDRESS = re.compile(rf"((?P<scheme>https?)://)?{HOST_AND_PATH}")
+PORTS = {"http": 80, "https": 443}
 # Servers close connections that nothing came over for 2 s or more (5 s is usual). One that is closed just when a
 # request is sent would look like a failure of the server, so older ones are not used again.
 MAX_IDLE_S = 1.0
@@ -32,9 +35,10 @@ class HttpAddress:
     host: str
     port: int
     path: str  # "" or "/v1", without a slash at the end
+    is_tls: bool
 
     def __str__(self) -> str:
-        return f"{self.authority}{self.path}"
+        return f"{'https://' * self.is_tls}{self.authority}{self.path}"
 
     @property
     def authority(self) -> str:
@@ -42,16 +46,13 @@ class HttpAddress:
 
 
 def http_address(url: str) -> HttpAddress:
-    """`host:port`, `http://host:port` or `http://host:port/v1`; InputError otherwise."""
-    if url.lower().startswith("https://"):
-        raise InputError(
-            f"--url is {url!r}: https is not spoken yet",
-            hint="give the server's own address, behind whatever ends the TLS: --url http://HOST:PORT",
-        )
+    """`host:port`, `http://host:port`, `https://host/v1`; InputError otherwise."""
     found = ADDRESS.fullmatch(url)
-    if found is None or not 0 < int(found["port"]) < 65536:
+    port = 0 if found is None else int(found["port"] or PORTS.get(found["scheme"], 0))
+    if found is None or not 0 < port < 65536:
         raise InputError(f"--url is {url!r}, expected host:port or http://host:port")
-    return HttpAddress(host=found["host"].strip("[]"), port=int(found["port"]), path=found["path"].rstrip("/"))
+    host, path = found["host"].strip("[]"), found["path"].rstrip("/")
+    return HttpAddress(host=host, port=port, path=path, is_tls=found["scheme"] == "https")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,6 +83,8 @@ class HttpConnections:
         self.address = address
         self._headers = {"Host": address.authority, "User-Agent": "tkit", **headers}
         self._idle: list[_Connection] = []
+        # Which authorities are trusted is the machine's to say: SSL_CERT_FILE or SSL_CERT_DIR name others.
+        self._tls = ssl.create_default_context() if address.is_tls else None
 
     def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
         """The bytes of one request. `content_type="..."` becomes `Content-Type: ...`."""
@@ -133,7 +136,9 @@ class HttpConnections:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                _, connection = await loop.create_connection(_Connection, self.address.host, self.address.port)
+                _, connection = await loop.create_connection(
+                    _Connection, self.address.host, self.address.port, ssl=self._tls
+                )
             return connection
         except TimeoutError:
             exchange.fail("timeout", f"no connection within {CONNECT_TIMEOUT_S:.3g} s")

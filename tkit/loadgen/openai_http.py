@@ -1,4 +1,4 @@
-"""OpenAI's /v1/completions, streamed, as vLLM, SGLang, trtllm-serve, NIM and Triton's own frontend answer it.
+"""OpenAI's completions and chat, streamed, as vLLM, SGLang, trtllm-serve, NIM and Triton's own frontend answer it.
 
 `ignore_eos` and `min_tokens` are no part of OpenAI's API but of all of these. The usage at the end of the stream counts the
 tokens, not their times: an answer of as many texts as tokens had one token in each; see `tokens_of_total` for others.
@@ -18,6 +18,7 @@ DEFAULT_BASE = "/v1"
 class OpenAIClient(SseClient):
     text_key = b'"text":'
     ends_with_done = True
+    path = "completions"
 
     @property
     def _base(self) -> str:
@@ -65,7 +66,7 @@ class OpenAIClient(SseClient):
     def request(self, name: str, prompt: str, osl: int, seed: int) -> bytes:
         body = {
             "model": self.model,
-            "prompt": prompt,
+            **self._prompt(prompt),
             "max_tokens": osl,
             "min_tokens": osl,
             "ignore_eos": True,
@@ -75,12 +76,14 @@ class OpenAIClient(SseClient):
             "stream_options": {"include_usage": True},
         }
         return self._http.request(
-            "POST", f"{self._base}/completions", json.dumps(body).encode(), content_type="application/json",
+            "POST", f"{self._base}/{self.path}", json.dumps(body).encode(), content_type="application/json",
             accept="text/event-stream", x_request_id=name,
         )  # fmt: skip
 
+    def _prompt(self, prompt: str) -> dict[str, Any]:
+        return {"prompt": prompt}
+
     def _chunk(self, event: Any) -> Chunk:
-        """Chat servers call it `delta.content`, and open with a delta that only names a role."""
         usage, texts = event.get("usage") or {}, [_text(choice) for choice in event["choices"]]
         count = count_of(usage.get("completion_tokens"))
         return Chunk(
@@ -91,8 +94,18 @@ class OpenAIClient(SseClient):
         )
 
 
+class OpenAIChatClient(OpenAIClient):
+    text_key = b'"content":'
+    path = "chat/completions"
+
+    def _prompt(self, prompt: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": prompt}]}
+
+
 def _text(choice: Any) -> str:
-    text = choice["text"] if "text" in choice else choice["delta"].get("content")
+    """Chat servers open with a delta that only names a role, and what a model thinks before it answers is generated too."""
+    delta = choice if "text" in choice else choice["delta"]
+    text = next(filter(None, map(delta.get, ("text", "content", "reasoning_content", "reasoning"))), None)
     if not isinstance(text, str | None):
         raise ValueError("text is no text")
     return text or ""

@@ -45,6 +45,7 @@ class ProtocolRow:
     is_http: bool
     lists_models: bool = False  # so that a server of one model need not be told which
     has_api_key: bool = False
+    wraps_prompts: bool = False  # the server adds a chat template's tokens to every prompt
 
 
 PROTOCOLS = {
@@ -52,6 +53,8 @@ PROTOCOLS = {
     "triton-http": ProtocolRow(client="tkit.loadgen.triton_http:TritonHttpClient", port="http_port", is_http=True),
     "openai":      ProtocolRow(client="tkit.loadgen.openai_http:OpenAIClient",     port="openai_port", is_http=True,
                                lists_models=True, has_api_key=True),
+    "openai-chat": ProtocolRow(client="tkit.loadgen.openai_http:OpenAIChatClient", port="openai_port", is_http=True,
+                               lists_models=True, has_api_key=True, wraps_prompts=True),
 }  # fmt: skip
 
 

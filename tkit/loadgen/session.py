@@ -21,7 +21,7 @@ from tkit.loadgen.open_loop import OpenLoop, run_open_loop
 from tkit.loadgen.point import Place, summarise
 from tkit.loadgen.profiles import Profile, Shape
 from tkit.loadgen.prompts import PromptMaker
-from tkit.loadgen.protocols import make_client
+from tkit.loadgen.protocols import find_protocol, make_client
 from tkit.loadgen.run_directory import utc_now
 from tkit.specs.record import PointSummary
 from tkit.units import NS_PER_S
@@ -67,6 +67,8 @@ class Session:
         self._idle_timeout_s = idle_timeout_s
         self._num_gpus = num_gpus
         self._runner = asyncio.Runner(loop_factory=_loop_factory())
+        self._wraps_prompts = find_protocol(protocol).wraps_prompts
+        self._template_tokens = 0  # that the server adds to every prompt
         self._e2e_s: dict[tuple[Shape, int], float] = {}  # mean, by concurrency; 0 is the probe
 
     def __enter__(self) -> Session:
@@ -113,6 +115,8 @@ class Session:
                     hint="see the server's log; nothing has been measured",
                 )
             self._e2e_s[shape, 0] = (e2e_ms(record) or 0.0) / 1000
+            if self._wraps_prompts:
+                self._template_tokens += max(record.isl - shape.isl, 0)
 
     def measure(self, place: Place, on_progress: Callable[[int, int], None]) -> Measurement:
         """Drives one point. Whatever the server does, it ends, and the failures are in the records."""
@@ -208,7 +212,7 @@ class Session:
         return load.num_warmup + measured + 2 * load.concurrency
 
     def _exchange(self, index: int, shape: Shape, name: tuple[object, ...]) -> Exchange:
-        prompt = self._prompts.prompt(shape.isl, *name, index)
+        prompt = self._prompts.prompt(shape.isl - self._template_tokens, *name, index)
         request_id = "-".join(map(str, (shape.slug, *name, index)))
         request = self._client.request(request_id, prompt, shape.osl, self._seed)
         return Exchange(index=index, request=request, isl=shape.isl, osl=shape.osl)
