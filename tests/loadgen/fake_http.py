@@ -1,7 +1,8 @@
 """A small HTTP server that streams as OpenAI's servers and as Triton do, one model per way of behaving.
 
 `python fake_http.py LOG TOKENIZER_FILE` prints its port and serves until its standard input closes. Answers are paced,
-30 ms to the first token and 3 ms between. LOG gets one JSON line per answer: id, arrived_ns, sent_ns (per token), connection, body, key.
+30 ms to the first token and 3 ms between. LOG gets one JSON line per answer: id, arrived_ns, sent_ns (per token),
+connection, body, key.
 """
 
 from __future__ import annotations
