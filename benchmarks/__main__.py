@@ -1,4 +1,6 @@
-"""Runs every benchmark with its defaults: `python -m benchmarks`, or some of them: `python -m benchmarks cli convert`."""
+"""Runs every benchmark with its defaults: `python -m benchmarks`, or some of them: `python -m benchmarks cli convert`.
+
+Those beside another tool, which needs an environment of its own, run when they are named."""
 
 from __future__ import annotations
 
@@ -6,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+BESIDE_ANOTHER_TOOL = {"plan"}
+
 
 def main() -> None:
     known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
-    chosen = sys.argv[1:] or known
+    chosen = sys.argv[1:] or [name for name in known if name not in BESIDE_ANOTHER_TOOL]
     unknown = [name for name in chosen if name not in known]
     if unknown:
         sys.exit(f"no benchmark {', '.join(unknown)}; known: {', '.join(known)}")
