@@ -103,7 +103,13 @@ def test_with_nothing_else_the_served_engine_is_measured(tkit: Tkit, served: Pat
     assert [tuple(row[name] for name in ("label", "backend", "precision", "tp", "conc", "repeat")) for row in rows] == [
         ("toy", "reference", "int8", "2", concurrency, repeat) for repeat in "12" for concurrency in "12"
     ]
-    for text in ("measuring toy at 127.0.0.1:", "16/8 C=2 #1: ", "tok/s, TTFT p50 ", " 0 errors in 4, ", "TPOT p50  "):
+    for text in (
+        "measuring toy at 127.0.0.1:",
+        "16/8 C = 2 #1: ",
+        "tok/s, TTFT p50 ",
+        " 0 errors in 4, ",
+        "TPOT p50  ",
+    ):
         assert text in result.stderr
 
 
@@ -239,6 +245,8 @@ def test_a_shape_that_the_engine_cannot_hold(tkit: Tkit, served: Path) -> None:
         (["--rate", "2", "--max-outstanding", "0"], 2, "max_outstanding is 0, expected at least 1"),
         (["--requests", "0"], 2, "requests is 0, expected at least 1"),
         (["--timeout", "0"], 2, "--timeout is 0.0, expected more than 0 seconds"),
+        (["--reconnect", "-1"], 2, "--reconnect is -1.0, expected 0 or more seconds"),
+        (["--find-max", "batch"], 2, 'no tier "batch" with limits, expected one of interactive, conversational'),
         (["--gpus", "0"], 2, "--gpus is 0, expected at least 1"),
         (["--url", "http://h/x"], 2, "--url is 'http://h/x', expected host:port"),
         (["--name", "../x"], 2, "--name is '../x', expected a directory name without a path"),
@@ -274,7 +282,9 @@ def test_a_server_that_answers_only_errors(tkit: Tkit, fake_url: str, tokenizer_
         "sweep", "--url", fake_url, "--tokenizer", tokenizer_dir, "--model", "overloaded", *SMALL, "--name", "r"
     )
     assert result.exit_code == 1
-    line = "every request of 16/8 C=1 failed; the first: the server answered with an error: Exceeds maximum queue size"
+    line = (
+        "every request of 16/8 C = 1 failed; the first: the server answered with an error: Exceeds maximum queue size"
+    )
     assert f"error: {fake_url}: {line}" in result.stderr
     assert (tmp_path / "reports/r/points/16x8-c1-r1/point.json").is_file()
     assert not (tmp_path / "reports/r/points/16x8-c2-r1").exists(), "no further point was tried"
@@ -286,9 +296,10 @@ def test_a_server_that_dies(tkit: Tkit, tokenizer_dir: Path, tmp_path: Path) -> 
     began = time.monotonic()
     with servers.fake_server() as url:
         arguments = ("--model", "dying", "--shape", "16/8", "--concurrency", "1,2,4", "--requests", "4", "--name", "r")
+        arguments += ("--reconnect", "0.5")
         result = tkit("sweep", "--url", url, "--tokenizer", tokenizer_dir, *arguments)
     assert result.exit_code == 1
-    assert f"error: {url}: the server stopped answering during 16/8 C=" in result.stderr
+    assert f"error: {url}: the server stopped answering during 16/8 C = " in result.stderr
     assert "the connection broke before the answer was complete" in result.stderr
     assert time.monotonic() - began < 20
     rows = read_json(tmp_path / "reports/r/summary.json")

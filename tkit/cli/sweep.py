@@ -10,6 +10,7 @@ import click
 from tkit.cli.output import Output, output_options
 
 if TYPE_CHECKING:
+    from tkit.specs.record import FoundMax, SloStep
     from tkit.stages.sweep import SweepRecord
 
 
@@ -62,6 +63,11 @@ class _Rates(_Words):
               help="In open loop: poisson, constant, gamma:CV (bursts), ramp.  [default: poisson]")  # fmt: skip
 @click.option("--max-outstanding", type=int, metavar="N",
               help="Requests in flight at most in open loop; a point that reaches it is invalid.  [default: 512]")  # fmt: skip
+@click.option("--find-max", metavar="TIER",
+              help="Instead of the grid: the largest load whose requests meet interactive or conversational. Doubles and "
+              "bisects --concurrency C or, in open loop, --rate R.")  # fmt: skip
+@click.option("--attainment", "slo_share", type=float, metavar="SHARE",
+              help="Share of the requests that must meet it.  [default: 0.99]")  # fmt: skip
 @click.option("--requests", type=int, metavar="N", help="Requests measured per point.  [default: profile]")
 @click.option("--duration", "duration_s", type=float, metavar="S",
               help="Seconds measured per point; with --requests: at most.  [default: profile]")  # fmt: skip
@@ -73,10 +79,13 @@ class _Rates(_Words):
 @click.option("--gpus", "num_gpus", type=int, metavar="N", help="GPUs for tok/s/GPU.  [default: the engine's]")
 @click.option("--timeout", "timeout_s", type=float, metavar="S",
               help="Seconds without a message before a request counts as failed.  [default: 60]")  # fmt: skip
+@click.option("--reconnect", "reconnect_s", type=float, metavar="S",
+              help="Seconds to wait for a server that stopped answering, before the sweep ends.  [default: 60]")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on with the newest run that was cut off, or with --name.")
 @click.option("--out", type=click.Path(path_type=Path), default="reports", show_default=True, help="Reports directory.")
 @click.option("--name", help="Name of the run's directory.  [default: engine, profile and time]")
 @output_options
-def command(output: Output, out: Path, name: str | None, **given: object) -> None:
+def command(output: Output, out: Path, name: str | None, resume: bool, **given: object) -> None:
     """Measure latency and throughput of a running server.
 
     PROFILE is quick (default; about half a minute) or standard. The last line of stdout is the run's directory.
@@ -91,7 +100,7 @@ def command(output: Output, out: Path, name: str | None, **given: object) -> Non
     recipe_fields = {field.name for field in dataclasses.fields(SweepRecipe)}
     recipe = SweepRecipe(**{key: value for key, value in values.items() if key in recipe_fields})  # type: ignore[arg-type]
     target = Target(**{key: value for key, value in values.items() if key not in recipe_fields})  # type: ignore[arg-type]
-    record = run_sweep(recipe, target, out=out, name=name, progress=output)
+    record = run_sweep(recipe, target, out=out, name=name, resume=resume, progress=output)
     output.record(record, _table(record), last_line=record.directory)
 
 
@@ -110,7 +119,26 @@ def _table(record: SweepRecord) -> str:
         for point in record.points
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    return "\n".join([*lines, *map(_found, record.found)])
+
+
+def _found(found: FoundMax) -> str:
+    """`128/64 interactive: C = 12 (99.4 % of 640 requests, 95 % CI 98.4 to 99.8); C = 13 fails with 97.1 %`"""
+
+    def share(step: SloStep) -> str:
+        told = f"{step.attainment:.1%} of {step.requests} requests, 95 % CI {step.low:.1%} to {step.high:.1%}"
+        return told if step.is_certain else f"{told}, so not certain"
+
+    failing = found.first_failing
+    if failing is None:
+        end = "the end of the search"
+    elif failing.reason is not None:
+        end = f"{failing.load} was not valid: {failing.reason}"
+    else:
+        end = f"{failing.load} fails: {share(failing)}"
+    best = f"{found.best.load} ({share(found.best)})" if found.best is not None else "no load"
+    return f"{found.shape}, largest load with {found.target:.0%} {found.tier}: {best}; {end}"
 
 
 def _milliseconds(value: float | None) -> str:

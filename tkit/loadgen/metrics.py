@@ -25,6 +25,11 @@ T_99 = {1: 63.66, 2: 9.925, 3: 5.841, 4: 4.604, 5: 4.032, 6: 3.707, 8: 3.355, 10
         30: 2.750, 60: 2.660, 120: 2.617}  # fmt: skip
 
 
+# The same at 95 %.
+T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228, 15: 2.131, 20: 2.086,
+        30: 2.042, 60: 2.000, 120: 1.980}  # fmt: skip
+
+
 @functools.cache
 def min_samples(percentile: int) -> int:
     """The fewest samples that can support a tail percentile: 64 for p90, 130 for p95, 662 for p99.
@@ -228,6 +233,27 @@ def token_rates_by_slice(records: Sequence[RequestRecord], trace: LoadTrace, num
         )
         totals += counts
     return [float(total / slice_s) for total in totals]
+
+
+def mean_half_width(samples: Sequence[float]) -> float | None:
+    """Half of the 95 % t-interval of the mean over the mean; None with fewer than four samples."""
+    if len(samples) < 4 or np.mean(samples) <= 0:
+        return None
+    values = np.asarray(samples)
+    t = T_95[max(row for row in T_95 if row < len(values))]
+    return float(t * values.std(ddof=1) / math.sqrt(len(values)) / values.mean())
+
+
+def median_half_width(values: Sequence[float] | Floats) -> float | None:
+    """Half of the 95 % interval of the median over the median, from the order statistics n / 2 -+ 0.98 sqrt(n), which
+    holds for any distribution; None with fewer than sixteen values."""
+    n = len(values)
+    if n < 16:
+        return None
+    ordered = np.sort(np.asarray(values))
+    reach = Z_95 * math.sqrt(n) / 2
+    low, high = math.floor(n / 2 - reach), math.ceil(n / 2 + reach)
+    return float((ordered[high - 1] - ordered[max(low - 1, 0)]) / 2 / np.median(ordered))
 
 
 def wave_medians(values: Sequence[float], wave: int) -> list[float]:

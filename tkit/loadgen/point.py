@@ -21,6 +21,8 @@ from tkit.loadgen.metrics import (
     error_counts,
     finest_percentile,
     goodput,
+    mean_half_width,
+    median_half_width,
     present,
     rates,
     token_rates_by_slice,
@@ -31,7 +33,7 @@ from tkit.loadgen.metrics import (
     wave_medians,
 )
 from tkit.loadgen.profiles import HealthLimits, Shape
-from tkit.specs.record import PointSummary
+from tkit.specs.record import Load, PointSummary
 from tkit.units import NS_PER_MS, NS_PER_S
 
 
@@ -45,14 +47,12 @@ class Place:
     repeat: int  # from 1
 
     @property
-    def load(self) -> str:
-        """`C=4` or `2.5 req/s`."""
-        return f"C={self.concurrency}" if self.rate is None else f"{self.rate:g} req/s"
+    def load(self) -> Load:
+        return Load(concurrency=self.concurrency, rate=self.rate)
 
     @property
     def slug(self) -> str:
-        load = f"c{self.concurrency}" if self.rate is None else f"rate{self.rate:g}"
-        return f"{self.shape.slug}-{load}-r{self.repeat}"
+        return f"{self.shape.slug}-{self.load.slug}-r{self.repeat}"
 
 
 def summarise(
@@ -103,12 +103,25 @@ def summarise(
         e2e=distribution(present(map(e2e_ms, ok))),
         ttft_sched=distribution(present(map(ttft_sched_ms, ok))) if trace.is_open else None,
         e2e_sched=distribution(present(map(e2e_sched_ms, ok))) if trace.is_open else None,
+        half_width=_half_widths(place, records, ok, trace),
         client={name: float(value) for name, value in client.items()},
         is_valid=not reasons,
         invalid_reasons=tuple(reasons),
         started=started,
         duration_s=(trace.end_ns - trace.start_ns) / NS_PER_S,
     )
+
+
+def _half_widths(
+    place: Place, records: Sequence[RequestRecord], ok: Sequence[RequestRecord], trace: LoadTrace
+) -> dict[str, float]:
+    """Rates by slices of the window that are as long as a wave of C requests: shorter ones are no independent samples."""
+    slices = len(ok) // (place.concurrency or max(round(delivered_concurrency(records, trace)), 1))
+    found = {
+        "output_tok_s": mean_half_width(token_rates_by_slice(records, trace, slices)) if slices else None,
+        "ttft_p50": median_half_width(present(map(ttft_ms, ok))),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _client_numbers(

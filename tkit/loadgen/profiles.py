@@ -11,6 +11,7 @@ from typing import Any
 from tkit.errors import InputError, did_you_mean
 from tkit.loadgen.arrivals import Arrivals, parse_arrivals
 from tkit.specs.recipe import SweepRecipe
+from tkit.specs.record import SLO_TIERS
 
 MAX_SHAPE_TOKENS = 10_000_000  # above any model's context: a slip of the finger, not a shape
 
@@ -71,6 +72,12 @@ class Profile:
     arrivals: Arrivals = Arrivals(process="poisson")
     max_outstanding: int = 512  # open loop: more streams than one Python process times well
     requests: int | None = None
+    # Found in the first round of repeats: see loadgen.plan.
+    doubles_above: float | None = None  # streams are doubled while output tok/s gains more than this share
+    open_shares: tuple[float, ...] = ()  # rates, as shares of the highest that the closed loops reached
+    stops_early: bool = False  # no further repeat where those so far agree
+    find_max: str | None = None  # instead of the grid: the largest load that holds this SLO tier
+    slo_share: float = 0.99  # of the requests, to hold it; as MLPerf has it, the 99th percentile within the limits
     limits: HealthLimits = HealthLimits()
 
     def num_warmup(self, concurrency: int) -> int:
@@ -105,7 +112,7 @@ PROFILES = {profile.name: profile for profile in (
     Profile(
         name="standard/1", shapes=(_CHAT, _RAG), concurrency=(1, 4, 16, 64, 256), repeats=3,
         warmup_per_stream=2, min_warmup=16, requests_per_stream=10, min_requests=10,
-        min_duration_s=60, max_duration_s=600,
+        min_duration_s=60, max_duration_s=600, doubles_above=0.05, open_shares=(0.5, 0.7, 0.85, 0.95), stops_early=True,
     ),
 )}  # fmt: skip
 
@@ -126,14 +133,20 @@ def resolve_profile(recipe: SweepRecipe) -> Profile:
     profile = find_profile(recipe.profile)
     problems: list[str] = []
     changes: dict[str, Any] = {}
-    if recipe.shapes == ():
-        problems.append("shapes is empty, expected at least one")
+    for name in ("shapes", "concurrency", "rates"):
+        if getattr(recipe, name) == ():
+            problems.append(f"{name} is empty, expected at least one")
     if recipe.shapes is not None:
         changes["shapes"] = tuple(shape for text in recipe.shapes if (shape := _shape(text, problems)))
     if recipe.rates is not None:  # one way of loading unless both are asked for
         changes |= {"rates": recipe.rates, "concurrency": ()}
     if recipe.concurrency is not None:
         changes["concurrency"] = recipe.concurrency
+    if recipe.rates is not None or recipe.concurrency is not None:  # these loads and no others
+        changes |= {"doubles_above": None, "open_shares": ()}
+    if recipe.repeats is not None:
+        changes["stops_early"] = False
+    changes |= _search(recipe, problems)
     if recipe.arrivals is not None:
         changes["arrivals"] = parse_arrivals(recipe.arrivals)
         if changes["arrivals"].process == "trace":
@@ -151,6 +164,32 @@ def resolve_profile(recipe: SweepRecipe) -> Profile:
     if problems:
         raise InputError("impossible sweep", problems=problems)
     return dataclasses.replace(profile, **changes)
+
+
+def _search(recipe: SweepRecipe, problems: list[str]) -> dict[str, Any]:
+    """The largest load is sought from 1 on, streams or, with `rates` or `arrivals`, requests/s; or from the one given."""
+    tier = recipe.find_max
+    if tier is None:
+        if recipe.slo_share is not None:
+            problems.append("attainment is given, but no tier to find the largest load for")
+        return {}
+    known = [name for name, limits in SLO_TIERS.items() if limits]
+    if tier not in known:
+        problems.append(f'no tier "{tier}" with limits{did_you_mean(tier, known)}, expected one of {", ".join(known)}')
+    is_open = recipe.rates is not None or recipe.arrivals is not None
+    starts = recipe.rates if is_open else recipe.concurrency
+    if len(starts or (1,)) != 1 or (recipe.rates is not None and recipe.concurrency is not None):
+        problems.append("the search for the largest load starts from one: give one rate, or one concurrency")
+    share = recipe.slo_share if recipe.slo_share is not None else Profile.slo_share
+    if not 0 < share < 1:
+        problems.append(f"attainment is {share:g}, expected more than 0 and less than 1")
+    start = (starts or (1,))[:1]
+    return {
+        "find_max": tier,
+        "slo_share": share,
+        "rates": tuple(map(float, start)) if is_open else (),
+        "concurrency": () if is_open else start,
+    }
 
 
 def _shape(text: str, problems: list[str]) -> Shape | None:
@@ -173,9 +212,6 @@ def _problems(changes: dict[str, Any]) -> list[str]:
         problems.append(f"concurrency is {', '.join(map(str, changes['concurrency']))}, expected at least 1 each")
     if not all(0 < rate < float("inf") for rate in changes.get("rates", ())):
         problems.append(f"rate is {', '.join(map(str, changes['rates']))}, expected more than 0 each")
-    for name in ("concurrency", "rates"):
-        if changes.get(name) == () and not changes.get("rates"):
-            problems.append(f"{name} is empty, expected at least one")
     for name in ("requests", "repeats", "max_outstanding"):
         if name in changes and changes[name] < 1:
             problems.append(f"{name} is {changes[name]}, expected at least 1")

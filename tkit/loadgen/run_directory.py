@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
 import itertools
 import json
@@ -14,17 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from tkit.errors import InputError
-from tkit.files import sync_directory, write_atomic, write_json
+from tkit.files import from_mapping, read_json, sync_directory, write_atomic, write_json
 from tkit.loadgen.exchange import RequestRecord
 from tkit.loadgen.metrics import chunk_gaps
 from tkit.loadgen.point import Place
-from tkit.specs.record import CHUNK_COLUMNS, REQUEST_COLUMNS, Manifest, PointSummary
+from tkit.specs.record import (
+    CHUNK_COLUMNS,
+    FIND_MAX_FILE,
+    REQUEST_COLUMNS,
+    FindMaxRecord,
+    FoundMax,
+    Manifest,
+    PointSummary,
+)
 
 PERCENTILES = ("p50", "p90", "p95", "p99")
 RATES = (
     "window_s", "output_tok_s", "output_tok_s_whole", "input_tok_s", "requests_s", "offered_requests_s", "tok_s_user",
     "tok_s_gpu",
 )  # fmt: skip
+MANIFEST_FILE, POINT_FILE, JOURNAL_FILE = "manifest.json", "point.json", "state.jsonl"
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -46,7 +57,9 @@ class RunDirectory:
             try:
                 path.mkdir(parents=True)
                 (path / "points").mkdir()
-                return cls(path)
+                run = cls(path)
+                run._lock()
+                return run
             except FileExistsError as error:
                 if is_fixed or not path.is_dir():
                     raise InputError(f"{path} exists", hint="give another --name, or remove it") from error
@@ -55,16 +68,84 @@ class RunDirectory:
             name = f"{name.removesuffix(f'-{number - 1}')}-{number}"
         raise AssertionError("unreachable")
 
+    @classmethod
+    def unfinished(cls, out: Path, name: str | None) -> RunDirectory:
+        """The run of that name, or the newest in `out`, that was cut off or has a hole. What a killed process left half
+        written in it is removed."""
+        if name is not None:
+            run = cls(out / name)
+            if not (run.path / MANIFEST_FILE).is_file():
+                raise InputError(f"{run.path}: no run to resume")
+        else:
+            found = [cls(path.parent) for path in out.glob(f"*/{MANIFEST_FILE}")]
+            cut_off = [run for run in found if run._is_unfinished()]
+            if not cut_off:
+                raise InputError(f"{out}: no run in it was cut off", hint="name the one that is meant: --name RUN")
+            run = max(cut_off, key=lambda run: (run.path / MANIFEST_FILE).stat().st_mtime_ns)
+        run._lock()
+        for left in (run.path / "points").glob(".*.tmp"):
+            shutil.rmtree(left)
+        return run
+
+    def _lock(self) -> None:
+        """Held until it is closed or this process ends: two that measure into one directory would mix their points."""
+        self._journal_file = os.open(self.path / JOURNAL_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._journal_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{self.path} is being measured by another process") from error
+
+    def close(self) -> None:
+        """Lets another process resume it."""
+        os.close(self._journal_file)
+
+    def _events(self) -> list[dict[str, Any]]:
+        """The journal's whole lines; the last may have been cut off."""
+        events = []
+        try:
+            lines = (self.path / JOURNAL_FILE).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                events.append(json.loads(line))
+        return events
+
+    def _is_unfinished(self) -> bool:
+        events = self._events()
+        return not events or events[-1]["event"] != "finished" or bool(self._holes())
+
+    def _holes(self) -> set[str]:
+        last = {event["point"]: event["event"] for event in self._events() if "point" in event}
+        return {slug for slug, event in last.items() if event == "hole"}
+
+    def read_manifest(self) -> Manifest:
+        path = self.path / MANIFEST_FILE
+        return from_mapping(Manifest, read_json(path), str(path))
+
+    def kept_points(self) -> dict[str, PointSummary]:
+        """By directory name. Holes are measured again, invalid points are not: to measure until a point turns out valid
+        would be to choose among the results."""
+        found = {}
+        for path in sorted((self.path / "points").glob(f"*/{POINT_FILE}")):
+            if not path.parent.name.startswith(".") and path.parent.name not in self._holes():
+                found[path.parent.name] = from_mapping(PointSummary, read_json(path), str(path))
+        return found
+
+    def write_found(self, found: tuple[FoundMax, ...]) -> None:
+        write_json(self.path / FIND_MAX_FILE, FindMaxRecord(found=found))
+
     def write_manifest(self, manifest: Manifest) -> None:
-        write_json(self.path / "manifest.json", manifest)
+        write_json(self.path / MANIFEST_FILE, manifest)
 
     def journal(self, event: str, **facts: Any) -> None:
         """Appends one line to state.jsonl."""
         line = json.dumps({"time": utc_now(), "event": event, **facts}, ensure_ascii=False)
-        with open(self.path / "state.jsonl", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        size = os.fstat(self._journal_file).st_size
+        if size and os.pread(self._journal_file, 1, size - 1) != b"\n":
+            line = f"\n{line}"  # the last one was cut off
+        os.write(self._journal_file, f"{line}\n".encode())
+        os.fsync(self._journal_file)
 
     def write_point(self, place: Place, summary: PointSummary, records: Sequence[RequestRecord]) -> None:
         points = self.path / "points"
@@ -74,7 +155,9 @@ class RunDirectory:
             _write_parquet(temporary / "requests.parquet", _request_columns(records), REQUEST_COLUMNS)
             measured = [record for record in records if record.phase == "measured" and record.is_ok]
             _write_parquet(temporary / "chunks.parquet", chunk_gaps(measured), CHUNK_COLUMNS)
-            write_json(temporary / "point.json", summary)
+            write_json(temporary / POINT_FILE, summary)
+            if self.has_point(place):  # a hole
+                shutil.rmtree(points / place.slug)
             temporary.rename(points / place.slug)
             sync_directory(points)
         except BaseException:

@@ -6,7 +6,8 @@ import asyncio
 import itertools
 import math
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -27,6 +28,7 @@ from tkit.specs.record import PointSummary
 from tkit.units import NS_PER_S
 
 OPEN_TIMEOUT_S = 5.0
+RETRY_S = 0.5
 # A point bounded by time gets as many requests as the expected duration of one promises, and some to spare. Beyond this
 # many their prompts would take longer to make than most points last; the point ends when they are used up.
 MAX_REQUESTS = 20_000
@@ -59,7 +61,8 @@ class Session:
         num_gpus: int | None = None,
         api_key: str | None = None,
     ):
-        self._client = make_client(protocol, url, model, prompts.token_ends, api_key)
+        self._make_client = lambda: make_client(protocol, url, model, prompts.token_ends, api_key)
+        self._client = self._make_client()
         self._url = url
         self._prompts = prompts
         self._profile = profile
@@ -102,6 +105,22 @@ class Session:
 
     def is_ready(self) -> bool:
         return self._runner.run(self._client.is_ready(min(OPEN_TIMEOUT_S, self._idle_timeout_s)))
+
+    def reconnect(self, shapes: Sequence[Shape], timeout_s: float) -> str | None:
+        """Tries until the server answers a lone request of each shape; afterwards why it does not, None when it does."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                self._runner.run(self._client.close())
+                self._client = self._make_client()
+                self._runner.run(self._client.open(min(OPEN_TIMEOUT_S, self._idle_timeout_s)))
+                for shape in shapes:
+                    self.probe(shape)
+                return None
+            except ServerError as error:
+                if time.monotonic() >= deadline:
+                    return error.message
+            time.sleep(RETRY_S)
 
     def probe(self, shape: Shape) -> None:
         """Lone requests, before anything is measured or written. Raises ServerError when one fails."""
@@ -160,7 +179,7 @@ class Session:
         num_requests = profile.num_requests(1)
         duration_s = 0.0 if profile.requests else profile.min_duration_s or profile.max_duration_s or 0.0
         most_s = profile.max_duration_s or math.inf
-        name = (shape.osl, place.load.replace(" ", ""), place.repeat)
+        name = (shape.osl, place.load.slug, place.repeat)
         times = arrival_times(
             profile.arrivals, rate, f"{self._seed}/arrivals/{place.slug}", ramp_s=duration_s or 2 * num_requests / rate
         )

@@ -136,8 +136,10 @@ def _facts(run: Run, run_id: str, device: str) -> RunFacts:
             MissingPoint(shape=shape, load=load, repeat=repeat)
             for shape, load, repeat in grid
             if (shape, load, repeat) not in there
+            and f"{shape.replace('/', 'x')}-{load.slug}-r{repeat}" not in run.settled
         ),
         ended_early=run.ended_early,
+        found=run.found,
         num_devices=_num_devices(run, device),
         engine=run.engine,
         validation=manifest.validation,

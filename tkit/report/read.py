@@ -29,11 +29,16 @@ from tkit.specs.engine import CARD_SCHEMA, EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.record import (
     CHUNK_COLUMNS,
+    FIND_MAX_FILE,
+    FIND_MAX_SCHEMA,
     POINT_SCHEMA,
     REQUEST_COLUMNS,
     SWEEP_SCHEMA,
     TOKEN_SOURCES,
     VALIDATION_SCHEMA,
+    FindMaxRecord,
+    FoundMax,
+    Load,
     Manifest,
     PointSummary,
 )
@@ -107,6 +112,8 @@ class Run:
     points: tuple[Point, ...]
     left_out: tuple[LeftOut, ...]  # points
     ended_early: str | None  # why the sweep measured less than it set out to
+    settled: frozenset[str] = frozenset()  # names of points that the sweep left out, as the repeats before them agreed
+    found: tuple[FoundMax, ...] = ()  # the largest loads that hold a tier
 
 
 def read_runs(
@@ -178,7 +185,7 @@ def read_run(directory: Path) -> Run:
     if not points:
         reason = left_out[0].reason if left_out else _ended_early(directory) or "the sweep stored none"
         raise InputError(f"no readable point of {len(left_out)}: {reason}" if left_out else f"no point: {reason}")
-    points.sort(key=lambda point: (manifest.shapes.index(point.summary.shape), *_place(point.summary)[1:]))
+    points.sort(key=lambda point: _position(point.summary, manifest))
     return Run(
         directory=directory,
         name=manifest.label,
@@ -188,26 +195,40 @@ def read_run(directory: Path) -> Run:
         points=tuple(points),
         left_out=tuple(left_out),
         ended_early=_ended_early(directory),
+        settled=frozenset(str(event.get("point")) for event in _journal(directory) if event["event"] == "settled"),
+        found=_found(directory),
     )
+
+
+def _journal(directory: Path) -> list[Mapping[str, Any]]:
+    """Its whole lines; one may have been cut off in the middle of an append."""
+    events = []
+    try:
+        lines = (directory / JOURNAL_FILE).read_bytes().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, Mapping) and "event" in event:
+            events.append(event)
+    return events
 
 
 def _ended_early(directory: Path) -> str | None:
     """The reason the journal's last whole line gives; None when the sweep finished or keeps no journal."""
-    try:
-        lines = (directory / JOURNAL_FILE).read_bytes().splitlines()
-    except OSError:
+    events = _journal(directory)
+    if not events or events[-1]["event"] == "finished":
         return None
-    for line in reversed(lines):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # cut off in the middle of an append
-        if not isinstance(event, Mapping) or "event" not in event:
-            continue
-        if event["event"] == "finished":
-            return None
-        return str(_clean(event.get("reason", ""))) or "it was killed, or is still running"
-    return None
+    return str(_clean(events[-1].get("reason", ""))) or "it was killed, or is still running"
+
+
+def _found(directory: Path) -> tuple[FoundMax, ...]:
+    if not (directory / FIND_MAX_FILE).is_file():
+        return ()
+    return _read_record(FindMaxRecord, directory / FIND_MAX_FILE, FIND_MAX_SCHEMA)[0].found
 
 
 def read_manifest(directory: Path) -> tuple[Manifest, str]:
@@ -261,8 +282,13 @@ def _point_directories(directory: Path) -> list[Path]:
     return sorted(path for path in points.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _place(summary: PointSummary) -> tuple[str, float, int]:
-    return summary.shape, summary.load.order, summary.repeat
+def _place(summary: PointSummary) -> tuple[str, Load, int]:
+    return summary.shape, summary.load, summary.repeat
+
+
+def _position(summary: PointSummary, manifest: Manifest) -> tuple[int, bool, float, int]:
+    """Closed loops first."""
+    return manifest.shapes.index(summary.shape), summary.rate is not None, summary.load.order, summary.repeat
 
 
 def _contradictions(point: Point, manifest: Manifest) -> list[str]:
@@ -276,8 +302,7 @@ def _contradictions(point: Point, manifest: Manifest) -> list[str]:
     if summary.definitions != manifest.definitions:
         problems.append(f"{POINT_FILE} uses {summary.definitions}, {MANIFEST_FILE} {manifest.definitions}")
     named = re.search(r"-(c\d+|rate[\d.e+-]+)-r(\d+)$", point.directory.name)
-    kind = "c" if summary.rate is None else "rate"
-    if named and (named[1], int(named[2])) != (f"{kind}{summary.load.number}", summary.repeat):
+    if named and (named[1], int(named[2])) != (summary.load.slug, summary.repeat):
         problems.append(f"{POINT_FILE} says {summary.load}, repeat {summary.repeat}")
     if (summary.concurrency is None) == (summary.rate is None):
         problems.append(

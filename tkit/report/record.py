@@ -18,7 +18,7 @@ from tkit.report.read import LeftOut
 from tkit.report.statistics import Change, Estimate
 from tkit.specs.engine import EngineCard
 from tkit.specs.gate import Gate
-from tkit.specs.record import Load
+from tkit.specs.record import FoundMax, Load
 
 REPORT_SCHEMA = "tkit.report/1"
 
@@ -153,6 +153,7 @@ class RunFacts:
     num_invalid: int
     missing: tuple[MissingPoint, ...]  # grid points without a readable result
     ended_early: str | None  # the sweep's own reason for them
+    found: tuple[FoundMax, ...] = ()  # `tkit sweep --find-max`
     num_devices: int
     engine: EngineCard | None
     validation: Mapping[str, Any] | None

@@ -105,6 +105,8 @@ def numbers(comparison: Comparison, runs: Runs) -> Section:
         for group in comparison.groups
         for table in (tables.throughput_table(comparison, group), tables.latency_table(comparison, group))
     ]
+    if any(run.found for run in comparison.runs):
+        found.insert(0, tables.found_table(comparison))
     return Section(id="numbers", title="Numbers per load", lead=tuple(lead), tables=tuple(found), is_brief=True)
 
 

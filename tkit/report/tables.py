@@ -25,7 +25,7 @@ from tkit.report.record import (
     RunFacts,
 )
 from tkit.report.verdict import judgement
-from tkit.specs.record import METRICS, SLO_TIERS, Load
+from tkit.specs.record import METRICS, SLO_TIERS, Load, SloStep
 from tkit.units import format_bytes, format_seconds
 
 MAX_STALLS = 5
@@ -209,6 +209,39 @@ def _load_column(group: Group) -> Column:
 def _load_text(load: Load) -> str:
     """In columns of mixed loads, where a bare number is a concurrency."""
     return load.number if load.rate is None else str(load)
+
+
+def found_table(comparison: Comparison) -> Table:
+    """The largest load of each shape that holds an SLO tier, as the sweep searched for it."""
+    columns = (
+        Column(name="Shape", kind="text"),
+        Column(name="Run", kind="text"),
+        Column(name="Tier", kind="text", meaning="; ".join(f"{tier}: {limits(tier)}" for tier in SLO_TIERS)),
+        Column(name="largest load", meaning="at which the target's share of the requests meets the tier"),
+        Column(name="share", meaning="of the requests at that load, with its 95 % Wilson interval"),
+        Column(name="fails at"),
+        Column(name="share there"),
+    )
+    rows = [
+        (
+            Entry(text=found.shape),
+            Entry(text=run.name, run=run.id),
+            Entry(text=found.tier, note=f"target {text.share(found.target)}"),
+            *_step_entries(found.best, "none"),
+            *_step_entries(found.first_failing, "not reached"),
+        )
+        for run in comparison.runs
+        for found in run.found
+    ]
+    return Table(id="found", caption="Largest loads within a tier", columns=columns, rows=tuple(rows))
+
+
+def _step_entries(step: SloStep | None, absent: str) -> tuple[Entry, Entry]:
+    if step is None:
+        return Entry(text=absent, tone="absent"), Entry(text=text.ABSENT, tone="absent")
+    doubt = "invalid" if step.reason else "" if step.is_certain else "not certain"
+    span = f"{text.share(step.low)} to {text.share(step.high)}"
+    return Entry(text=str(step.load)), Entry(text=text.share(step.attainment), note=doubt, aside=span)
 
 
 def _per_load(

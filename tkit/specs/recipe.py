@@ -75,6 +75,8 @@ class SweepRecipe:
     rates: tuple[float, ...] | None = None  # requests/s, open loop
     arrivals: str | None = None  # as `tkit sweep --arrivals` takes them
     max_outstanding: int | None = None  # requests in flight, open loop
+    find_max: str | None = None  # an SLO tier: the largest load that holds it is sought, instead of the grid
+    slo_share: float | None = None  # of the requests, to hold it
     requests: int | None = None  # measured, per point
     duration_s: float | None = None  # measured, per point; with `requests`: at most
     repeats: int | None = None

@@ -18,6 +18,8 @@ from typing import Any
 
 SWEEP_SCHEMA = "tkit.sweep/1"
 POINT_SCHEMA = "tkit.point/1"
+FIND_MAX_SCHEMA = "tkit.find_max/1"
+FIND_MAX_FILE = "find_max.json"  # beside manifest.json, after `tkit sweep --find-max`
 VALIDATION_SCHEMA = "tkit.validation/1"
 VALIDATION_FILE = "validation.json"  # beside engine.json
 DEFINITIONS = "tkit.definitions/1"  # the version of METRICS below
@@ -88,6 +90,11 @@ class Load:
         return f"{self.order:g}"
 
     @property
+    def slug(self) -> str:
+        """The load in a file name."""
+        return f"c{self.number}" if self.rate is None else f"rate{self.number}"
+
+    @property
     def order(self) -> float:
         """By which loads of one kind are sorted."""
         return float(self.concurrency or 0) if self.rate is None else self.rate
@@ -139,6 +146,8 @@ class PointSummary:
     e2e: Distribution
     ttft_sched: Distribution | None = None
     e2e_sched: Distribution | None = None
+    # half of the 95 % interval over the value, of output_tok_s and ttft_p50; none where the requests are too few
+    half_width: Mapping[str, float] = field(default_factory=dict)
     # cpu_share, {loop,schedule}_lag_p{50,90,95,99}_ms, rss_bytes, delivered_concurrency, {tok_s,tpot}_drift;
     # open loop: num_held_back, num_unsent
     client: Mapping[str, float]
@@ -150,6 +159,40 @@ class PointSummary:
     @property
     def load(self) -> Load:
         return Load(concurrency=self.concurrency, rate=self.rate, arrivals=self.arrivals)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SloStep:
+    """The share of requests at one load, all its valid repeats together, that met a tier; 95 % Wilson interval."""
+
+    load: Load
+    requests: int
+    attainment: float
+    low: float
+    high: float
+    holds: bool  # the share is at least the target, and the load was measured validly
+    is_certain: bool  # the whole interval lies on the same side
+    reason: str | None = None  # why no repeat was valid
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundMax:
+    """The largest load of one shape that holds an SLO tier; none when even the least load tried does not."""
+
+    shape: str
+    tier: str
+    target: float  # share of the requests
+    best: SloStep | None
+    first_failing: SloStep | None  # the least load above it that does not hold; None when the search's end was reached
+    steps: tuple[SloStep, ...]  # in the order measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindMaxRecord:
+    """`find_max.json`"""
+
+    schema: str = FIND_MAX_SCHEMA
+    found: tuple[FoundMax, ...]  # one per shape
 
 
 @dataclass(frozen=True, kw_only=True)

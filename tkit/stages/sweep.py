@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import importlib.metadata
 import ipaddress
 import os
 import platform
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,18 +19,17 @@ from typing import Any
 from tkit import __version__
 from tkit.errors import InputError, ServerError
 from tkit.files import read_api_key, read_json, sha256_file
-from tkit.loadgen.exchange import ERRORS
+from tkit.loadgen.grid import Grid
 from tkit.loadgen.http import http_address
-from tkit.loadgen.point import Place
 from tkit.loadgen.profiles import Profile, resolve_profile
 from tkit.loadgen.prompts import PromptMaker
 from tkit.loadgen.protocols import DEFAULT_PROTOCOL, find_protocol
 from tkit.loadgen.run_directory import RunDirectory, utc_now
-from tkit.loadgen.session import Measurement, Session
+from tkit.loadgen.session import Session
 from tkit.specs.engine import CARD_FILE, EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.recipe import SweepRecipe
-from tkit.specs.record import VALIDATION_FILE, Manifest, PointSummary
+from tkit.specs.record import VALIDATION_FILE, FoundMax, Manifest, PointSummary
 from tkit.specs.server import MODEL_NAME
 from tkit.stages.engines import ENGINES_DIR, find_engine, read_card
 from tkit.stages.servers import running_servers
@@ -50,6 +49,7 @@ class Target:
     tokenizer: Path | None = None  # None = the engine's
     num_gpus: int | None = None  # None = those of the engine, unless the reference backend serves it
     timeout_s: float = 60.0  # without a message from the server
+    reconnect_s: float = 60.0  # that a server which stopped answering is waited for
     api_key_file: Path | None = None  # the key itself is written nowhere
 
 
@@ -58,6 +58,7 @@ class SweepRecord:
     directory: str
     manifest: Manifest
     points: tuple[PointSummary, ...]
+    found: tuple[FoundMax, ...] = ()  # by --find-max, per shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +76,12 @@ def run_sweep(
     *,
     out: Path = REPORTS_DIR,
     name: str | None = None,
+    resume: bool = False,
     engines_dir: Path = ENGINES_DIR,
     progress: Progress | None = None,
 ) -> SweepRecord:
-    """Measures and writes `out/<name>`. Points that are not valid are kept and say why.
+    """Measures and writes `out/<name>`. Points that are not valid are kept and say why. `resume`: goes on with the run
+    `out/<name>`, or the newest in `out`, that was cut off or has holes.
 
     Raises InputError before anything is sent when what was asked for cannot be; ServerError when no server answers, it
     is not the one that was meant, or it stops answering. What was measured until then stays.
@@ -108,9 +111,8 @@ def run_sweep(
         _refuse_stranger(endpoint, session.identity)
         for shape in profile.shapes:
             session.probe(shape)
-        run = RunDirectory.create(out, name or _run_name(endpoint, profile), is_fixed=name is not None)
         manifest = Manifest(
-            run=run.path.name,
+            run=name or _run_name(endpoint, profile),
             label=_label(endpoint),
             profile=profile.name,
             profile_digest=profile.digest,
@@ -121,7 +123,7 @@ def run_sweep(
             shapes=tuple(map(str, profile.shapes)),
             concurrency=profile.concurrency,
             rates=profile.rates,
-            arrivals=str(profile.arrivals) if profile.rates else None,
+            arrivals=str(profile.arrivals) if profile.rates or profile.open_shares else None,
             repeats=profile.repeats,
             requests=recipe.requests,
             duration_s=recipe.duration_s,
@@ -131,73 +133,63 @@ def run_sweep(
             command=sweep_command(recipe, target, out),
             started=utc_now(),
         )
-        run.write_manifest(manifest)
-        points = _measure_grid(session, profile, run, manifest, progress)
-    return SweepRecord(directory=str(run.path), manifest=manifest, points=tuple(points))
+        if resume:
+            run = RunDirectory.unfinished(out, name)
+        else:
+            run = RunDirectory.create(out, manifest.run, is_fixed=name is not None)
+        with contextlib.closing(run):
+            kept: Mapping[str, PointSummary] = {}
+            if resume:
+                manifest, kept = _resumed(run, manifest)
+                progress.note(f"resuming {run.path}: {len(kept)} points are there")
+            else:
+                manifest = dataclasses.replace(manifest, run=run.path.name)
+                run.write_manifest(manifest)
+            grid = Grid(
+                session,
+                profile,
+                run,
+                manifest,
+                progress,
+                check_server=lambda: _refuse_stranger(endpoint, session.identity),
+                reconnect_s=target.reconnect_s,
+            )
+            grid.measure(kept)
+    if grid.num_holes:
+        progress.note(f"{grid.num_holes} points have no result; to measure them: {manifest.command} --resume")
+    return SweepRecord(directory=str(run.path), manifest=manifest, points=tuple(grid.points.values()), found=grid.found)
 
 
-def _measure_grid(
-    session: Session, profile: Profile, run: RunDirectory, manifest: Manifest, progress: Progress
-) -> list[PointSummary]:
-    """Every point, written as soon as it is measured; the summary at the end, also when that comes early."""
-    measured: dict[Place, PointSummary] = {}
-    run.journal("started", tkit=__version__)
-    try:
-        for place in _grid(profile):
-            what = f"{place.shape} {place.load}" + (f" #{place.repeat}" if profile.repeats > 1 else "")
-            progress.step(what, 0, profile.num_requests(place.concurrency or 1))
-            measurement = session.measure(place, functools.partial(progress.step, what))
-            measured[place] = measurement.summary  # before it is written: a signal may come between any two lines
-            run.write_point(place, measurement.summary, measurement.records)
-            run.journal("point", point=place.slug, is_valid=measurement.summary.is_valid)
-            progress.note(f"{what}: {point_line(measurement.summary)}")
-            _refuse_dead_server(session, measurement, what, manifest.url)
-        run.journal("finished")
-    except BaseException as error:
-        run.journal("failed", reason=f"{type(error).__name__}: {error}".rstrip(": "))
-        raise
-    finally:
-        run.write_summary(manifest, [point for place, point in measured.items() if run.has_point(place)])
-    return list(measured.values())
+# What must be equal for a run to go on: field of the manifest -> option.
+SAME = {
+    "profile": "PROFILE", "shapes": "--shape", "concurrency": "--concurrency", "rates": "--rate", "arrivals": "--arrivals",
+    "repeats": "--repeats", "requests": "--requests", "duration_s": "--duration", "seed": "--seed",
+    "protocol": "--protocol", "model": "--model", "profile_digest": "the profile's other settings",
+}  # fmt: skip
 
 
-def _grid(profile: Profile) -> Iterator[Place]:
-    """Repeats go round the whole grid, so that a slow minute of the machine does not hit all repeats of one point."""
-    for repeat in range(1, profile.repeats + 1):
-        for shape in profile.shapes:
-            for concurrency in profile.concurrency:
-                yield Place(shape=shape, concurrency=concurrency, repeat=repeat)
-            for rate in profile.rates:
-                yield Place(shape=shape, rate=rate, repeat=repeat)
-
-
-def point_line(point: PointSummary) -> str:
-    """`1 840 tok/s, TTFT p50 52.1 ms, TPOT p50 10.1 ms, 0 errors, valid`; in open loop the rates and the TTFT from the
-    schedule too."""
-    ttft = "-" if point.ttft.p50 is None else f"{point.ttft.p50:.1f} ms"
-    asked = ""
-    if point.ttft_sched is not None and point.ttft_sched.p50 is not None:
-        asked = f"{point.requests_s:.2f} of {point.offered_requests_s:.2f} req/s answered, "
-        ttft += f" ({point.ttft_sched.p50:.1f} ms from the schedule)"
-    tpot = "-" if point.tpot.p50 is None else f"{point.tpot.p50:.2f} ms"
-    errors = sum(point.errors.values())
-    verdict = "valid" if point.is_valid else f"INVALID: {'; '.join(point.invalid_reasons)}"
-    return (
-        f"{point.output_tok_s:,.0f} tok/s, {asked}TTFT p50 {ttft}, TPOT p50 {tpot}, "
-        f"{errors} error{'s' * (errors != 1)} in {point.requests}, {verdict}"
-    ).replace(",", " ", f"{point.output_tok_s:,.0f}".count(","))
-
-
-def _refuse_dead_server(session: Session, measurement: Measurement, what: str, url: str) -> None:
-    """After failures: a server that is gone, or answers nothing but errors, will not do better at the next point."""
-    if not measurement.failures:
-        return
-    first = measurement.failures[0]
-    reason = f"{ERRORS[first.error or 'server']}: {first.detail}"
-    if not session.is_ready():
-        raise ServerError(f"{url}: the server stopped answering during {what}; {reason}", hint="see the server's log")
-    if all(not record.is_ok for record in measurement.records):
-        raise ServerError(f"{url}: every request of {what} failed; the first: {reason}", hint="see the server's log")
+def _resumed(run: RunDirectory, typed: Manifest) -> tuple[Manifest, Mapping[str, PointSummary]]:
+    """The run's own manifest and the points to keep. Raises InputError unless the same is to be measured again."""
+    manifest = run.read_manifest()
+    problems = [
+        f"{option}: {getattr(manifest, name)} then, {getattr(typed, name)} now"
+        for name, option in SAME.items()
+        if getattr(manifest, name) != getattr(typed, name)
+    ]
+    if len(problems) > 1:
+        problems = [problem for problem in problems if not problem.startswith(SAME["profile_digest"])]
+    problems += [
+        f"{what} is not the same: {manifest.identity.get(name)} then, {typed.identity.get(name)} now"
+        for name, what in (("engine_card_sha256", "the engine"), ("tokenizer_sha256", "the tokenizer"))
+        if manifest.identity.get(name) != typed.identity.get(name)
+    ]
+    if problems:
+        raise InputError(
+            f"{run.path} measured something else",
+            problems=problems,
+            hint=f"to go on with it: {manifest.command} --resume --name {manifest.run}",
+        )
+    return manifest, run.kept_points()
 
 
 def _check_options(target: Target, name: str | None) -> None:
@@ -205,6 +197,8 @@ def _check_options(target: Target, name: str | None) -> None:
     problems = []
     if not 0 < target.timeout_s < float("inf"):
         problems.append(f"--timeout is {target.timeout_s}, expected more than 0 seconds")
+    if not 0 <= target.reconnect_s < float("inf"):
+        problems.append(f"--reconnect is {target.reconnect_s}, expected 0 or more seconds")
     if target.num_gpus is not None and target.num_gpus < 1:
         problems.append(f"--gpus is {target.num_gpus}, expected at least 1")
     if target.url is not None and row.is_http:
@@ -358,6 +352,8 @@ def sweep_command(recipe: SweepRecipe, target: Target, out: Path) -> str:
         "rate": ",".join(f"{rate:g}" for rate in recipe.rates) if recipe.rates else None,
         "arrivals": recipe.arrivals,
         "max-outstanding": recipe.max_outstanding,
+        "find-max": recipe.find_max,
+        "attainment": recipe.slo_share,
         "requests": recipe.requests,
         "duration": recipe.duration_s,
         "repeats": recipe.repeats,
@@ -367,6 +363,7 @@ def sweep_command(recipe: SweepRecipe, target: Target, out: Path) -> str:
         "gpus": target.num_gpus,
         "api-key-file": target.api_key_file,
         "timeout": target.timeout_s if target.timeout_s != Target.timeout_s else None,
+        "reconnect": target.reconnect_s if target.reconnect_s != Target.reconnect_s else None,
         "out": out if out != REPORTS_DIR else None,
     }
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]

@@ -1,0 +1,161 @@
+"""Measures a plan point by point, keeps each as soon as it is there, and waits for a server that went away.
+
+    state.jsonl   started | resumed, then per point: point | hole | settled, at the end: finished | failed
+
+A hole is a point during which the server stopped answering: what came until then is kept, marked invalid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+from tkit import __version__
+from tkit.errors import ServerError
+from tkit.loadgen.exchange import ERRORS
+from tkit.loadgen.plan import Settled, sweep_plan
+from tkit.loadgen.point import Place
+from tkit.loadgen.profiles import Profile
+from tkit.loadgen.run_directory import RunDirectory
+from tkit.loadgen.session import Measurement, Session
+from tkit.specs.progress import Progress
+from tkit.specs.record import FoundMax, Manifest, PointSummary
+
+GONE = ("refused", "disconnected")  # what requests to a server that is not there end with
+
+
+class Grid:
+    """One run. `points` and `found` grow as it goes. `check_server` raises when it is not the one that was meant."""
+
+    def __init__(
+        self,
+        session: Session,
+        profile: Profile,
+        run: RunDirectory,
+        manifest: Manifest,
+        progress: Progress,
+        *,
+        check_server: Callable[[], None],
+        reconnect_s: float,
+    ):
+        self.points: dict[Place, PointSummary] = {}
+        self.found: tuple[FoundMax, ...] = ()
+        self.num_holes = 0
+        self._session = session
+        self._profile = profile
+        self._run = run
+        self._manifest = manifest
+        self._progress = progress
+        self._check_server = check_server
+        self._reconnect_s = reconnect_s
+
+    def measure(self, kept: Mapping[str, PointSummary]) -> None:
+        """Every point of the plan, but those that are `kept`, by slug. The summary is written also when the end is early.
+
+        Raises ServerError when the server is gone and does not come back, or answers nothing but errors.
+        """
+        run = self._run
+        run.journal("resumed" if kept else "started", tkit=__version__)
+        try:
+            self._follow_plan(kept)
+            run.journal("finished")
+        except BaseException as error:
+            run.journal("failed", reason=f"{type(error).__name__}: {error}".rstrip(": "))
+            raise
+        finally:
+            run.write_summary(self._manifest, [point for place, point in self.points.items() if run.has_point(place)])
+
+    def _follow_plan(self, kept: Mapping[str, PointSummary]) -> None:
+        plan = sweep_plan(self._profile)
+        try:
+            step = next(plan)
+            while True:
+                if isinstance(step, Settled):
+                    self._run.journal("settled", point=step.place.slug)
+                    step = next(plan)
+                    continue
+                if step.slug in kept:
+                    self.points[step] = kept[step.slug]
+                else:
+                    self._measure(step)
+                step = plan.send(self.points[step])
+        except StopIteration as end:
+            self.found = end.value
+        if self.found:
+            self._run.write_found(self.found)
+
+    def _measure(self, place: Place) -> None:
+        what = f"{place.shape} {place.load}" + (f" #{place.repeat}" if self._profile.repeats > 1 else "")
+        self._progress.step(what, 0, self._profile.num_requests(place.concurrency or 1))
+        measurement = self._session.measure(place, functools.partial(self._progress.step, what))
+        lost = _why_lost(self._session, measurement)
+        if lost is not None:
+            measurement = _marked(measurement)
+        self.points[place] = measurement.summary  # before it is written: a signal may come between any two lines
+        self._run.write_point(place, measurement.summary, measurement.records)
+        if lost is None:
+            self._run.journal("point", point=place.slug, is_valid=measurement.summary.is_valid)
+        else:
+            self._run.journal("hole", point=place.slug, reason=lost)
+            self.num_holes += 1
+        self._progress.note(f"{what}: {point_line(measurement.summary)}")
+        if lost is not None:
+            self._wait_for_server(what, lost)
+        elif measurement.records and all(not record.is_ok for record in measurement.records):
+            raise ServerError(
+                f"{self._manifest.url}: every request of {what} failed; the first: {_first(measurement)}",
+                hint="see the server's log",
+            )
+
+    def _wait_for_server(self, what: str, lost: str) -> None:
+        """Until it answers a lone request of every shape again. Another server in its place is refused."""
+        url = self._manifest.url
+        self._progress.note(f"{url}: the server stopped answering; waiting up to {self._reconnect_s:g} s for it")
+        problem = self._session.reconnect(self._profile.shapes, self._reconnect_s)
+        if problem is not None:
+            raise ServerError(
+                f"{url}: the server stopped answering during {what}; {lost}",
+                problems=[f"not back after {self._reconnect_s:g} s: {problem}"],
+                hint="see the server's log; measure the rest when it is back: the same command with --resume",
+            )
+        self._check_server()
+        self._progress.note("the server is back")
+
+
+def _why_lost(session: Session, measurement: Measurement) -> str | None:
+    """Whether the server went away during the point. One that was restarted meanwhile answers again, but most of the
+    requests found nobody."""
+    if not measurement.failures:
+        return None
+    if not session.is_ready() or all(record.error in GONE for record in measurement.records):
+        return _first(measurement)
+    return None
+
+
+def _first(measurement: Measurement) -> str:
+    first = measurement.failures[0]
+    return f"{ERRORS[first.error or 'server']}: {first.detail}"
+
+
+def _marked(measurement: Measurement) -> Measurement:
+    reasons = ("the server stopped answering", *measurement.summary.invalid_reasons)
+    summary = dataclasses.replace(measurement.summary, is_valid=False, invalid_reasons=reasons)
+    return dataclasses.replace(measurement, summary=summary)
+
+
+def point_line(point: PointSummary) -> str:
+    """`1 840 tok/s, TTFT p50 52.1 ms, TPOT p50 10.1 ms, 0 errors, valid`; in open loop the rates and the TTFT from the
+    schedule too."""
+    ttft = "-" if point.ttft.p50 is None else f"{point.ttft.p50:.1f} ms"
+    asked = ""
+    if point.ttft_sched is not None and point.ttft_sched.p50 is not None:
+        asked = f"{point.requests_s:.2f} of {point.offered_requests_s:.2f} req/s answered, "
+        ttft += f" ({point.ttft_sched.p50:.1f} ms from the schedule)"
+    tpot = "-" if point.tpot.p50 is None else f"{point.tpot.p50:.2f} ms"
+    errors = sum(point.errors.values())
+    verdict = "valid" if point.is_valid else f"INVALID: {'; '.join(point.invalid_reasons)}"
+    return (
+        f"{point.output_tok_s:,.0f} tok/s, {asked}TTFT p50 {ttft}, TPOT p50 {tpot}, "
+        f"{errors} error{'s' * (errors != 1)} in {point.requests}, {verdict}"
+    ).replace(",", " ", f"{point.output_tok_s:,.0f}".count(","))
