@@ -9,6 +9,7 @@ from tkit.files import sha256_file, write_json
 from tkit.specs.engine import EngineCard
 from tkit.specs.server import ServeOptions
 from tkit.triton.ensemble import ensemble_config
+from tkit.triton.install import TritonInstall
 from tkit.triton.probe import INSTANCE_PARAMETER
 from tkit.triton.repository import ServedModel
 
@@ -29,8 +30,15 @@ class TritonPythonModel(ReferenceModel):
 
 class Fake:
     first_line = "pass"
+    is_own_python = True
 
-    def problems(self, device: str) -> list[str]:
+    def problems(self, engine_dir: Path, options: ServeOptions, install: TritonInstall | None) -> list[str]:
+        return []
+
+    def num_ranks(self, engine_dir: Path) -> int:
+        return 1
+
+    def gpus(self, engine_dir: Path) -> list[str]:
         return []
 
     def served_models(self, engine_dir: Path, options: ServeOptions, instance: str) -> list[ServedModel]:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from container import MODELS
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
@@ -154,80 +155,15 @@ def test_every_step_is_fed_by_a_client_or_an_earlier_step() -> None:
     assert {tensor.name for tensor in ensemble.inputs} <= used
 
 
-# Python stand-ins for the container's models and for the C++ backend: a token is a byte, the answer repeats the prompt.
-STAND_INS = {
-    "preprocessing": """
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
-class TritonPythonModel:
-    def execute(self, requests):
-        responses = []
-        for request in requests:
-            get = lambda name: pb_utils.get_input_tensor_by_name(request, name)
-            tokens = np.frombuffer(get("QUERY").as_numpy()[0, 0], np.uint8).astype(np.int32)[None]
-            one = np.array([[1]], np.int32)
-            arrays = {
-                "INPUT_ID": tokens, "REQUEST_INPUT_LEN": np.array([[tokens.size]], np.int32),
-                "DECODER_INPUT_ID": one, "REQUEST_DECODER_INPUT_LEN": one,
-                "BAD_WORDS_IDS": np.zeros((1, 2, 0), np.int32), "STOP_WORDS_IDS": np.zeros((1, 2, 0), np.int32),
-                "EMBEDDING_BIAS": np.zeros((1, 0), np.float32),
-                "REQUEST_OUTPUT_LEN": get("REQUEST_OUTPUT_LEN").as_numpy(), "OUT_END_ID": one, "OUT_PAD_ID": one,
-                "OUT_PROMPT_TABLE_EXTRA_IDS": np.zeros((1, 0), np.uint64),
-            }
-            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor(n, a) for n, a in arrays.items()]))
-        return responses
-""",
-    "tensorrt_llm": """
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
-class TritonPythonModel:
-    def execute(self, requests):
-        for request in requests:
-            get = lambda name: pb_utils.get_input_tensor_by_name(request, name)
-            assert get("input_lengths").as_numpy().shape == get("streaming").as_numpy().shape == (1,)
-            prompt = get("input_ids").as_numpy()[0]
-            count = int(get("request_output_len").as_numpy()[0])
-            tokens = np.resize(prompt, count).astype(np.int32)
-            parts = [tokens[i : i + 1] for i in range(count)] if get("streaming").as_numpy()[0] else [tokens]
-            sender = request.get_response_sender()
-            for part in parts:
-                sender.send(pb_utils.InferenceResponse([
-                    pb_utils.Tensor("output_ids", part[None, None]),
-                    pb_utils.Tensor("sequence_length", np.array([[part.size]], np.int32)),
-                ]))
-            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-""",
-    "postprocessing": """
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
-class TritonPythonModel:
-    def execute(self, requests):
-        responses = []
-        for request in requests:
-            tokens = pb_utils.get_input_tensor_by_name(request, "TOKENS_BATCH").as_numpy()[0, 0]
-            text = np.array([[bytes(tokens.astype(np.uint8))]], np.object_)
-            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", text)]))
-        return responses
-""",
-    "tensorrt_llm_bls": """
-class TritonPythonModel:
-    def execute(self, requests):
-        raise NotImplementedError
-""",
-}  # fmt: skip
-
-
 def test_triton_loads_the_five_models_and_streams_through_the_ensemble(tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     models = []
     for config in CONFIGS.values():
-        small = dataclasses.replace(config, num_instances=1)
+        # postprocessing keeps its instances, which must not overtake each other
+        small = config if config.name == "postprocessing" else dataclasses.replace(config, num_instances=1)
         if config.backend == "tensorrtllm":
             small = dataclasses.replace(small, backend="python")
-        models.append(ServedModel(config=small, source=STAND_INS.get(config.name)))
+        models.append(ServedModel(config=small, source=MODELS.get(config.name)))
     write_repository(repository, models)
     install = find_install()
     assert install is not None
@@ -245,6 +181,6 @@ def test_triton_loads_the_five_models_and_streams_through_the_ensemble(tmp_path:
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.2)
         probe.check_instance("127.0.0.1", http_port, grpc_port, "abc", 30)
-        assert probe.generate("127.0.0.1", grpc_port, "ab c", 6, 60) == "ab cab"
+        assert probe.generate("127.0.0.1", grpc_port, "ab c", 200, 60) == "ab c" * 50
     finally:
         process.kill()

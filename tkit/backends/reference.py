@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tkit.specs.server import ServeOptions
 from tkit.triton.ensemble import ensemble_config
-from tkit.triton.install import has_nvidia_driver
+from tkit.triton.install import TritonInstall, has_nvidia_driver
 from tkit.triton.probe import INSTANCE_PARAMETER
 from tkit.triton.repository import ServedModel
 
@@ -21,14 +21,22 @@ __all__ = ["TritonPythonModel"]
 
 
 class Reference:
-    def problems(self, device: str) -> list[str]:
+    is_own_python = True
+
+    def problems(self, engine_dir: Path, options: ServeOptions, install: TritonInstall | None) -> list[str]:
         missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
         problems = []
         if missing:
             problems.append(f"{', '.join(missing)} not installed; pip install 'tkit[serve]'")
-        if device == "cuda" and not has_nvidia_driver():
+        if options.device == "cuda" and not has_nvidia_driver():
             problems.append("--device cuda: no NVIDIA driver on this machine")
         return problems
+
+    def num_ranks(self, engine_dir: Path) -> int:
+        return 1
+
+    def gpus(self, engine_dir: Path) -> list[str]:
+        return []
 
     def served_models(self, engine_dir: Path, options: ServeOptions, instance: str) -> list[ServedModel]:
         parameters = {

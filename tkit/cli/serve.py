@@ -30,8 +30,12 @@ def _option(name: str, default: Any, text: str, **more: Any) -> Callable[[Callab
     help="Holds the key that OpenAI clients must send.",
 )
 @_option("--device", ServeOptions.device, "Where the model runs.", type=click.Choice(DEVICES))
-@_option("--max-batch-size", ServeOptions.max_batch_size, "Requests that run at once.")
+@_option(
+    "--max-batch-size", ServeOptions.max_batch_size, "Requests that run at once; a compiled engine has its own limit."
+)
 @_option("--max-queue-size", ServeOptions.max_queue_size, "Requests that may wait; more are refused.")
+@_option("--kv-cache-fraction", ServeOptions.kv_cache_fraction,
+         "Of the GPU memory that is free once the engine is loaded; TensorRT-LLM's backends.")  # fmt: skip
 @_option("--timeout", ServeOptions.timeout_s, "Seconds until the server must have generated a first token.")
 @click.option("--detach", is_flag=True, help="Return when it is ready; end it with tkit stop.")
 @output_options

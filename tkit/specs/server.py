@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tkit.errors import InputError
@@ -28,6 +29,9 @@ class ServerRecord:
     api_key_file: str | None  # absolute path; the key itself is written nowhere
     started: str  # UTC, ISO 8601
     log: str  # absolute path
+    kv_cache_shares: Mapping[str, float] = field(
+        default_factory=dict
+    )  # GPU's UUID -> kv_cache_fraction; TensorRT-LLM's
 
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -47,6 +51,7 @@ class ServeOptions:
     device: str = "auto"
     max_batch_size: int = 32
     max_queue_size: int = 256
+    kv_cache_fraction: float = 0.9  # of the GPU memory that is free once the engine is loaded; TensorRT-LLM's
     timeout_s: float = 300.0  # from the start of the process to the first generated token
     exit_timeout_s: int = 10  # what running requests are given to finish when the server is stopped
 
@@ -69,6 +74,8 @@ class ServeOptions:
         for name in ("max_batch_size", "max_queue_size", "exit_timeout_s"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 < self.kv_cache_fraction < 1:
+            problems.append(f"kv_cache_fraction is {self.kv_cache_fraction}, expected more than 0, less than 1")
         if not 0 < self.timeout_s < float("inf"):
             problems.append(f"timeout_s is {self.timeout_s}, expected more than 0")
         if problems:

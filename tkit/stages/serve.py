@@ -10,7 +10,7 @@ import contextlib
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,8 +24,9 @@ from tkit.specs.engine import EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.server import MODEL_NAME, PORTS, ServeOptions, ServerRecord
 from tkit.stages.engines import ENGINES_DIR, read_card, verify_files
-from tkit.stages.servers import ServerFiles, ServerLock, known_servers, server_files
+from tkit.stages.servers import ServerFiles, ServerLock, known_servers, running_servers, server_files
 from tkit.triton import probe
+from tkit.triton.inflight_batcher import ENGINE_MODEL
 from tkit.triton.install import (
     TritonInstall,
     find_install,
@@ -197,7 +198,7 @@ def _start(
     try:
         if options.api_key_file is not None:
             read_api_key(options.api_key_file)
-        install = _checked_install(backend, options)
+        install = _checked_install(engine_dir, backend, options, engines_dir)
         progress.note(f"{install.binary} ({install.origin})")
         _warn_about_host(options, install, progress)
         verify_files(engine_dir, card, progress)
@@ -221,6 +222,7 @@ def _start(
         api_key_file=_absolute(options.api_key_file),
         started=datetime.now(UTC).isoformat(timespec="microseconds"),
         log=str(files.log),
+        kv_cache_shares=dict.fromkeys(backend.gpus(engine_dir), options.kv_cache_fraction),
     )
     server = _Server(process, record, launch)
     try:
@@ -231,20 +233,36 @@ def _start(
     return server
 
 
-def _checked_install(backend: Backend, options: ServeOptions) -> TritonInstall:
+def _checked_install(engine_dir: Path, backend: Backend, options: ServeOptions, engines_dir: Path) -> TritonInstall:
     install = find_install()
     ports = {f"--{name.replace('_', '-')}": port for name, port in zip(PORTS, options.ports, strict=True)}
     missing = missing_packages()
     problems = [
         *install_problems(install),
         *([f"{', '.join(missing)} not installed; pip install 'tkit[serve]'"] if missing else []),
-        *backend.problems(options.device),
+        *backend.problems(engine_dir, options, install),
+        *_sharing_problems(backend.gpus(engine_dir), options.kv_cache_fraction, engines_dir),
         *port_problems(options.host, {option: port for option, port in ports.items() if port}),
         *shared_memory_problems(),
     ]
     if problems or install is None:
         raise ServerError("the server cannot start here", problems=problems)
     return install
+
+
+def _sharing_problems(gpus: Sequence[str], fraction: float, engines_dir: Path) -> list[str]:
+    """KV caches that together want more than a GPU: each takes its fraction of what the others have left, so the last to
+    start gets next to nothing."""
+    problems = []
+    for gpu in gpus:
+        shares = {
+            Path(record.engine).name: record.kv_cache_shares.get(gpu, 0) for record in running_servers(engines_dir)
+        }
+        shares = {name: share for name, share in shares.items() if share}
+        if shares and fraction + sum(shares.values()) > 1:
+            others = ", ".join(f"{share} of {name}" for name, share in shares.items())
+            problems.append(f"GPU {gpu}: --kv-cache-fraction {fraction} beside {others} is more than all its memory")
+    return problems
 
 
 def _warn_about_host(options: ServeOptions, install: TritonInstall, progress: Progress) -> None:
@@ -301,6 +319,9 @@ def _launch(launch: _Launch, options: ServeOptions, instance: str) -> ServerProc
         exit_timeout_s=options.exit_timeout_s,
         backends=backends,
         has_gpu_metrics=options.device != "cpu" and has_nvidia_driver(),
+        is_own_python=launch.backend.is_own_python,
+        num_ranks=launch.backend.num_ranks(launch.engine_dir),
+        rank_model=ENGINE_MODEL,
     )
     process = ServerProcess.start(
         launch.install,
@@ -327,7 +348,7 @@ def _front_command(launch: _Launch, options: ServeOptions, instance: str) -> lis
         instance=instance,
         engine=launch.card.name,
         tokenizer=str(launch.engine_dir / "tokenizer"),
-        max_positions=launch.card.max_position_embeddings,
+        max_positions=(launch.card.compiled or {}).get("max_seq_len", launch.card.max_position_embeddings),
         api_key_file=_absolute(options.api_key_file),
         drain_s=options.exit_timeout_s,
     )

@@ -17,6 +17,7 @@ from tkit.specs.server import MODEL_NAME
 from tkit.triton.ensemble import INPUTS, OUTPUTS
 from tkit.triton.model_config import EnsembleStep, ModelConfig, Queue, TensorSpec
 
+ENGINE_MODEL = "tensorrt_llm"
 LOGITS, PROMPT_TABLE, ENCODER_FEATURES = "FP32", "FP16", "FP16"
 PYTHON_MODELS = ("preprocessing", "postprocessing", "tensorrt_llm_bls")  # whose code the container has
 # Preprocessing and postprocessing are CPU work in Python, one request at a time: NVIDIA's own hint for their number.
@@ -220,7 +221,7 @@ PREPROCESSING_STEP = EnsembleStep(
     },
 )
 ENGINE_STEP = EnsembleStep(
-    model="tensorrt_llm",
+    model=ENGINE_MODEL,
     inputs={
         "input_ids": "_INPUT_ID", "decoder_input_ids": "_DECODER_INPUT_ID", "input_lengths": "_REQUEST_INPUT_LEN",
         "decoder_input_lengths": "_REQUEST_DECODER_INPUT_LEN", "request_output_len": "_REQUEST_OUTPUT_LEN",
@@ -268,7 +269,7 @@ def inflight_batcher_configs(spec: InflightBatcher) -> tuple[ModelConfig, ...]:
             },
         ),
         ModelConfig(
-            name="tensorrt_llm",
+            name=ENGINE_MODEL,
             backend="tensorrtllm",
             inputs=ENGINE_INPUTS,
             outputs=ENGINE_OUTPUTS,
@@ -283,7 +284,7 @@ def inflight_batcher_configs(spec: InflightBatcher) -> tuple[ModelConfig, ...]:
             outputs=POSTPROCESSING_OUTPUTS,
             max_batch_size=spec.max_batch_size,
             num_instances=NUM_INSTANCES,
-            queue=Queue(),
+            queue=Queue(is_ordered=True),  # or the instances overtake each other, and a stream's words with them
             parameters={"tokenizer_dir": spec.tokenizer_dir, "skip_special_tokens": "true"},
         ),
         ModelConfig(
@@ -301,7 +302,7 @@ def inflight_batcher_configs(spec: InflightBatcher) -> tuple[ModelConfig, ...]:
             max_batch_size=spec.max_batch_size,
             is_decoupled=True,
             num_instances=min(spec.max_batch_size, NUM_INSTANCES),  # an instance runs one request at a time
-            parameters={"accumulate_tokens": "false", "tensorrt_llm_model_name": "tensorrt_llm"},
+            parameters={"accumulate_tokens": "false", "tensorrt_llm_model_name": ENGINE_MODEL},
         ),
     )
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,17 +47,33 @@ class LaunchSpec:
     exit_timeout_s: int
     backends: Path | None = None  # None = the server's own
     has_gpu_metrics: bool = False
+    is_own_python: bool = True  # the models' Python is tkit's, not the first on PATH
+    num_ranks: int = 1  # processes of one engine, one per GPU, under mpirun
+    rank_model: str | None = None  # the only model that ranks after the first load
 
 
-def server_command(binary: Path, spec: LaunchSpec, key: str) -> list[str]:
-    """`{pid}` is the server's process id, filled in by `child.py`."""
+def server_command(binary: Path, spec: LaunchSpec, key: str, mpirun: str = "mpirun") -> list[str]:
+    """`{pid}` is the process id of the server, or of its mpirun, filled in by `child.py`.
+
+    With several ranks the first is the leader, which serves; the others wait for it inside the engine's model.
+    """
+    if spec.num_ranks == 1:
+        return _rank_command(binary, spec, key, 0)
+    command = [mpirun, "--allow-run-as-root"]
+    for rank in range(spec.num_ranks):
+        command += [*([":"] if rank else []), "-n", "1", *_rank_command(binary, spec, key, rank)]
+    return command
+
+
+def _rank_command(binary: Path, spec: LaunchSpec, key: str, rank: int) -> list[str]:
+    only_the_engine = ["--model-control-mode=explicit", f"--load-model={spec.rank_model}"]
     return [
         str(binary),
         f"--model-repository={spec.repository}",
-        "--model-control-mode=none",
+        *(only_the_engine if rank else ["--model-control-mode=none"]),
         "--disable-auto-complete-config",
         *([f"--backend-directory={spec.backends}"] if spec.backends else []),
-        "--backend-config=python,shm-region-prefix-name=tkit{pid}_",
+        f"--backend-config=python,shm-region-prefix-name=tkit{{pid}}_{f'{rank}_' if rank else ''}",
         f"--http-address={spec.host}",
         f"--http-port={spec.http_port}",
         f"--http-restricted-api={RESTRICTED_APIS}:tkit-key={key}",
@@ -71,11 +88,18 @@ def server_command(binary: Path, spec: LaunchSpec, key: str) -> list[str]:
     ]
 
 
-def server_environment(install: TritonInstall, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """This interpreter first on PATH (there the Python backend looks for packages), nothing fetched, no tokens."""
+def server_environment(
+    install: TritonInstall, environment: Mapping[str, str] = os.environ, *, is_own_python: bool = True
+) -> dict[str, str]:
+    """Nothing fetched, no tokens. The first Python on PATH, where the Python backend looks for packages, is this
+    interpreter; or, for models of the container, the container's, also when tkit lives in a virtual environment."""
     values = {name: value for name, value in environment.items() if name not in SECRETS}
     values |= OFFLINE
-    values["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), values.get("PATH", os.defpath)])
+    own, others = str(Path(sys.executable).parent), values.get("PATH", os.defpath).split(os.pathsep)
+    if is_own_python:
+        values["PATH"] = os.pathsep.join([own, *others])
+    elif sys.prefix != sys.base_prefix:
+        values["PATH"] = os.pathsep.join(path for path in others if path != own)
     library = library_directory()
     if install.is_wheel and library is not None:
         libraries = [str(library), *filter(None, [values.get("LD_LIBRARY_PATH")])]
@@ -112,14 +136,15 @@ class ServerProcess:
             "stack_bytes": STACK_BYTES,
             "beside": [*beside],
         }
-        command = server_command(install.binary, spec, secrets.token_hex(16))
+        mpirun = shutil.which("mpirun") or "mpirun"
+        command = server_command(install.binary, spec, secrets.token_hex(16), mpirun)
         with open(log, "wb") as output:
             popen = subprocess.Popen(
                 [sys.executable, "-I", "-S", child.__file__, json.dumps(settings), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=server_environment(install),
+                env=server_environment(install, is_own_python=spec.is_own_python),
                 start_new_session=True,
                 pass_fds=keep_open,
                 cwd=spec.repository,  # the Python backend imports from there before anything installed

@@ -28,6 +28,7 @@ class Queue:
     preferred_batch_size: int | None = None
     max_delay_us: int = 0
     max_size: int = 0  # 0 = no limit
+    is_ordered: bool = False  # answers leave in the order in which requests came, whichever instance had them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,7 @@ def _batching(queue: Queue) -> model_config_pb2.ModelDynamicBatching:
     if queue.preferred_batch_size is not None:
         message.preferred_batch_size.append(queue.preferred_batch_size)
     message.default_queue_policy.max_queue_size = queue.max_size
+    message.preserve_ordering = queue.is_ordered
     return message
 
 

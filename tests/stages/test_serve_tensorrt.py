@@ -1,0 +1,91 @@
+"""`tkit serve` of a compiled engine: the real tritonserver, TensorRT-LLM's models, and stand-ins for what needs a GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from container import write_container
+from nvidia_node import write_programs
+
+from tkit.specs.server import ServeOptions
+from tkit.stages.serve import running_server
+from tkit.stages.servers import server_files
+from tkit.triton import launcher, probe
+
+FREE = ServeOptions(http_port=0, grpc_port=0, metrics_port=0, openai_port=0, timeout_s=120)
+
+
+@pytest.fixture
+def engine(tkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An engine for two GPUs, compiled on a node that is also the container."""
+    monkeypatch.setattr(launcher.ServerProcess, "stop", launcher.ServerProcess.kill)  # rank 1 waits without end
+    node = tmp_path / "node"
+    for make in (write_programs, write_container):
+        for name, value in make(node).items():
+            monkeypatch.setenv(name, value)
+    built = tkit("build", "--tp", "2", "--backend", "tensorrt", "--max-batch-size", "4", "--name", "compiled")
+    assert built.exit_code == 0, built.output
+    yield Path(built.stdout.strip())
+    files = server_files("compiled")
+    if files.is_running():
+        launcher.stop_group(files.pid() or 0, 0)
+    files.remove_leftovers()
+
+
+def test_a_compiled_engine_is_served_on_both_its_ranks_and_keeps_others_off_its_gpus(tkit, engine: Path) -> None:
+    with running_server(engine, FREE) as record:
+        leader = psutil.Process(record.pid)
+        assert "mpirun" in " ".join(leader.cmdline())
+        ranks = [child for child in leader.children() if "--model-repository" in " ".join(child.cmdline())]
+        assert len(ranks) == 2
+        assert "--load-model=tensorrt_llm" in ranks[1].cmdline()
+        assert probe.generate("127.0.0.1", record.grpc_port, "ab c", 6, 30) == "ab cab"
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{record.openai_port}/v1/completions",
+            json.dumps({"model": "ensemble", "prompt": "xyz", "max_tokens": 4}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert json.load(answer)["choices"][0]["text"] == "xyzx"
+        assert record.kv_cache_shares == {"GPU-00000000": 0.9, "GPU-10000000": 0.9}
+        processes = [leader, *leader.children(recursive=True)]
+
+        shutil.copytree(engine, engine.with_name("other"))
+        message = refused(tkit, "other")
+        assert "GPU GPU-10000000: --kv-cache-fraction 0.9 beside 0.9 of compiled is more than all its memory" in message
+    assert not [process for process in processes if launcher.is_running(process.pid)]
+    assert not list(Path("/dev/shm").glob(f"tkit{record.pid}_*"))
+
+
+def refused(tkit, name: str) -> str:
+    result = tkit("serve", name, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--openai-port", "0")
+    assert result.exit_code == 1
+    assert "error: the server cannot start here\n" in result.stderr
+    assert not list((Path("engines") / ".servers").glob(f"{name}*"))
+    return result.stderr
+
+
+def test_preflight_lists_everything_before_anything_starts(tkit, engine: Path, tmp_path: Path, monkeypatch) -> None:
+    other = tmp_path / "other"
+    for name, value in write_programs(other, sm=80, num_gpus=1, free_mib=0, version="1.1.0").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TKIT_TRTLLM_MODELS", str(other))
+    monkeypatch.delenv("TKIT_TRITONSERVER")
+    (engine / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    message = refused(tkit, "compiled")
+    for problem in (
+        "the engine is of TensorRT-LLM 1.2.1, this machine has 1.1.0: use nvcr.io/nvidia/tritonserver:26.07-trtllm",
+        "is the wheel's, which has no tensorrtllm backend; run tkit in NVIDIA's container",
+        "the engine spans 2 GPUs, this machine shows 1",
+        "GPU 0 NVIDIA H100 80GB HBM3 is SM 80, the engine is compiled for SM 90",
+        "GPU 0 has 0 B free, rank 0 takes 16 B and a KV cache",
+        f"{other} lacks inflight_batcher_llm/preprocessing/1/model.py, inflight_batcher_llm/postprocessing/1/model.py",
+        "tokenizer_config.json: no eos_token",
+    ):
+        assert problem in message, message

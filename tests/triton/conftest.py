@@ -1,0 +1,6 @@
+"""Stand-ins that live with the backends' tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
