@@ -42,7 +42,12 @@ Headers = dict[int, dict[str, Form]]
 
 
 def headers(
-    name: str, quant: str, parallel: Parallel, overrides: dict[str, str] | None = None, exclude: tuple[str, ...] = ()
+    name: str,
+    quant: str,
+    parallel: Parallel,
+    overrides: dict[str, str] | None = None,
+    exclude: tuple[str, ...] = (),
+    kv_cache: str = "auto",
 ) -> tuple[dict[str, Any], Headers]:
     """config.json and the header of every rank file that tkit would write."""
     architecture, arguments = MODELS[name]
@@ -53,7 +58,7 @@ def headers(
         changes = {}  # its factors fit one head size
     config = getattr(transformers, architecture).config_class(**{**arguments, **changes}).to_dict()
     spec = spec_from_hf({**config, "architectures": [architecture], "dtype": "bfloat16"}, "config.json")
-    precision = Precision.of(quant, overrides, exclude)
+    precision = Precision.of(quant, overrides, exclude, kv_cache)
     forms: Headers = {}
     for output in (output for move in plan_moves(spec, precision, parallel) for output in move.outputs):
         dtype = "BF16" if output.dtype == "model" else output.dtype
@@ -79,12 +84,7 @@ def test_everything_that_tkit_builds_would_load(name, quant):
         assert set(forms) == set(range(parallel.world_size))
         assert all_problems(config, forms) == [], (quant, parallel)
     has_experts = "moe" in name or name == "mixtral"
-    assert (
-        num_built
-        or (has_experts and not QUANT_FORMATS[quant].is_stored_plain)
-        or (name.startswith(("gpt", "falcon")) and QUANT_FORMATS[quant].needs_calibration)
-        or name == "phi3-longrope"
-    )
+    assert num_built or (has_experts and not QUANT_FORMATS[quant].is_stored_plain) or name == "phi3-longrope"
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,23 @@ def test_mixed_precision_and_excluded_modules_would_load(name, quant, overrides,
             assert all_problems(config | {"quantization": everything}, forms) or quant == "int8"
     if name in ("llama", "qwen3", "gemma2"):
         assert built
+
+
+@pytest.mark.parametrize(
+    ("quant", "overrides", "kv_cache"),
+    [("none", {}, "fp8"), ("int8", {}, "int8"), ("none", {"layers.0": "int8", "layers.1.mlp": "int4"}, "fp8")],
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_of_every_rank_has_the_scale_of_its_cache(name, quant, overrides, kv_cache):
+    for parallel in (Parallel(tp_size=2), Parallel(tp_size=2, pp_size=2)):
+        try:
+            config, forms = headers(name, quant, parallel, overrides, kv_cache=kv_cache)
+        except InputError:
+            continue
+        assert all_problems(config, forms) == []
+        scale = "transformer.layers.0.attention.kv_cache_scaling_factor"
+        del forms[1][scale]
+        assert all_problems(config, forms) == [f"{scale} is missing, expected F32 (1,)"]
 
 
 def test_weight_only_layers_are_skipped_by_the_name_of_their_tensor():

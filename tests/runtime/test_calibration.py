@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tkit.checkpoints.reader import open_source
 from tkit.errors import InputError
 from tkit.quantize.table import QUANTIZERS, Quantizer
 from tkit.runtime import calibration
+from tkit.runtime.bits import to_torch
 from tkit.runtime.calibration import CalibratedQuantizer, calibration_tokens
 from tkit.specs.parallel import Parallel
 from tkit.specs.precision import Precision
@@ -30,6 +32,8 @@ SIZES = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "initializer_range": 0.2, "pad_token_id": 0,
 }  # fmt: skip
+GPT = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128, "bos_token_id": None, "eos_token_id": None}
+FALCON = {"bos_token_id": None, "eos_token_id": None, "ffn_hidden_size": 128, "num_kv_heads": 4}
 WINDOW = {"query_pre_attn_scalar": 16, "sliding_window": 8}
 
 
@@ -45,43 +49,93 @@ WINDOW = {"query_pre_attn_scalar": 16, "sliding_window": 8}
         (transformers.Gemma2Config, WINDOW),
         (transformers.Gemma3TextConfig, {**WINDOW, "sliding_window_pattern": 2}),
         (transformers.Phi3Config, {}),
+        (transformers.GPT2Config, GPT),
+        (transformers.GPTJConfig, GPT | {"rotary_dim": 8}),
+        (transformers.FalconConfig, FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+        (transformers.FalconConfig, FALCON | {"multi_query": True}),
+        (
+            transformers.FalconConfig,
+            FALCON | {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
+        ),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_every_linear_sees_what_it_sees_in_the_whole_model(tmp_path, monkeypatch, config_class, overrides, dtype):
     torch.manual_seed(0)
-    config = config_class(**{**SIZES, **overrides})
+    sizes = {
+        name: size for name, size in SIZES.items() if name != "head_dim" or config_class != transformers.FalconConfig
+    }
+    config = config_class(**{**sizes, **overrides})
     transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
     tokens = torch.randint(0, 512, (6, 48), generator=torch.Generator().manual_seed(8))
     monkeypatch.setattr(calibration, "BATCH_TOKENS", 2 * 48)  # several batches
     spec = spec_from_hf(json.loads((tmp_path / "config.json").read_text()), "config.json")
-    moves = plan_moves(spec, Precision.of("fp8"), Parallel())
+    moves = plan_moves(spec, Precision.of("fp8", kv_cache="int8"), Parallel())
     seen = {}
     watch = Quantizer(lambda weights, inputs, dtype: seen.update(dict.fromkeys(weights, inputs)) or {}, torch.clone)
     monkeypatch.setitem(QUANTIZERS, "fp8", watch)
-    quantizer = CalibratedQuantizer(spec, tokens, dtype=dtype)
-    with open_source(tmp_path) as source:
-        quantizer.embedding((source.read("model.embed_tokens.weight"), "BF16"))
-        for index in range(spec.num_layers):
-            step = [move for move in moves if move.layer == index]
-            sources = {name: (source.read(name), "BF16") for move in step for name in move.sources}
-            quantizer.layer(index, sources, [move for move in step if move.format is not None])
+    found = calibrated(CalibratedQuantizer(spec, tokens, dtype=dtype), moves, tmp_path)
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     expected = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D):
             module.register_forward_pre_hook(lambda _, args, name=name: expected.update({name: args[0].flatten(0, 1)}))
     with torch.inference_mode():
-        model(tokens)
+        cache = model(tokens, past_key_values=transformers.DynamicCache()).past_key_values  # one that forgets nothing
     assert len(seen) == sum(move.format is not None for move in moves)
+    # batches of another size may be summed in another order, which bfloat16 shows
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
     for move in (move for move in moves if move.format is not None):
         x, inputs = expected[move.sources[-1].removesuffix(".weight")].float(), seen[move.module]
-        # batches of another size may be summed in another order, which bfloat16 shows
-        tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
         torch.testing.assert_close(inputs.abs_max, x.abs().amax(0), **tolerance)
         torch.testing.assert_close(inputs.abs_mean, x.abs().mean(0), **tolerance)
         torch.testing.assert_close(inputs.square_mean, x.square().mean(0), **tolerance)
+    for index, layer in enumerate(cache.layers):
+        scales = found[f"transformer.layers.{index}.attention.kv_cache"]
+        for part, states in (("k_scale", layer.keys), ("v_scale", layer.values)):
+            scale = to_torch(*scales[part])
+            torch.testing.assert_close(scale, states.abs().max().float().reshape(1) / 127, **tolerance)
+        larger = torch.maximum(to_torch(*scales["k_scale"]), to_torch(*scales["v_scale"]))
+        assert torch.equal(to_torch(*scales["kv_cache_scaling_factor"]), larger)
+
+
+def calibrated(quantizer, moves, model_dir):
+    """What `convert` would ask of the quantizer."""
+    found = {}
+    with open_source(model_dir) as source:
+
+        def read(step):
+            return {name: (source.read(name), "BF16") for move in step for name in move.sources}
+
+        first = [move for move in moves if move.module.endswith("_embedding")]
+        quantizer.begin(read(first))
+        for index in range(quantizer.spec.num_layers):
+            step = [move for move in moves if move.layer == index]
+            found |= quantizer.layer(index, read(step), [move for move in step if move.is_computed])
+    return found
+
+
+def test_activations_in_a_file_are_the_same_bits(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model_dir, spill = tmp_path / "model", tmp_path / "spill"
+    spill.mkdir()
+    config = transformers.LlamaConfig(**SIZES)
+    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(model_dir)
+    spec = spec_from_hf(json.loads((model_dir / "config.json").read_text()), "config.json")
+    moves = plan_moves(spec, Precision.of("fp8", kv_cache="fp8"), Parallel())
+    tokens = torch.randint(0, 512, (6, 48), generator=torch.Generator().manual_seed(8))
+    in_memory = calibrated(CalibratedQuantizer(spec, tokens), moves, model_dir)
+    monkeypatch.setattr(calibration, "SPILL_BYTES", 6 * 48 * 64 * 2 - 1)
+    files = []
+    monkeypatch.setattr(torch, "from_file", lambda name, *args, real=torch.from_file, **kwargs: (
+        files.append(name) or real(name, *args, **kwargs)))  # fmt: skip
+    spilled = calibrated(CalibratedQuantizer(spec, tokens, spill_directory=spill), moves, model_dir)
+    assert [Path(name).parent for name in files] == [spill] and list(spill.iterdir()) == []
+    assert spilled.keys() == in_memory.keys()
+    for module, parts in in_memory.items():
+        for part, (raw, _) in parts.items():
+            assert (spilled[module][part][0] == raw).all(), (module, part)
 
 
 @pytest.fixture

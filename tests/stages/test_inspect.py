@@ -28,10 +28,11 @@ def test_the_card_the_sizes_and_the_tensors_are_shown(tkit, engine):
     facts = json.loads((engine / "engine.json").read_text())
     lines = card.splitlines()
     assert lines[0] == str(engine)
-    assert lines[1:6] == [
+    assert lines[1:7] == [
         "architecture  LlamaForCausalLM",
         "dtype         bfloat16",
         "quantization  none",
+        "KV cache      bfloat16",
         "layout        tp 2, pp 2: 4 GPUs",
         "parameters    0.6 M",
     ]

@@ -16,7 +16,7 @@ from tkit.architectures.table import ARCHITECTURES, Module
 from tkit.errors import InputError
 from tkit.specs.model import ModelSpec
 from tkit.specs.parallel import Parallel
-from tkit.specs.precision import UNQUANTIZED, Precision, matches
+from tkit.specs.precision import KV_CACHES, UNQUANTIZED, Precision, matches
 from tkit.specs.quantization import QUANT_FORMATS, QuantFormat
 
 MIXED = "MIXED_PRECISION"
@@ -123,7 +123,7 @@ def trtllm_quantization(spec: ModelSpec, precision: Precision, parallel: Paralle
             patterns += [*DEFAULT_EXCLUDED_ROWWISE, *_excluded_blocks(spec, formats)]
     return {
         "quant_algo": format.algo if len(quantized) < 2 else MIXED,
-        "kv_cache_quant_algo": None,
+        "kv_cache_quant_algo": precision.kv_cache_algo,
         "group_size": format.group_size or 128,
         "smoothquant_val": 0.5,
         "clamp_val": None,
@@ -169,7 +169,7 @@ def trtllm_quant_cfg(spec: ModelSpec, precision: Precision, parallel: Parallel) 
                 "pre_quant_scale": format.has_prequant_scale,
             }
         layers[name] = entry
-    return {"quant_algo": MIXED, "kv_cache_quant_algo": None, "quantized_layers": layers}
+    return {"quant_algo": MIXED, "kv_cache_quant_algo": precision.kv_cache_algo, "quantized_layers": layers}
 
 
 def _distinct(formats: Mapping[str, QuantFormat]) -> list[QuantFormat]:
@@ -207,16 +207,23 @@ def precision_from_trtllm(
 ) -> Precision:
     """The way back. Reads what `trtllm_quantization` and `trtllm_quant_cfg` wrote."""
     quantization = config["quantization"]
+    kv_cache = stored_kv_cache(quantization)
     modules = module_formats(spec, Precision(default=UNQUANTIZED))
     names = _stage_names(modules, spec, parallel)
     if quantization["quant_algo"] == MIXED:
         assert quant_cfg is not None
         layers = quant_cfg["quantized_layers"]
         found = {name: stored_format(layers[local]) for name, local in names.items() if local in layers}
-        return Precision(default=UNQUANTIZED, modules=found)
+        return Precision(default=UNQUANTIZED, modules=found, kv_cache=kv_cache)
     excluded = set(quantization["exclude_modules"] or ())
     out = (name for name, local in names.items() if excluded & {local, local.rpartition(".")[0]})
-    return Precision(default=stored_format(quantization), modules=dict.fromkeys(out, UNQUANTIZED))
+    modules = dict.fromkeys(out, UNQUANTIZED)
+    return Precision(default=stored_format(quantization), modules=modules, kv_cache=kv_cache)
+
+
+def stored_kv_cache(quantization: Mapping[str, Any]) -> str:
+    algo = quantization.get("kv_cache_quant_algo")
+    return next(name for name, its_algo in KV_CACHES.items() if its_algo == algo)
 
 
 def stored_format(entry: Mapping[str, Any]) -> QuantFormat:

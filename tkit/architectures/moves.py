@@ -36,7 +36,7 @@ def plan_moves(spec: ModelSpec, precision: Precision, parallel: Parallel) -> lis
             problems=problems,
             hint="choose a smaller --tp or another --quant",
         )
-    planner = _Planner(row, spec, formats, parallel)
+    planner = _Planner(row, spec, formats, parallel, precision.kv_cache)
     moves = [move for module in row.first for move in planner.outside(module, pp_rank=0)]
     for pp_rank, layers in enumerate(parallel.stage_layers(spec.num_layers)):
         for local_layer, layer in enumerate(layers):
@@ -113,11 +113,6 @@ def _rule_violations(
         problems.append(f"pp {parallel.pp_size} exceeds num_hidden_layers {spec.num_layers}")
     if parallel.pp_size > 1 and not row.has_pipeline:
         problems.append(f"pp is {parallel.pp_size}, but {row.trtllm} has no pipeline parallelism in TensorRT-LLM")
-    for format in {format.name: format for format in formats.values()}.values():
-        if format.needs_calibration and not row.calibrates:
-            problems.append(
-                f"{format.name} needs calibration, which {row.trtllm} does not have yet; use fp8_rowwise or int4"
-            )
     return problems + list(dict.fromkeys(_module_violations(row, spec, formats, parallel)))
 
 
@@ -156,8 +151,15 @@ def _size_violations(module: Module, spec: ModelSpec, quant: QuantFormat, parall
 class _Planner:
     """What stays the same over all modules of one plan."""
 
-    def __init__(self, row: Architecture, spec: ModelSpec, formats: Mapping[str, QuantFormat], parallel: Parallel):
-        self.row, self.spec, self.formats, self.parallel = row, spec, formats, parallel
+    def __init__(
+        self,
+        row: Architecture,
+        spec: ModelSpec,
+        formats: Mapping[str, QuantFormat],
+        parallel: Parallel,
+        kv_cache: str,
+    ):
+        self.row, self.spec, self.formats, self.parallel, self.kv_cache = row, spec, formats, parallel, kv_cache
 
     def outside(self, module: Module, pp_rank: int) -> list[Move]:
         """The moves of a module before or after the layers."""
@@ -171,7 +173,33 @@ class _Planner:
                 name = f"transformer.layers.{layer}.{module.name}"
                 stored_name = f"transformer.layers.{local_layer}.{module.name}"
                 moves += self._moves(module, pp_rank, layer, name, stored_name, prefix)
+        if self.kv_cache != "auto":
+            moves.append(self._kv_cache(layer, local_layer, pp_rank))
         return moves
+
+    def _kv_cache(self, layer: int, local_layer: int, pp_rank: int) -> Move:
+        """The scale of a layer's KV cache, the same on every rank of its stage."""
+        ranks = [self.parallel.rank(pp_rank, tp_rank) for tp_rank in range(self.parallel.tp_size)]
+        return Move(
+            module=f"transformer.layers.{layer}.attention.kv_cache",
+            layer=layer,
+            sources=(),
+            source_shapes=(),
+            source_rows=(),
+            outputs=tuple(
+                Output(
+                    rank=rank,
+                    file=f"rank{rank}.safetensors",
+                    name=f"transformer.layers.{local_layer}.attention.kv_cache_scaling_factor",
+                    part="kv_cache_scaling_factor",
+                    dtype="F32",
+                    shape=(1,),
+                    rows=((0, 1),),
+                )
+                for rank in ranks
+            ),
+            kv_cache=self.kv_cache,
+        )
 
     def _moves(
         self, module: Module, pp_rank: int, layer: int | None, name: str, stored_name: str, prefix: str

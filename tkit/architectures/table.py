@@ -264,7 +264,6 @@ class Architecture:
     activations: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     config: Callable[[ModelSpec], dict[str, Any]] = lambda spec: {}
-    calibrates: bool = True  # False: the layer-by-layer run does not know how this model begins
     has_pipeline: bool = True  # False: TensorRT-LLM's class builds every layer on every stage
     shards_embedding: bool = False  # use_parallel_embedding is forced on when tp > 1
     derived: tuple[str, ...] = ()  # ModelSpec fields that the Hugging Face config computes and does not take
@@ -467,7 +466,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         trtllm="GPT2LMHeadModel",
         model_type="gpt2",
         layer=GPT2_LAYER,
-        calibrates=False,
         layer_prefix="transformer.h.{layer}.",
         first=(
             embedding("transformer.wte"),
@@ -495,7 +493,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         trtllm="GPTJForCausalLM",
         model_type="gptj",
         layer=GPTJ_LAYER,
-        calibrates=False,
         layer_prefix="transformer.h.{layer}.",
         first=(embedding("transformer.wte"),),
         final_norm=norm("transformer.ln_f", "transformer.ln_f", bias=always),
@@ -512,7 +509,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         trtllm="FalconForCausalLM",
         model_type="falcon",
         layer=FALCON_LAYER,
-        calibrates=False,
         layer_prefix="transformer.h.{layer}.",
         first=(embedding("transformer.word_embeddings"),),
         final_norm=norm("transformer.ln_f", "transformer.ln_f", bias=always),

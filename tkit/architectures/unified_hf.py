@@ -20,6 +20,7 @@ from tkit.architectures.table import ARCHITECTURES
 from tkit.errors import InputError
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move, Output
+from tkit.specs.precision import KV_CACHES, UNQUANTIZED
 from tkit.specs.quantization import QuantFormat, StoredTensor
 
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's convention
@@ -44,13 +45,28 @@ def plan_hf_outputs(moves: Sequence[Move], spec: ModelSpec) -> list[Move]:
             if name in written:  # a tied lm_head
                 continue
             written.add(name)
-            if move.format is None:
+            if not move.is_computed:
                 fed = feeds.get(_local_name(move))
                 outputs.append(_plain(name, index, move, fold=fed if (move.layer, fed) in folded else None))
             else:
                 outputs += _quantized(name, index, move, is_folded=(move.layer, move.input) in folded)
+        if move.kv_cache is not None:
+            outputs += _kv_scales(move, spec)
         planned.append(dataclasses.replace(move, outputs=tuple(outputs)))
     return _with_shards(planned)
+
+
+def _kv_scales(move: Move, spec: ModelSpec) -> list[Output]:
+    """One scale each for keys and values, beside the projections that make them."""
+    row = ARCHITECTURES[spec.architecture]
+    (qkv,) = (module for module in row.layer if module.name == "attention.qkv")
+    keys, values = qkv.sources[-2:] if len(qkv.sources) == 3 else (qkv.sources[0], qkv.sources[0])
+    prefix = row.layer_prefix.format(layer=move.layer)
+    names = {"k_scale": f"{prefix}{keys.name}.k_scale", "v_scale": f"{prefix}{values.name}.v_scale"}
+    return [
+        Output(rank=None, file="", name=name, part=part, dtype="F32", shape=(), rows=((0, 1),))
+        for part, name in names.items()
+    ]
 
 
 def hf_index(moves: Sequence[Move], directory: str) -> dict[str, Any] | None:
@@ -66,11 +82,12 @@ def hf_quant_config(moves: Sequence[Move], version: str) -> dict[str, Any] | Non
     """`hf_quant_config.json`, which TensorRT-LLM reads."""
     layers, excluded = _layer_formats(moves)
     formats = {format.name: format for format in layers.values()}
-    if not formats:
+    kv_cache = _kv_cache_algo(moves)
+    if not formats and kv_cache is None:
         return None
-    quantization: dict[str, Any] = {"kv_cache_quant_algo": None, "exclude_modules": ["lm_head", *excluded]}
-    if len(formats) == 1:
-        quantization |= _algorithm(next(iter(formats.values())))
+    quantization: dict[str, Any] = {"kv_cache_quant_algo": kv_cache, "exclude_modules": ["lm_head", *excluded]}
+    if len(formats) < 2:
+        quantization |= _algorithm(next(iter(formats.values()), UNQUANTIZED))
     else:
         quantization |= {
             "quant_algo": MIXED,
@@ -88,12 +105,15 @@ def quantization_config(moves: Sequence[Move], version: str) -> dict[str, Any] |
     """`quantization_config` inside config.json, which vLLM and SGLang read."""
     layers, excluded = _layer_formats(moves)
     formats = {format.name: format for format in layers.values()}
-    if not formats:
+    kv_cache = _kv_cache_algo(moves)
+    if not formats and kv_cache is None:
         return None
     config: dict[str, Any] = {
         "quant_method": "modelopt",
-        "quant_algo": next(iter(formats.values())).algo,
-        "config_groups": {"group_0": _group(next(iter(formats.values())), ["Linear"])},
+        "quant_algo": next(iter(formats.values()), UNQUANTIZED).algo,
+        "config_groups": {
+            f"group_{index}": _group(format, ["Linear"]) for index, format in enumerate(formats.values())
+        },
         "ignore": ["lm_head", *excluded],
         "producer": {"name": "tkit", "version": version},
     }
@@ -106,7 +126,13 @@ def quantization_config(moves: Sequence[Move], version: str) -> dict[str, Any] |
                 for index, format in enumerate(formats.values())
             },
         }
+    if kv_cache is not None:
+        config["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     return config
+
+
+def _kv_cache_algo(moves: Sequence[Move]) -> str | None:
+    return next((KV_CACHES[move.kv_cache] for move in moves if move.kv_cache is not None), None)
 
 
 def _layer_formats(moves: Sequence[Move]) -> tuple[dict[str, QuantFormat], list[str]]:
@@ -118,7 +144,7 @@ def _layer_formats(moves: Sequence[Move]) -> tuple[dict[str, QuantFormat], list[
             layers.update(dict.fromkeys(names, move.format))
         elif move.input is not None:
             excluded += names
-    return layers, excluded
+    return layers, excluded if layers else []
 
 
 def _algorithm(format: QuantFormat) -> dict[str, Any]:
@@ -150,6 +176,10 @@ def _check(moves: Sequence[Move], spec: ModelSpec) -> None:
         f"{name} is quantized by trtllm-build itself; no reader of this format does that"
         for name in {move.build_format.name for move in moves if move.build_format is not None}
     )
+    if any(move.kv_cache == "int8" for move in moves):
+        problems.append("int8 is no KV cache of the readers of this format; they know fp8")
+    if any(move.kv_cache is not None for move in moves) and not row.layer_prefix.startswith("model.layers."):
+        problems.append(f"no reader of this format looks for the KV cache's scales in {spec.architecture}")
     if any(move.transform == "transpose" for move in quantized):
         problems.append(f"{spec.architecture} stores its layers transposed, which no reader knows quantized")
     hidden_inputs = {module.input for module in row.layer if module.in_ == "hidden"}

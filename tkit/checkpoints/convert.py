@@ -31,17 +31,16 @@ from tkit.specs.moves import Move, Output
 from tkit.specs.progress import Progress
 
 Raw = tuple[np.ndarray, str]  # bits and their safetensors dtype
-EMBEDDING = "transformer.vocab_embedding"
 
 
 class LayerQuantizer(Protocol):
-    """Quantizes the modules of one decoder layer that have a format."""
+    """Computes the tensors of one decoder layer that are not the source's own."""
 
-    def embedding(self, weight: Raw) -> None:
-        """Called once, before the first layer, with the (vocab, hidden) embedding."""
+    def begin(self, sources: Mapping[str, Raw]) -> None:
+        """Called once, before the first layer, with the tensors that the model needs before it: the embeddings."""
 
     def layer(self, index: int, sources: Mapping[str, Raw], moves: Sequence[Move]) -> Mapping[str, Mapping[str, Raw]]:
-        """{module: {stored tensor name: bits}} for the `moves` that have a format.
+        """{module: {stored tensor name: bits}} for the `moves` that are computed.
 
         `sources` holds every tensor of the layer under its Hugging Face name.
         """
@@ -132,10 +131,14 @@ def convert(
         steps = [list(group) for _, group in itertools.groupby(moves, key=lambda move: move.layer)]
         for index, step in enumerate(steps):
             progress.step("convert", index, len(steps))
+            first_sources = {}
+            if index == 0 and quantizer is not None:
+                first_sources = {name: read(name) for move in step for name in move.sources}
+                quantizer.begin(first_sources)
             if index < files.first_step:
                 _pass_step(step, read, quantizer)
                 continue
-            _write_step(step, read, files, quantizer)
+            _write_step(step, read, files, quantizer, first_sources)
             if nonfinite or zeros:
                 hint = "interrupted copies leave zeros; where they are meant: --allow-zeros" if zeros else None
                 raise InputError(f"{source.directory}: unusable weights", problems=[*nonfinite, *zeros], hint=hint)
@@ -146,12 +149,8 @@ def convert(
 
 def _pass_step(step: Sequence[Move], read: Callable[[str], Raw], quantizer: LayerQuantizer | None) -> None:
     """Lets the quantizer see a step that is written already, so that it knows the next one's activations."""
-    if quantizer is None:
-        return
-    if step[0].layer is not None:
+    if quantizer is not None and step[0].layer is not None:
         quantizer.skip(step[0].layer, {name: read(name) for move in step for name in move.sources})
-    elif step[0].module == EMBEDDING:
-        quantizer.embedding(read(step[0].sources[0]))
 
 
 def _write_step(
@@ -159,25 +158,23 @@ def _write_step(
     read: Callable[[str], Raw],
     files: CheckpointWriter,
     quantizer: LayerQuantizer | None,
+    sources: Mapping[str, Raw],
 ) -> None:
-    """Moves one decoder layer, or the modules before or after the layers."""
-    to_quantize = [move for move in step if move.format is not None]
-    sources: dict[str, Raw] = {}
+    """Moves one decoder layer, or the modules before or after the layers. `sources` are read already."""
+    to_quantize = [move for move in step if move.is_computed]
     quantized: Mapping[str, Mapping[str, Raw]] = {}
     if to_quantize and step[0].layer is not None:
         assert quantizer is not None, "a move with a format needs a quantizer"
         sources = {name: read(name) for move in step for name in move.sources}
         quantized = quantizer.layer(step[0].layer, sources, to_quantize)
     for move in step:
-        if move.format is not None:
+        if move.is_computed:
             parts = quantized[move.module]
             for output in move.outputs:
                 raw, dtype = parts[output.part]
                 files.write(output.file, output.name, take([raw], output, dtype))
             continue
         raws = [sources[name] if name in sources else read(name) for name in move.sources]
-        if quantizer is not None and move.module == EMBEDDING:
-            quantizer.embedding(raws[0])
         stacked = [transformed(raw, dtype, move.transform) for raw, dtype in raws]
         for output in move.outputs:
             if output.source is None:

@@ -62,6 +62,6 @@ def _whole(files: TensorFiles, move: Move, part: str) -> tuple[np.ndarray, str]:
             else:
                 whole[start:stop, output.columns[0] : output.columns[1]] = rows
             position += stop - start
-    if move.format is None:
+    if not move.is_computed:
         whole = whole[: sum(move.source_rows)]
     return whole, dtype

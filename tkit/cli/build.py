@@ -23,6 +23,8 @@ from tkit.units import format_bytes, format_seconds
 @click.option("--quant-override", "quant_overrides", multiple=True, metavar="PATTERN=QUANT",
               help="Another quantization for some modules: '*.attention.*=int8'. The first match counts.")  # fmt: skip
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Modules that stay in 16 bits: 'layers.0.*'.")
+@click.option("--kv-cache", type=click.Choice(["auto", "fp8", "int8"]),
+              help="Keys and values in 8 bits, with calibrated scales; auto: 16 bits.  [default: auto]")  # fmt: skip
 @click.option(
     "--format",
     type=click.Choice(FORMATS),

@@ -53,6 +53,7 @@ def _card_table(record: InspectionRecord) -> _Table:
         ("architecture", card.architecture),
         ("dtype", card.dtype),
         ("quantization", f"{card.quant} ({card.quant_algo})" if card.quant_algo else card.quant),
+        ("KV cache", card.recipe.get("kv_cache", "auto").replace("auto", card.dtype)),
         ("layout", f"tp {card.tp_size}, pp {card.pp_size}: {card.tp_size * card.pp_size} GPUs"),
         ("parameters", f"{card.num_params / 1e6:,.1f} M"),
         ("weights", format_bytes(card.weight_bytes)),

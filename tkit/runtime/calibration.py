@@ -3,12 +3,18 @@ of every linear layer's input are taken, its weights are quantized, it goes.
 
 Each layer sees the activations of the original weights, not of the layers quantized so far. The layers are transformers'
 own modules; how the model calls them (masks, rotary tables, per-layer kinds) is recorded from a run of the empty model.
-Memory: one layer, the embedding, and the activations (samples x length x hidden), whatever the depth.
+Memory: one layer, the embedding, and the activations (samples x length x hidden), whatever the depth; activations of more
+than SPILL_BYTES lie in a file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import math
+import os
 import random
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,20 +22,27 @@ from typing import Any, cast
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tkit.architectures.config import hf_config
+from tkit.architectures.table import ARCHITECTURES
 from tkit.errors import InputError
 from tkit.files import read_jsonl_texts
+from tkit.quantize import kv_cache
+from tkit.quantize.kv_cache import KvStatistics
 from tkit.quantize.statistics import InputStatistics
 from tkit.quantize.table import QUANTIZERS
 from tkit.runtime.bits import to_raw, to_torch
 from tkit.runtime.data_free import quantize_rows
+from tkit.runtime.kv_cache import CACHE_ARGUMENTS, CacheStandIn
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
+from tkit.units import format_bytes
 
 Raw = tuple[np.ndarray, str]
 
+SPILL_BYTES = 1 << 30  # activations up to this size stay in memory: 16 times those of the default text in an 8 B model
 BATCH_TOKENS = 4096  # bounds the activations inside a layer; larger batches are not faster on a CPU
 
 
@@ -43,35 +56,43 @@ class CalibratedQuantizer:
         device: str = "cpu",
         num_threads: int = 1,
         dtype: torch.dtype | None = None,
+        spill_directory: Path | None = None,
     ):
         self.num_threads = num_threads  # of what needs no calibration
         self.dtype = dtype or compute_dtype(spec, device)
         self.spec = spec
         self.tokens = tokens
         self.device = device
-        self.hidden = torch.zeros(0)  # (samples, length, hidden), the input of the next layer
+        self.spill_directory = spill_directory
+        self.hidden = torch.zeros(0)  # (samples, length, hidden), the input of the next layer; never on the device
+        self._layer_prefix = ARCHITECTURES[spec.architecture].layer_prefix
         self._layers = torch.nn.ModuleList()
         self._calls: list[dict[str, Any]] = []
 
-    def embedding(self, weight: Raw) -> None:
-        table = to_torch(*weight)
+    def begin(self, sources: Mapping[str, Raw]) -> None:
         model = _empty_model(self.spec, self.device)
-        embeddings = torch.nn.functional.embedding(self.tokens, table).float()
-        embeddings *= getattr(
-            model.embed_tokens, "scalar_embed_scale", 1.0
-        )  # Gemma's embedding scales what it looks up
+        inside = len(model.base_model_prefix) + 1  # names within the decoder
+        weights = {name[inside:]: to_torch(*raw) for name, raw in sources.items()}
+        ids = _hold_embeddings(model, weights, self.tokens, self.device, self.dtype)
+        layers_name = self._layer_prefix[inside:].partition(".")[0]
+        self._layers = cast(torch.nn.ModuleList, getattr(model, layers_name))
+        self.hidden = _activations((*self.tokens.shape, self.spec.hidden_size), self.dtype, self.spill_directory)
         with torch.inference_mode():
-            self.hidden, self._calls = _record_layer_calls(model, embeddings.to(self.device, self.dtype))
-        self._layers = cast(torch.nn.ModuleList, model.layers)
+            self._calls = _record_layer_calls(model, layers_name, ids, self.hidden)
 
     def layer(self, index: int, sources: Mapping[str, Raw], moves: Sequence[Move]) -> dict[str, dict[str, Raw]]:
-        prefix = f"model.layers.{index}."
+        prefix = self._layer_prefix.format(layer=index)
         weights = {name.removeprefix(prefix): to_torch(*raw) for name, raw in sources.items()}
-        calibrated = [move for move in moves if move.format is not None and move.format.needs_calibration]
-        statistics = self._run(index, weights, calibrated, prefix)
+        calibrated = [move for move in moves if move.format is not None and move.needs_calibration]
+        seen_kv = KvStatistics()
+        statistics = self._run(index, weights, calibrated, prefix, seen_kv)
         quantized = {
-            move.module: quantize_rows(move, sources, self.num_threads) for move in moves if move not in calibrated
+            move.module: quantize_rows(move, sources, self.num_threads) for move in moves if not move.needs_calibration
         }
+        for move in moves:
+            if move.kv_cache is not None:
+                found = kv_cache.scales(move.kv_cache, seen_kv)
+                quantized[move.module] = {part: to_raw(values) for part, values in found.items()}
         for input_name in dict.fromkeys(move.input for move in calibrated):
             group = [move for move in calibrated if move.input == input_name]
             stacked = {
@@ -87,16 +108,29 @@ class CalibratedQuantizer:
         return quantized
 
     def skip(self, index: int, sources: Mapping[str, Raw]) -> None:
-        prefix = f"model.layers.{index}."
-        self._run(index, {name.removeprefix(prefix): to_torch(*raw) for name, raw in sources.items()}, (), prefix)
+        prefix = self._layer_prefix.format(layer=index)
+        weights = {name.removeprefix(prefix): to_torch(*raw) for name, raw in sources.items()}
+        self._run(index, weights, (), prefix, KvStatistics())
 
     @torch.inference_mode()
     def _run(
-        self, index: int, weights: Mapping[str, torch.Tensor], moves: Sequence[Move], prefix: str
+        self,
+        index: int,
+        weights: Mapping[str, torch.Tensor],
+        moves: Sequence[Move],
+        prefix: str,
+        seen_kv: KvStatistics,
     ) -> dict[str | None, InputStatistics]:
         """Passes the activations through layer `index`; returns the statistics of each input."""
-        layer, call = self._layers[index], self._calls[index]
+        layer, call = self._layers[index], dict(self._calls[index])
         layer.load_state_dict({name: w.to(self.device, self.dtype) for name, w in weights.items()}, assign=True)
+        cache_argument = next(name for name in CACHE_ARGUMENTS if name in inspect.signature(layer.forward).parameters)
+
+        def watch(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            seen_kv.update(keys, values)
+            return keys, values
+
+        call[cache_argument] = CacheStandIn(watch)
         statistics, hooks = {}, []
         for move in moves:
             if move.input in statistics:  # modules with the same input see the same activations
@@ -110,7 +144,7 @@ class CalibratedQuantizer:
             )
         batch = max(BATCH_TOKENS // self.tokens.shape[1], 1)
         for start in range(0, len(self.hidden), batch):
-            output = layer(self.hidden[start : start + batch], **call)
+            output = layer(self.hidden[start : start + batch].to(self.device), **call)
             self.hidden[start : start + batch] = output[0] if isinstance(output, tuple) else output
         for hook in hooks:
             hook.remove()
@@ -148,44 +182,103 @@ def calibration_tokens(file: Path, tokenizer: Tokenizer, num_samples: int, lengt
     return torch.tensor([ids[start : start + length] for start in starts], dtype=torch.int64)
 
 
+class _NoMemory(TorchFunctionMode):
+    """`torch.empty`, from which modules make their parameters, takes no memory; tables that they compute are real."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.empty:
+            kwargs["device"] = "meta"
+        return function(*args, **kwargs)
+
+
 def _empty_model(spec: ModelSpec, device: str) -> PreTrainedModel:
-    """The decoder without weights, on the meta device; only its rotary tables are real."""
+    """The decoder without weights; only its buffers are real: rotary tables, Gemma's scale."""
     arguments = hf_config(spec)
     config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     config.dtype = torch.float32
-    with torch.device("meta"):
-        model = AutoModel.from_config(config).eval()
-    model.rotary_emb = type(model.rotary_emb)(config=config).to(device)
-    model.norm = torch.nn.Identity()
+    with _NoMemory():
+        model: PreTrainedModel = AutoModel.from_config(config).eval()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     return model
+
+
+def _hold_embeddings(
+    model: PreTrainedModel,
+    weights: Mapping[str, torch.Tensor],
+    tokens: torch.Tensor,
+    device: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Gives the model its embeddings; of the vocabulary only the rows of `tokens`. Returns the ids of `tokens` in those."""
+    vocabulary = cast(torch.nn.Embedding, model.get_input_embeddings())
+    used, ids = tokens.unique(return_inverse=True)
+    for name, weight in weights.items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        held = weight[used] if module is vocabulary else weight
+        setattr(module, attribute, torch.nn.Parameter(held.to(device, dtype), requires_grad=False))
+    vocabulary.padding_idx = None  # an id of the whole vocabulary
+    return ids.to(device)
+
+
+def _activations(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) -> torch.Tensor:
+    """Room for activations: in memory, or past SPILL_BYTES in a file of `directory` that goes when the process does."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if directory is None or num_bytes <= SPILL_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=".activations-") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # writing to a mapped file of a full disk would kill us
+        except OSError as error:
+            raise InputError(
+                f"{directory}: the calibration activations take {format_bytes(num_bytes)}: {error.strerror}",
+                hint="lower --calib-samples or --calib-len, or build elsewhere with --out",
+            ) from error
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).reshape(shape)
+
+
+class _Recorded(Exception):
+    """The last layer was called; what the model does behind it is of no interest."""
 
 
 class _Recorder(torch.nn.Module):
     """Stands where a decoder layer will be; keeps how it was called and passes its input on."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: torch.nn.Module, is_last: bool) -> None:
         super().__init__()
+        self.signature = inspect.signature(layer.forward)
+        self.is_last = is_last
         self.hidden = torch.zeros(0)
         self.call: dict[str, Any] = {}
 
-    def forward(self, hidden_states: torch.Tensor, **call: Any) -> torch.Tensor:
-        self.hidden, self.call = hidden_states, call
-        return hidden_states
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        call = dict(self.signature.bind(*args, **kwargs).arguments)
+        hidden = call.pop("hidden_states")
+        self.hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        self.call = {**call, **call.pop("kwargs", {})}
+        if self.is_last:
+            raise _Recorded
+        return (self.hidden,)  # some models take the first of what a layer returns; the others pass it on as it is
 
 
-def _record_layer_calls(model: PreTrainedModel, embeddings: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """The first layer's input for every sample, and the keyword arguments of each layer.
+def _record_layer_calls(
+    model: PreTrainedModel, layers_name: str, ids: torch.Tensor, hidden: torch.Tensor
+) -> list[dict[str, Any]]:
+    """The arguments of each layer; fills `hidden` with the first layer's input for every sample.
 
     One sample decides the arguments: tables and masks of one row broadcast over the batch.
     """
-    layers = cast(torch.nn.ModuleList, model.layers)
-    recorders = [_Recorder() for _ in layers]
-    model.layers = torch.nn.ModuleList(recorders)
+    layers = list(cast(torch.nn.ModuleList, getattr(model, layers_name)))
+    recorders = [_Recorder(layer, layer is layers[-1]) for layer in layers]
+    setattr(model, layers_name, torch.nn.ModuleList(recorders))
     try:
-        first = []
-        for sample in embeddings.split(1):
-            model(inputs_embeds=sample, use_cache=False)
-            first.append(recorders[0].hidden)
-        return torch.cat(first), [recorder.call for recorder in recorders]
+        for index, sample in enumerate(ids.split(1)):
+            with contextlib.suppress(_Recorded):
+                model(input_ids=sample, use_cache=False)
+            hidden[index] = recorders[0].hidden[0]
+        return [recorder.call for recorder in recorders]
     finally:
-        model.layers = layers
+        setattr(model, layers_name, torch.nn.ModuleList(layers))

@@ -21,7 +21,7 @@ class DataFreeQuantizer:
     def __init__(self, num_threads: int = 1):
         self.num_threads = num_threads
 
-    def embedding(self, weight: Raw) -> None:
+    def begin(self, sources: Mapping[str, Raw]) -> None:
         pass
 
     def skip(self, index: int, sources: Mapping[str, Raw]) -> None:

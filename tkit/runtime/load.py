@@ -15,16 +15,19 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from tkit.architectures.config import hf_config, parallel_from_trtllm, spec_from_hf, spec_from_trtllm
-from tkit.architectures.formats import precision_from_trtllm
+from tkit.architectures.formats import precision_from_trtllm, stored_kv_cache
 from tkit.architectures.moves import plan_moves
+from tkit.architectures.table import ARCHITECTURES
 from tkit.architectures.unified_hf import hf_layer_format
 from tkit.checkpoints.merge import merge
 from tkit.checkpoints.reader import TensorFiles, open_ranks, open_source
 from tkit.errors import InputError
 from tkit.files import read_json
 from tkit.quantize import int8
+from tkit.quantize.kv_cache import rounded
 from tkit.quantize.table import QUANTIZERS
 from tkit.runtime.bits import to_torch
+from tkit.runtime.kv_cache import Change, change_cached
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
 from tkit.specs.quantization import QuantFormat
@@ -46,28 +49,34 @@ def load_model(engine_dir: Path, device: str = "auto") -> tuple[PreTrainedModel,
     the checkpoint's own dtype on CUDA."""
     device = pick_device(device)
     if (engine_dir / "checkpoint").is_dir():
-        spec, weights, kernel_inputs = _read_trtllm(engine_dir / "checkpoint", device)
+        spec, weights, kernel_inputs, kv_cache = _read_trtllm(engine_dir / "checkpoint", device)
     else:
-        spec, weights, kernel_inputs = _read_hf(engine_dir / "hf", device)
+        spec, weights, kernel_inputs, kv_cache = _read_hf(engine_dir / "hf", device)
     if spec.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     model = model_from_weights(spec, weights, _dtype(spec, device))
     torch.nn.Module.to(model, device)
     for name, kernel_input in kernel_inputs.items():
         model.get_submodule(name).register_forward_pre_hook(kernel_input)
+    for index, change in kv_cache.items():
+        prefix = ARCHITECTURES[spec.architecture].layer_prefix
+        change_cached(model.get_submodule(prefix.format(layer=index).removesuffix(".")), change)
+    if kv_cache:
+        model.config.use_cache = True  # without one, a plain call would attend to what was never rounded
     return model, spec
 
 
 Weights = dict[str, torch.Tensor]  # by Hugging Face name, dequantized
 Hook = Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor]]
 KernelInputs = dict[str, Hook]  # by Hugging Face module, where the kernel rounds what enters it
+KvCache = dict[int, Change]  # by layer, where keys and values are stored in 8 bits
 
 
 def _dtype(spec: ModelSpec, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else getattr(torch, spec.dtype)
 
 
-def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelInputs]:
+def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelInputs, KvCache]:
     config = read_json(directory / "config.json")
     spec, parallel = spec_from_trtllm(config), parallel_from_trtllm(config)
     layer_config = directory / "quant_cfg.json"
@@ -75,17 +84,22 @@ def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, Kern
     precision = precision_from_trtllm(config, quant_cfg, spec, parallel)
     weights: Weights = {}
     kernel_inputs: KernelInputs = {}
+    kv_cache: KvCache = {}
     with open_ranks(directory, parallel.world_size) as files:
         for move, parts in merge(files, plan_moves(spec, precision, parallel)):
             stored = {part: to_torch(raw, code) for part, (raw, code) in parts.items()}
+            if move.kv_cache is not None and move.layer is not None:
+                scale = stored["kv_cache_scaling_factor"].to(device)
+                kv_cache[move.layer] = _cached(move.kv_cache, scale, scale)
+                continue
             weights.update(_hugging_face_weights(move, stored, _dtype(spec, device)))
             hook = None if move.format is None else _kernel_input(move.format, stored, device)
             if hook is not None:
                 kernel_inputs.update(dict.fromkeys((name.removesuffix(".weight") for name in move.sources), hook))
-    return spec, weights, kernel_inputs
+    return spec, weights, kernel_inputs, kv_cache
 
 
-def _read_hf(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelInputs]:
+def _read_hf(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelInputs, KvCache]:
     """A unified Hugging Face checkpoint. A weight with a scale beside it is quantized as `hf_quant_config.json` says."""
     config = {key: value for key, value in read_json(directory / "config.json").items() if key != "quantization_config"}
     spec = spec_from_hf(config, str(directory / "config.json"))
@@ -94,10 +108,14 @@ def _read_hf(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelIn
     quantization = read_json(quant_config)["quantization"] if quant_config.exists() else {}
     weights: Weights = {}
     kernel_inputs: KernelInputs = {}
+    scales: dict[int, dict[str, torch.Tensor]] = {}
     with open_source(directory) as files:
         for name, entry in files.entries.items():
             module, _, part = name.rpartition(".")
-            if f"{module}.weight_scale" not in files.entries or part == "bias":
+            if part in ("k_scale", "v_scale"):
+                layer = int(name.removeprefix("model.layers.").partition(".")[0])
+                scales.setdefault(layer, {})[part] = to_torch(files.read(name), entry.dtype).to(device)
+            elif f"{module}.weight_scale" not in files.entries or part == "bias":
                 weights[name] = to_torch(files.read(name), entry.dtype).to(dtype)
             elif part == "weight":
                 quant = hf_layer_format(quantization, module)
@@ -106,7 +124,16 @@ def _read_hf(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelIn
                 hook = _kernel_input(quant, stored, device)
                 if hook is not None:
                     kernel_inputs[module] = hook
-    return spec, weights, kernel_inputs
+    kv_cache = {
+        layer: _cached(stored_kv_cache(quantization), pair["k_scale"], pair["v_scale"])
+        for layer, pair in scales.items()
+    }
+    return spec, weights, kernel_inputs, kv_cache
+
+
+def _cached(dtype: str, k_scale: torch.Tensor, v_scale: torch.Tensor) -> Change:
+    """What attention reads of keys and values that were stored in `dtype`."""
+    return lambda keys, values: (rounded(keys, k_scale, dtype), rounded(values, v_scale, dtype))
 
 
 def _hugging_face_parts(files: TensorFiles, module: str, quant: QuantFormat) -> dict[str, torch.Tensor]:

@@ -39,6 +39,7 @@ class Move:
     """One TensorRT-LLM module (or its bias): the sources, stacked along dim 0 in order, become the outputs.
 
     `format` is None where the values are only moved, never changed; `build_format` is what trtllm-build makes of them.
+    Where `kv_cache` is set there are no sources: the outputs are the scales of the layer's KV cache, found by calibration.
     """
 
     module: str  # with the global layer index: transformer.layers.7.attention.qkv
@@ -50,4 +51,14 @@ class Move:
     transform: str | None = None  # add_one | transpose | float32, applied to every source
     format: QuantFormat | None = None
     build_format: QuantFormat | None = None
+    kv_cache: str | None = None
     input: str | None = None
+
+    @property
+    def is_computed(self) -> bool:
+        """Its outputs come from a quantizer."""
+        return self.format is not None or self.kv_cache is not None
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.kv_cache is not None or (self.format is not None and self.format.needs_calibration)

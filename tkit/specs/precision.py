@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from tkit.errors import InputError, did_you_mean
 from tkit.specs.quantization import QUANT_FORMATS, QuantFormat, quant_format
 
+KV_CACHES: dict[str, str | None] = {"auto": None, "fp8": "FP8", "int8": "INT8"}  # --kv-cache -> kv_cache_quant_algo
 UNQUANTIZED = QUANT_FORMATS["none"]
 
 
@@ -21,9 +23,19 @@ class Precision:
     default: QuantFormat
     overrides: tuple[tuple[str, QuantFormat], ...] = ()  # (pattern, format), the first match counts
     modules: Mapping[str, QuantFormat] = field(default_factory=dict)  # by TensorRT-LLM's name, before any pattern
+    kv_cache: str = "auto"  # a key of KV_CACHES; auto = the model's own 16 bits
+
+    def __post_init__(self) -> None:
+        if self.kv_cache not in KV_CACHES:
+            raise InputError(
+                f'unknown KV cache "{self.kv_cache}"{did_you_mean(self.kv_cache, KV_CACHES)}',
+                hint=f"known: {', '.join(KV_CACHES)}",
+            )
 
     @classmethod
-    def of(cls, quant: str, overrides: Mapping[str, str] | None = None, exclude: Iterable[str] = ()) -> Precision:
+    def of(
+        cls, quant: str, overrides: Mapping[str, str] | None = None, exclude: Iterable[str] = (), kv_cache: str = "auto"
+    ) -> Precision:
         """From what a recipe says; excluded patterns come before every override. Raises InputError for unknown formats."""
         return cls(
             default=quant_format(quant, where="quant"),
@@ -31,7 +43,12 @@ class Precision:
                 *((pattern, UNQUANTIZED) for pattern in exclude),
                 *((pattern, quant_format(name, f'"{pattern}"')) for pattern, name in (overrides or {}).items()),
             ),
+            kv_cache=kv_cache,
         )
+
+    @property
+    def kv_cache_algo(self) -> str | None:
+        return KV_CACHES[self.kv_cache]
 
     def override(self, names: Iterable[str]) -> int | None:
         """The index of the first override that matches any of a module's names."""

@@ -24,10 +24,9 @@ class EngineRecipe:
     """What changes an engine's bytes. Equal recipes and equal sources give an equal engine name."""
 
     quant: str = "none"
-    quant_overrides: Mapping[str, str] = field(
-        default_factory=dict
-    )  # module pattern -> quantization, first match counts
+    quant_overrides: Mapping[str, str] = field(default_factory=dict)  # module pattern -> quantization, the first counts
     exclude: tuple[str, ...] = ()  # module patterns that stay in 16 bits
+    kv_cache: str = "auto"  # fp8, int8, or the model's own 16 bits
     tp_size: int = 1
     pp_size: int = 1
     moe_ep_size: int = 1  # of the tp ranks, how many hold different experts
@@ -58,7 +57,7 @@ class EngineRecipe:
 
     @property
     def precision(self) -> Precision:
-        return Precision.of(self.quant, self.quant_overrides, self.exclude)
+        return Precision.of(self.quant, self.quant_overrides, self.exclude, self.kv_cache)
 
     @property
     def parallel(self) -> Parallel:

@@ -143,8 +143,7 @@ def plan_build(
         raise InputError(f"{config_path}: expected a mapping of keys, found {type(config).__name__}")
     spec = spec_from_hf(config, str(config_path))
     moves = _plan_formats(spec, recipe)
-    algorithms = dict.fromkeys(format.algo for format in _formats(moves).values())
-    if backend == "pytorch" and (problems := [p for algo in algorithms for p in format_problems(algo, None)]):
+    if backend == "pytorch" and (problems := _pytorch_problems(moves, recipe)):
         raise InputError("--backend pytorch: no reader of this format", problems=problems)
     problems = _config_problems(spec, recipe) if recipe.format != "hf" else []
     if problems:
@@ -153,8 +152,7 @@ def plan_build(
     with _open_source(source.directory, is_pickled) as files:
         check_sources(files, moves, ARCHITECTURES[spec.architecture].ignored)
         paths = files.files
-    needs_calibration = any(move.format is not None and move.format.needs_calibration for move in moves)
-    calib_file = _calibration_file(recipe) if needs_calibration else None
+    calib_file = _calibration_file(recipe) if any(move.needs_calibration for move in moves) else None
     used = [config_path, *paths, *(source.directory / name for name in TOKENIZER_FILES)]
     used = [path for path in used if path.exists()]
     signatures = {path: file_signature(path) for path in used}
@@ -224,7 +222,7 @@ def _write_engine(
 ) -> EngineCard:
     journal = work / "journal.jsonl"
     tokenizer = copy_tokenizer(plan.source.directory, work / "tokenizer", plan.spec.vocab_size)
-    quantizer = _quantizer(plan, tokenizer, device, workers)
+    quantizer = _quantizer(plan, work, tokenizer, device, workers)
     _write_configs(plan, work)
     convert_started = time.monotonic()
     with _open_source(plan.source.directory, plan.is_pickled) as source:
@@ -276,7 +274,7 @@ def _write_engine(
             "stages": {"hash source": round(plan.hash_seconds, 3), "convert": round(convert_seconds, 3)},
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "source_bytes": sum(facts["bytes"] for facts in plan.source_files.values()),
-            "kv_bytes_per_token": kv_bytes_per_token(plan.spec),
+            "kv_bytes_per_token": kv_bytes_per_token(plan.spec, plan.recipe.kv_cache),
             "device": device,
         },
         notes=notes,
@@ -324,6 +322,12 @@ def _formats(moves: Sequence[Move]) -> dict[str, QuantFormat]:
     return {format.name: format for format in used if format is not None}
 
 
+def _pytorch_problems(moves: Sequence[Move], recipe: EngineRecipe) -> list[str]:
+    algorithms = {format.algo for format in _formats(moves).values()} or {None}
+    problems = (format_problems(algo, recipe.precision.kv_cache_algo) for algo in algorithms)
+    return sorted({line for lines in problems for line in lines})
+
+
 def _config_problems(spec: ModelSpec, recipe: EngineRecipe) -> list[str]:
     """What TensorRT-LLM refuses by the configuration alone."""
     config = trtllm_config(spec, recipe.precision, recipe.parallel)
@@ -361,7 +365,8 @@ def _write_configs(plan: BuildPlan, work: Path) -> None:
         for path in (work / "tokenizer").iterdir():
             shutil.copyfile(path, work / "hf" / path.name)
     if plan.backend == "pytorch":
-        write_atomic(work / LLM_API_FILE, llm_api_yaml(llm_api_options(plan.recipe, plan.spec.max_position_embeddings)))
+        options = llm_api_options(plan.recipe, plan.spec.max_position_embeddings, plan.recipe.precision.kv_cache_algo)
+        write_atomic(work / LLM_API_FILE, llm_api_yaml(options))
 
 
 def publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineCard:
@@ -386,9 +391,9 @@ def publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineCa
     return card
 
 
-def _quantizer(plan: BuildPlan, tokenizer: Tokenizer, device: str, workers: int) -> LayerQuantizer | None:
+def _quantizer(plan: BuildPlan, work: Path, tokenizer: Tokenizer, device: str, workers: int) -> LayerQuantizer | None:
     """None where weights are only moved; torch is imported only where it computes."""
-    if all(format.is_stored_plain for format in plan.formats.values()):
+    if not any(move.is_computed for move in plan.moves):
         return None
     if plan.calib_file is None:
         from tkit.runtime.data_free import DataFreeQuantizer
@@ -399,7 +404,7 @@ def _quantizer(plan: BuildPlan, tokenizer: Tokenizer, device: str, workers: int)
 
     recipe = plan.recipe
     tokens = calibration_tokens(plan.calib_file, tokenizer, recipe.calib_samples, recipe.calib_len, recipe.seed)
-    return CalibratedQuantizer(plan.spec, tokens, pick_device(device), workers)
+    return CalibratedQuantizer(plan.spec, tokens, pick_device(device), workers, spill_directory=work)
 
 
 def _calibration_file(recipe: EngineRecipe) -> Path:
@@ -428,7 +433,8 @@ def _engine_name(model: str, recipe: EngineRecipe, backend: str, key: str) -> st
     runs_on = "" if backend == "reference" else f"-{backend}"
     pipeline = f"-pp{recipe.pp_size}" if recipe.pp_size > 1 else ""
     mixed = "-mixed" if recipe.quant_overrides or recipe.exclude else ""
-    return f"{slug}-{recipe.quant}{mixed}-tp{recipe.tp_size}{pipeline}{runs_on}-{key[:6]}"
+    cache = f"-kv_{recipe.kv_cache}" if recipe.kv_cache != "auto" else ""
+    return f"{slug}-{recipe.quant}{mixed}{cache}-tp{recipe.tp_size}{pipeline}{runs_on}-{key[:6]}"
 
 
 def _check_disk(out: Path, plan: BuildPlan) -> None:
@@ -487,6 +493,8 @@ def _notes(plan: BuildPlan, source: TensorFiles) -> tuple[str, ...]:
         notes.append("the weights were pickled; torch.load(weights_only=True) read their tensors and nothing else")
     if "int8" in plan.formats:
         notes.append("W8A16 ships as plain 16-bit weights; trtllm-build quantizes them for the GPU it runs on")
+    if plan.recipe.kv_cache == "int8" and plan.recipe.format != "hf":
+        notes.append("an INT8 KV cache has no paged context kernel: trtllm-build --use_paged_context_fmha disable")
     return tuple(notes)
 
 
@@ -498,9 +506,9 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def kv_bytes_per_token(spec: ModelSpec) -> int:
-    """Keys and values of one token in all layers, 16 bits each; over all ranks, repeated KV heads not counted."""
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_size * 2
+def kv_bytes_per_token(spec: ModelSpec, kv_cache: str) -> int:
+    """Keys and values of one token in all layers; over all ranks, repeated KV heads not counted."""
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_size * (2 if kv_cache == "auto" else 1)
 
 
 def _command(plan: BuildPlan) -> str:
@@ -512,6 +520,8 @@ def _command(plan: BuildPlan) -> str:
         command += ["--exclude", pattern]
     for pattern, quant in recipe.quant_overrides.items():
         command += ["--quant-override", f"{pattern}={quant}"]
+    if recipe.kv_cache != default.kv_cache:
+        command += ["--kv-cache", recipe.kv_cache]
     if recipe.moe_ep_size != default.moe_ep_size:
         command += ["--moe-ep", str(recipe.moe_ep_size)]
     if recipe.format != default.format:

@@ -87,6 +87,8 @@ def plan(model: str | None, wish: Mapping[str, Any], *, prices: Path | None = No
     recipe_engine = recipe.engines[0]
     given = {key: value for key, value in wish.items() if value is not None}
     given.setdefault("quant", recipe_engine.quant)
+    if recipe_engine.kv_cache != "auto":
+        given.setdefault("kv_cache", recipe_engine.kv_cache)
     asked = Wish(**given)
     constants = calibrate(run, shape, asked).engine if run is not None else None
     made = make_plan(shape, asked, source, prices=read_prices(prices) if prices else None, constants=constants)
