@@ -91,17 +91,19 @@ def logits_by_hand(model_dir, scales, dtype):
 
 def test_tokens_one_by_one_see_what_the_prompt_saw(make_llama, build):
     """The serving engine's cache holds rounded values as well."""
-    model, spec = load_model(build(make_llama(), "--kv-cache", "int8", "--quant", "int8"), "cpu")
+    model, spec = load_model(build(make_llama(), "--kv-cache", "int8"), "cpu")
+    plain = AutoModelForCausalLM.from_pretrained(make_llama(), dtype=torch.float32)
     cache = SlotCache(num_layers=spec.num_layers, max_rows=2, budget_tokens=2 * 128)
     cache.reserve(2, 40)
     with torch.inference_mode():
-        whole = model(TOKENS).logits
-        for position in range(40):
-            positions = torch.full((2, 1), position)
-            logits = forward(
-                model, cache, TOKENS[:, position : position + 1], positions, first_row=0, length=position + 1
-            )
-            torch.testing.assert_close(logits, whole[:, position], rtol=1e-4, atol=1e-4)
+        step_by_step = [
+            forward(model, cache, TOKENS[:, i : i + 1], torch.full((2, 1), i), first_row=0, length=i + 1)
+            for i in range(40)
+        ]
+        whole, unrounded = model(TOKENS).logits, plain(TOKENS).logits
+    # another order of summation moves a few values to the next point of the grid, the rounding itself moves them all
+    difference = (torch.stack(step_by_step, dim=1) - whole).abs().mean()
+    assert difference < 0.05 * (whole - unrounded).abs().mean()
 
 
 def test_the_other_checkpoint_has_a_scale_each(make_llama, build):
