@@ -116,6 +116,7 @@ def write_container(directory: Path) -> dict[str, str]:
     for name in ("preprocessing", "postprocessing", "tensorrt_llm_bls"):
         _write(models / "inflight_batcher_llm" / name / "1" / "model.py", MODELS[name])
     libraries = f"{library_directory()}:{install.root.parents[1]}/nvidia_pytriton.libs"
+    _write(models / "inflight_batcher_llm" / "tensorrt_llm_bls" / "1" / "lib" / "decode.py", "")
     server = f"""#!/bin/sh
 export LD_LIBRARY_PATH={libraries}:$LD_LIBRARY_PATH PATH={Path(sys.executable).parent}:$PATH
 exec {install.binary} --backend-directory={triton}/backends "$@"

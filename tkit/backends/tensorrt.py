@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ class TensorRT:
             *_version_problems(config["version"], machine),
             *_backend_problems(install),
             *_gpu_problems(engine_dir, config, machine),
-            *code_problems([f"{INFLIGHT_BATCHER}/{name}/1/model.py" for name in PYTHON_MODELS]),
+            *code_problems(
+                _code(Path(INFLIGHT_BATCHER), model, name) for model, names in PYTHON_MODELS.items() for name in names
+            ),
             *tokenizer_problems(engine_dir / "tokenizer"),
         ]
 
@@ -68,10 +71,16 @@ def served_models(
     return [
         ServedModel(
             config=model,
-            code=models / INFLIGHT_BATCHER / model.name / "1" if model.name in PYTHON_MODELS else None,
+            links={
+                name: _code(models / INFLIGHT_BATCHER, model.name, name) for name in PYTHON_MODELS.get(model.name, ())
+            },
         )
         for model in inflight_batcher_configs(spec)
     ]
+
+
+def _code(directory: Path, model: str, name: str) -> Path:
+    return directory / model / "1" / name
 
 
 def read_engine_config(engine_dir: Path) -> dict[str, Any]:
@@ -128,10 +137,10 @@ def _gpu_problems(engine_dir: Path, config: dict[str, Any], machine: Machine) ->
     return problems
 
 
-def code_problems(names: list[str]) -> list[str]:
+def code_problems(paths: Iterable[Path]) -> list[str]:
     """Which of the container's model files are missing."""
     directory = models_directory()
-    missing = [name for name in names if not (directory / name).is_file()]
+    missing = [str(path) for path in paths if not (directory / path).exists()]
     if not missing:
         return []
     return [f"{directory} lacks {', '.join(missing)}; ${MODELS_VARIABLE} says where TensorRT-LLM's Triton models lie"]

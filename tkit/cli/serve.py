@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from tkit.cli.output import Output, output_options
-from tkit.specs.server import DEVICES, MODEL_NAME, ServeOptions, ServerRecord
+from tkit.specs.server import DEVICES, MODEL_NAME, RENDER_TARGETS, ServeOptions, ServerRecord
 
 
 def _option(name: str, default: Any, text: str, **more: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -38,8 +38,19 @@ def _option(name: str, default: Any, text: str, **more: Any) -> Callable[[Callab
          "Of the GPU memory that is free once the engine is loaded; TensorRT-LLM's backends.")  # fmt: skip
 @_option("--timeout", ServeOptions.timeout_s, "Seconds until the server must have generated a first token.")
 @click.option("--detach", is_flag=True, help="Return when it is ready; end it with tkit stop.")
+@click.option("--render", type=click.Choice(RENDER_TARGETS),
+              help="Write and print the launch for a compiled engine's container, instead of serving.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), help="With --render: directory.  [default: deploy/ENGINE]")
 @output_options
-def command(output: Output, engine: str | None, detach: bool, timeout: float, **options: Any) -> None:
+def command(
+    output: Output,
+    engine: str | None,
+    detach: bool,
+    timeout: float,
+    render: str | None,
+    out: Path | None,
+    **options: Any,
+) -> None:
     """Serve ENGINE with Triton Inference Server until Ctrl-C.
 
     ENGINE is a directory or a name under engines/; default: the newest engine. The model is called `ensemble` and takes
@@ -50,6 +61,12 @@ def command(output: Output, engine: str | None, detach: bool, timeout: float, **
 
     serve_options = ServeOptions(timeout_s=timeout, **options)
     engine_dir = find_engine(engine)
+    if render is not None:
+        from tkit.stages.render import render_docker
+
+        launch = render_docker(engine_dir, serve_options, out)
+        output.record(launch, launch.text())
+        return
     if detach:
         record = serve_detached(engine_dir, serve_options, progress=output)
         output.close()

@@ -34,6 +34,7 @@ class ServerRecord:
     )  # GPU's UUID -> kv_cache_fraction; TensorRT-LLM's
 
 
+RENDER_TARGETS = ("docker",)
 DEVICES = ("auto", "cpu", "cuda")
 PORTS = ("http_port", "grpc_port", "metrics_port", "openai_port")
 

@@ -19,7 +19,12 @@ from tkit.triton.model_config import EnsembleStep, ModelConfig, Queue, TensorSpe
 
 ENGINE_MODEL = "tensorrt_llm"
 LOGITS, PROMPT_TABLE, ENCODER_FEATURES = "FP32", "FP16", "FP16"
-PYTHON_MODELS = ("preprocessing", "postprocessing", "tensorrt_llm_bls")  # whose code the container has
+# What the container has of the Python models' code: model -> names in its version directory
+PYTHON_MODELS = {
+    "preprocessing": ("model.py",),
+    "postprocessing": ("model.py",),
+    "tensorrt_llm_bls": ("model.py", "lib"),
+}
 # Preprocessing and postprocessing are CPU work in Python, one request at a time: NVIDIA's own hint for their number.
 NUM_INSTANCES = 5
 

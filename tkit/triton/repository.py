@@ -13,12 +13,12 @@ from tkit.triton.model_config import ModelConfig, render_model_config
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
     """A model ready to be laid out. In its version directory: `source` as model.py, which Triton's Python backend imports;
-    `files` by name; and links to everything that lies in `code`, a directory of the machine that will serve."""
+    `files`, name -> text; `links`, name -> path on the machine that will serve, which may be another."""
 
     config: ModelConfig
     source: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)
-    code: Path | None = None
+    links: Mapping[str, Path] = field(default_factory=dict)
 
 
 def repository_files(models: Sequence[ServedModel]) -> dict[str, str]:
@@ -37,7 +37,5 @@ def write_repository(repository: Path, models: Sequence[ServedModel]) -> None:
     for model in models:
         version = repository / model.config.name / "1"
         version.mkdir(parents=True, exist_ok=True)  # Triton wants one, even empty
-        if model.code is not None:
-            for path in model.code.iterdir():
-                if not (version / path.name).exists():
-                    (version / path.name).symlink_to(path)
+        for name, path in model.links.items():
+            (version / name).symlink_to(path)
