@@ -11,6 +11,7 @@ from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.monitor import Monitor
 from tkit.loadgen.point import Place, summarise
 from tkit.loadgen.profiles import HealthLimits, Shape, find_profile
+from tkit.specs.client import ClientCalibration
 from tkit.specs.record import PointSummary
 
 MS = 1_000_000
@@ -119,6 +120,25 @@ def test_quick_judges_lags_at_the_percentiles_it_prints() -> None:
 
 def test_a_busy_client() -> None:
     assert point(steady_records(), cpu_share=0.8).invalid_reasons == ("the client used 80% of its core (limit 70%)",)
+
+
+def test_more_than_the_client_was_calibrated_for() -> None:
+    def judged(max_tok_s: float | None, error_ms: float) -> tuple[str, ...]:
+        errors = {"p50": error_ms, "p99": error_ms}
+        calibration = ClientCalibration(
+            protocol="openai", ttft_error_ms=errors, gap_error_ms=errors, cpu_us_per_token=9, max_streams=None,
+            max_tok_s=max_tok_s, limit="",
+        )  # fmt: skip
+        records = steady_records()
+        trace, limits = steady_trace(records), HealthLimits()
+        return summarise(
+            PLACE, records, trace, limits=limits, token_source="server_usage", num_gpus=None, calibration=calibration,
+            started="2026-01-01T00:00:00Z",
+        ).invalid_reasons  # fmt: skip
+
+    assert judged(144, 4.9) == judged(None, 4.9) == ()
+    assert judged(100, 0.1) == ("143 tok/s are more than this client was seen to follow (100)",)
+    assert judged(144, 5.5) == ("the client adds 5.50 ms to a TTFT of 50.00 ms (limit 10%)",)
 
 
 def test_a_client_that_stood_still() -> None:

@@ -159,6 +159,32 @@ def test_a_stall_shows_in_the_gaps_and_in_time(mock: str, tokenizer_dir: Path) -
 BACKGROUND = "while True: pass"
 
 
+def test_what_users_wait_when_more_come_than_there_is_room_for(mock: str, tokenizer_dir: Path) -> None:
+    """Four answers at a time, each 0.67 s long, and 12 requests a second: the queue grows by six a second."""
+    shape = Shape(isl=16, osl=63)
+    profile = dataclasses.replace(
+        find_profile("quick"), shapes=(shape,), requests=None, max_duration_s=4, min_duration_s=4
+    )
+    take_record(mock)
+    with Session("openai", mock, "slots", prompts=PromptMaker(tokenizer_dir, 0), profile=profile) as session:
+        session.probe(shape)
+        point = session.measure(Place(shape=shape, rate=12, repeat=1), lambda done, total: None)
+    assert point.failures == []
+    did = {id: line for id, line in take_record(mock).items() if "probe" not in id}
+    assert len(did) == len(point.records)
+    waited = []
+    for record in point.records:
+        (line,) = (line for id, line in did.items() if id.endswith(f"-{record.id}"))
+        assert record.first_token_ns is not None
+        assert record.scheduled_ns is not None
+        waited.append((line["sent_ns"][0] - record.scheduled_ns) / MS)
+        assert (record.first_token_ns - record.scheduled_ns) / MS >= waited[-1]
+    measured = [wait for wait, record in zip(waited, point.records, strict=True) if record.phase == "measured"]
+    assert point.summary.ttft_sched is not None
+    assert point.summary.ttft_sched.p50 == pytest.approx(statistics.median(measured), abs=20)
+    assert statistics.median(measured) > 1000
+
+
 def sweep(url: str, tokenizer_dir: Path, tmp_path: Path, *options: str) -> subprocess.Popen[bytes]:
     command = [
         sys.executable, "-m", "tkit", "sweep", "standard", "--repeats", "1", "--protocol", "openai", "--url", url,

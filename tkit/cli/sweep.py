@@ -84,14 +84,20 @@ class _Rates(_Words):
 @click.option("--resume", is_flag=True, help="Go on with the newest run that was cut off, or with --name.")
 @click.option("--out", type=click.Path(path_type=Path), default="reports", show_default=True, help="Reports directory.")
 @click.option("--name", help="Name of the run's directory.  [default: engine, profile and time]")
+@click.option("--calibrate", is_flag=True,
+              help="Measure this client instead, against a server whose times are known.")  # fmt: skip
 @output_options
-def command(output: Output, out: Path, name: str | None, resume: bool, **given: object) -> None:
+def command(output: Output, out: Path, name: str | None, resume: bool, calibrate: bool, **given: object) -> None:
     """Measure latency and throughput of a running server.
 
     PROFILE is quick (default; about half a minute) or standard. The last line of stdout is the run's directory.
     Points whose numbers should not be believed are kept, marked invalid, with the reason.
     """
     import dataclasses
+
+    if calibrate:
+        _calibrate(output, out, given)
+        return
 
     from tkit.specs.recipe import SweepRecipe
     from tkit.stages.sweep import Target, run_sweep
@@ -104,8 +110,34 @@ def command(output: Output, out: Path, name: str | None, resume: bool, **given: 
     output.record(record, _table(record), last_line=record.directory)
 
 
+def _calibrate(output: Output, out: Path, given: dict[str, object]) -> None:
+    from tkit.stages.calibrate import run_calibration
+
+    others = [
+        f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None and name != "protocol"
+    ]
+    if others:
+        raise click.UsageError(f"--calibrate measures this client alone: leave out {', '.join(others)}")
+    protocol = given["protocol"]
+    record = run_calibration(out, None if protocol is None else str(protocol), progress=output)
+    rows = [["protocol", "TTFT error p50", "p99", "gap error p50", "p99", "us CPU/token", "streams", "tok/s"]]
+    rows += [
+        [
+            row.protocol,
+            *(_milliseconds(row.ttft_error_ms[name], 2) for name in ("p50", "p99")),
+            *(_milliseconds(row.gap_error_ms[name], 2) for name in ("p50", "p99")),
+            f"{row.cpu_us_per_token:.1f}",
+            "-" if row.max_streams is None else str(row.max_streams),
+            "-" if row.max_tok_s is None else f"{row.max_tok_s:.0f}",
+        ]
+        for row in record.protocols
+    ]
+    limits = "\n".join(f"{row.protocol}: {row.limit}" for row in record.protocols)
+    output.record(record, f"{_aligned(rows)}\n{limits}", last_line=str(out / "client.json"))
+
+
 def _table(record: SweepRecord) -> str:
-    """One row per point, columns aligned."""
+    """One row per point."""
     rows = [["shape", "load", "tok/s", "TTFT p50", "TPOT p50", "E2E p50", "errors", "valid"]]
     rows += [
         [
@@ -118,9 +150,12 @@ def _table(record: SweepRecord) -> str:
         ]
         for point in record.points
     ]
+    return "\n".join([_aligned(rows), *map(_found, record.found)])
+
+
+def _aligned(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-    return "\n".join([*lines, *map(_found, record.found)])
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
 
 def _found(found: FoundMax) -> str:
@@ -141,5 +176,5 @@ def _found(found: FoundMax) -> str:
     return f"{found.shape}, largest load with {found.target:.0%} {found.tier}: {best}; {end}"
 
 
-def _milliseconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} ms"
+def _milliseconds(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f} ms"

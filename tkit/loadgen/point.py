@@ -33,6 +33,7 @@ from tkit.loadgen.metrics import (
     wave_medians,
 )
 from tkit.loadgen.profiles import HealthLimits, Shape
+from tkit.specs.client import ClientCalibration
 from tkit.specs.record import Load, PointSummary
 from tkit.units import NS_PER_MS, NS_PER_S
 
@@ -65,6 +66,7 @@ def summarise(
     num_gpus: int | None,
     arrivals: str | None = None,
     started: str,
+    calibration: ClientCalibration | None = None,
 ) -> PointSummary:
     """The numbers of a point and whether they may be believed. Sets the phase of every record."""
     assign_phases(records, trace)
@@ -74,6 +76,9 @@ def summarise(
     tpot = distribution(present(map(tpot_ms, ok)))
     client = _client_numbers(place, records, ok, trace)
     reasons = _invalid_reasons(place, records, measured, trace, client, limits)
+    ttft = distribution(present(map(ttft_ms, ok)))
+    if calibration is not None:
+        reasons += _beyond_calibration(rate.output_tok_s, ttft.p50, calibration, limits)
     return PointSummary(
         shape=str(place.shape),
         isl=place.shape.isl,
@@ -96,7 +101,7 @@ def summarise(
         tok_s_user=1000 / tpot.p50 if tpot.p50 else None,
         tok_s_gpu=rate.output_tok_s / num_gpus if num_gpus else None,
         goodput=goodput(measured, rate.window_s, from_schedule=trace.is_open),
-        ttft=distribution(present(map(ttft_ms, ok))),
+        ttft=ttft,
         ttfb=distribution(present(map(ttfb_ms, ok))),
         tpot=tpot,
         chunk_gap=distribution(chunk_gaps(ok)["gap_ns"] / NS_PER_MS),
@@ -214,6 +219,19 @@ def _invalid_reasons(
         is_gross = abs(change) > limits.gross_drift and not trace.is_open
         if is_gross or (abs(change) > limits.drift and is_real):
             reasons.append(f"{words} drifted {change:+.1%} between the halves (limit {limits.drift:.0%})")
+    return reasons
+
+
+def _beyond_calibration(
+    tok_s: float, ttft_p50_ms: float | None, calibration: ClientCalibration, limits: HealthLimits
+) -> list[str]:
+    reasons = []
+    if calibration.max_tok_s is not None and tok_s > calibration.max_tok_s:
+        reasons.append(f"{tok_s:.0f} tok/s are more than this client was seen to follow ({calibration.max_tok_s:.0f})")
+    error_ms = calibration.ttft_error_ms["p50"]
+    if ttft_p50_ms is not None and error_ms > limits.ttft_error_share * ttft_p50_ms:
+        limit = f"limit {limits.ttft_error_share:.0%}"
+        reasons.append(f"the client adds {error_ms:.2f} ms to a TTFT of {ttft_p50_ms:.2f} ms ({limit})")
     return reasons
 
 

@@ -44,6 +44,7 @@ class HealthLimits:
     loop_lag_share: float = 0.0
     lag_percentile: int | None = 99  # None: the finest that the point has requests enough to print
     standstill_share: float = 0.05  # of the steady window, without a break: nothing was sent or seen meanwhile
+    ttft_error_share: float = 0.10  # what calibration says the client adds, against the point's median
     cpu_share: float = 0.70  # of one core per worker
     drift: float = 0.05  # between the halves of the steady window, when chance does not explain it
     gross_drift: float = 0.25  # whatever chance explains

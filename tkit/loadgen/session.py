@@ -24,6 +24,7 @@ from tkit.loadgen.profiles import Profile, Shape
 from tkit.loadgen.prompts import PromptMaker
 from tkit.loadgen.protocols import find_protocol, make_client
 from tkit.loadgen.run_directory import utc_now
+from tkit.specs.client import ClientCalibration
 from tkit.specs.record import PointSummary
 from tkit.units import NS_PER_S
 
@@ -60,6 +61,7 @@ class Session:
         idle_timeout_s: float = 60.0,
         num_gpus: int | None = None,
         api_key: str | None = None,
+        calibration: ClientCalibration | None = None,
     ):
         self._make_client = lambda: make_client(protocol, url, model, prompts.token_ends, api_key)
         self._client = self._make_client()
@@ -69,7 +71,8 @@ class Session:
         self._seed = seed
         self._idle_timeout_s = idle_timeout_s
         self._num_gpus = num_gpus
-        self._runner = asyncio.Runner(loop_factory=_loop_factory())
+        self._calibration = calibration
+        self._runner = asyncio.Runner(loop_factory=new_event_loop())
         self._wraps_prompts = find_protocol(protocol).wraps_prompts
         self._template_tokens = 0  # that the server adds to every prompt
         self._e2e_s: dict[tuple[Shape, int], float] = {}  # mean, by concurrency; 0 is the probe
@@ -150,6 +153,7 @@ class Session:
             token_source=self.token_source,
             num_gpus=self._num_gpus,
             arrivals=str(self._profile.arrivals),
+            calibration=self._calibration,
             started=started,
         )
         if summary.e2e.mean is not None and place.concurrency is not None:
@@ -246,7 +250,8 @@ class Session:
         return trace, [request_record(exchange, self._client.answer(exchange)) for exchange in trace.sent]
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+def new_event_loop() -> Callable[[], asyncio.AbstractEventLoop]:
+    """What makes the fastest loop there is."""
     if sys.platform == "win32":
         return asyncio.new_event_loop
     import uvloop

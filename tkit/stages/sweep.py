@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import ipaddress
-import os
-import platform
 import re
 import shlex
 from collections.abc import Mapping
@@ -26,11 +24,13 @@ from tkit.loadgen.prompts import PromptMaker
 from tkit.loadgen.protocols import DEFAULT_PROTOCOL, find_protocol
 from tkit.loadgen.run_directory import RunDirectory, utc_now
 from tkit.loadgen.session import Session
+from tkit.specs.client import ClientCalibration
 from tkit.specs.engine import CARD_FILE, EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.recipe import SweepRecipe
 from tkit.specs.record import VALIDATION_FILE, FoundMax, Manifest, PointSummary
 from tkit.specs.server import MODEL_NAME
+from tkit.stages.calibrate import client_machine, find_calibration
 from tkit.stages.engines import ENGINES_DIR, find_engine, read_card
 from tkit.stages.servers import running_servers
 
@@ -94,6 +94,7 @@ def run_sweep(
     _check_shapes(profile, endpoint)
     prompts = PromptMaker(_tokenizer_dir(target, endpoint), recipe.seed)
     num_gpus = _num_gpus(target, endpoint)
+    calibration = find_calibration(out, target.protocol)
     chosen = f", the newest of {endpoint.num_servers} running servers" if endpoint.num_servers > 1 else ""
     progress.note(f"measuring {_label(endpoint)} at {endpoint.url} ({target.protocol}){chosen}, profile {profile.name}")
     with Session(
@@ -106,6 +107,7 @@ def run_sweep(
         idle_timeout_s=target.timeout_s,
         num_gpus=num_gpus,
         api_key=api_key,
+        calibration=calibration,
     ) as session:
         endpoint = dataclasses.replace(endpoint, model=session.model)
         _refuse_stranger(endpoint, session.identity)
@@ -129,7 +131,7 @@ def run_sweep(
             duration_s=recipe.duration_s,
             engine=dataclasses.asdict(endpoint.card) if endpoint.card else None,
             validation=_validation(endpoint),
-            identity=_identity(endpoint, session, prompts, num_gpus),
+            identity=_identity(endpoint, session, prompts, num_gpus, calibration),
             command=sweep_command(recipe, target, out),
             started=utc_now(),
         )
@@ -303,14 +305,18 @@ def _validation(endpoint: _Endpoint) -> Mapping[str, Any] | None:
     return read_json(path) if path is not None and path.is_file() else None
 
 
-def _identity(endpoint: _Endpoint, session: Session, prompts: PromptMaker, num_gpus: int | None) -> dict[str, Any]:
+def _identity(
+    endpoint: _Endpoint,
+    session: Session,
+    prompts: PromptMaker,
+    num_gpus: int | None,
+    calibration: ClientCalibration | None,
+) -> dict[str, Any]:
     card_path = endpoint.engine_dir / CARD_FILE if endpoint.engine_dir else None
     client = {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in ("grpcio", "tritonclient", "tokenizers")},
+        **client_machine(),
+        "calibration": dataclasses.asdict(calibration) if calibration is not None else None,
+        "packages": {name: importlib.metadata.version(name) for name in ("uvloop", "hpack", "tokenizers")},
     }
     runs_on_this_cpu = _is_loopback(endpoint.url) and session.identity.get("parameters", {}).get("device") == "cpu"
     return {
@@ -323,14 +329,6 @@ def _identity(endpoint: _Endpoint, session: Session, prompts: PromptMaker, num_g
         "num_gpus": num_gpus,
         "client": client,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _is_loopback(url: str) -> bool:
