@@ -13,6 +13,50 @@ from tkit.triton.install import find_install, library_directory, link_backends
 
 # Python stand-ins for the container's models and for the C++ backend: a token is a byte, the answer repeats the prompt.
 MODELS = {
+    "llmapi": """
+import threading
+import time
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+import yaml
+from helpers import sentence
+
+stopped = set()
+
+class TritonPythonModel:
+    def initialize(self, args):
+        with open(pb_utils.get_model_dir() + "/model.yaml") as file:
+            self.options = yaml.safe_load(file)
+        assert self.options["triton_config"]["decoupled"]
+
+    def execute(self, requests):
+        for request in requests:
+            get = lambda name: pb_utils.get_input_tensor_by_name(request, name)
+            sender = request.get_response_sender()
+            if get("stop") is not None and get("stop").as_numpy()[0]:
+                stopped.add(request.request_id())
+                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                continue
+            threading.Thread(target=self.answer, args=(request, sender), daemon=True).start()
+
+    def answer(self, request, sender):
+        get = lambda name: pb_utils.get_input_tensor_by_name(request, name)
+        assert get("sampling_param_exclude_input_from_output").as_numpy()[0]
+        count, words = int(get("sampling_param_max_tokens").as_numpy()[0]), []
+        is_streaming = bool(get("streaming").as_numpy()[0])
+        for word in sentence(get("text_input").as_numpy()[0].decode(), count):
+            if request.request_id() in stopped:
+                break
+            words.append(word)
+            time.sleep(0.02)
+            if is_streaming or len(words) == count:
+                text = np.array([" ".join(words).encode()], np.object_)
+                sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("text_output", text)]))
+        with open(self.options["model"] + "/.served", "a") as file:
+            file.write(f"{len(words)} of {count}\\n")
+        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+""",
     "preprocessing": """
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -117,6 +161,9 @@ def write_container(directory: Path) -> dict[str, str]:
         _write(models / "inflight_batcher_llm" / name / "1" / "model.py", MODELS[name])
     libraries = f"{library_directory()}:{install.root.parents[1]}/nvidia_pytriton.libs"
     _write(models / "inflight_batcher_llm" / "tensorrt_llm_bls" / "1" / "lib" / "decode.py", "")
+    _write(models / "llmapi" / "tensorrt_llm" / "1" / "model.py", MODELS["llmapi"])
+    helpers = "def sentence(prompt, count):\n    return [f'{prompt}{i}é' for i in range(count)]\n"
+    _write(models / "llmapi" / "tensorrt_llm" / "1" / "helpers.py", helpers)
     server = f"""#!/bin/sh
 export LD_LIBRARY_PATH={libraries}:$LD_LIBRARY_PATH PATH={Path(sys.executable).parent}:$PATH
 exec {install.binary} --backend-directory={triton}/backends "$@"

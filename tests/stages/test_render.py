@@ -69,9 +69,19 @@ def test_it_prints_and_writes_once(tkit, engine: Path) -> None:
         assert problem in again.stderr
 
 
-def test_only_compiled_engines_have_a_container(tkit) -> None:
+def test_a_unified_checkpoint_needs_one_server_for_all_its_gpus(tkit) -> None:
+    assert tkit("build", "--tp", "2", "--backend", "pytorch", "--name", "unified").exit_code == 0
+    record = json.loads(tkit("serve", "unified", "--render", "docker", "--json").stdout)
+    assert '"device=0,1"' in record["command"]
+    assert "mpirun" not in record["command"]
+    version = Path("deploy/unified/repository/tensorrt_llm/1")
+    assert yaml.safe_load((version / "model.yaml").read_text())["model"] == "/engine/hf"
+    assert str((version / "model.py").readlink()) == "/app/all_models/llmapi/tensorrt_llm/1/model.py"
+
+
+def test_an_engine_without_a_container_is_refused(tkit) -> None:
     assert tkit("build", "--name", "plain").exit_code == 0
     result = tkit("serve", "plain", "--render", "docker")
     assert result.exit_code == 2
-    assert "needs a compiled engine, this one is for the reference backend" in result.stderr
+    assert "NVIDIA's container serves no engine of the reference backend" in result.stderr
     assert not Path("deploy").exists()

@@ -132,6 +132,11 @@ def is_engine_builder(version: str) -> bool:
     return (1, 0) <= _major_minor(version) < (1, 3)
 
 
+def has_llm_api(version: str) -> bool:
+    """Does this TensorRT-LLM serve a unified Hugging Face checkpoint?"""
+    return _major_minor(version) >= (1, 0)
+
+
 def _major_minor(version: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
 

@@ -15,6 +15,7 @@ from tkit.triton.repository import ServedModel
 BACKENDS = {
     "reference": "tkit.backends.reference:Reference",
     "tensorrt": "tkit.backends.tensorrt:TensorRT",
+    "pytorch": "tkit.backends.pytorch:PyTorch",
 }
 
 

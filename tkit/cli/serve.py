@@ -39,7 +39,7 @@ def _option(name: str, default: Any, text: str, **more: Any) -> Callable[[Callab
 @_option("--timeout", ServeOptions.timeout_s, "Seconds until the server must have generated a first token.")
 @click.option("--detach", is_flag=True, help="Return when it is ready; end it with tkit stop.")
 @click.option("--render", type=click.Choice(RENDER_TARGETS),
-              help="Write and print the launch for a compiled engine's container, instead of serving.")  # fmt: skip
+              help="Write and print the launch of NVIDIA's container, instead of serving.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="With --render: directory.  [default: deploy/ENGINE]")
 @output_options
 def command(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tkit.backends.nvidia import Machine
+from tkit.backends.nvidia import Machine, has_llm_api
 from tkit.errors import InputError
 from tkit.files import from_mapping, read_json
 from tkit.specs.engine import CARD_FILE, EngineCard
@@ -156,7 +156,7 @@ def find_checkpoint_engine(model: str | None) -> Path | None:
 def _runs_pytorch(recipe: EngineRecipe, machine: Machine) -> bool:
     """Auto chooses it for a unified checkpoint, which nothing else compiles, where this machine can run it."""
     version = machine.trtllm_version
-    return recipe.format == "hf" and version is not None and int(version.split(".")[0]) >= 1 and bool(machine.gpus)
+    return recipe.format == "hf" and version is not None and has_llm_api(version) and bool(machine.gpus)
 
 
 def _tensorrt_problems(recipe: EngineRecipe, machine: Machine) -> list[str]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from tkit.backends.nvidia import IMAGE, container_with
-from tkit.backends.tensorrt import CONTAINER_MODELS, read_engine_config, served_models, tokenizer_problems, world_size
+from tkit.backends import pytorch, tensorrt
+from tkit.backends.nvidia import IMAGE, container_table, container_with, has_llm_api
 from tkit.errors import InputError
 from tkit.files import write_atomic
 from tkit.specs.server import MODEL_NAME, ServeOptions
@@ -50,16 +50,23 @@ def render_docker(
     """Writes the model repository and compose.yaml into `out` (default: deploy/<engine>), which must not exist yet."""
     engine_dir = engine_dir.resolve()
     card = read_card(engine_dir)
-    if card.backend != "tensorrt":
+    problems = []
+    if card.backend == "tensorrt":
+        config = tensorrt.read_engine_config(engine_dir)
+        version, num_gpus = config["version"], tensorrt.world_size(config)
+        num_ranks, served_models = num_gpus, tensorrt.served_models
+        problems += tensorrt.tokenizer_problems(engine_dir / "tokenizer")
+    elif card.backend == "pytorch":
+        version, num_gpus = next(filter(has_llm_api, container_table().values())), pytorch.num_gpus(engine_dir)
+        num_ranks, served_models = 1, pytorch.served_models
+    else:
         raise InputError(
-            f"{engine_dir}: --render docker needs a compiled engine, this one is for the {card.backend} backend",
-            hint="compile it: tkit build ENGINE --backend tensorrt",
+            f"{engine_dir}: NVIDIA's container serves no engine of the {card.backend} backend",
+            hint="tkit build ENGINE --backend tensorrt, on the GPU node; or tkit build MODEL --backend pytorch",
         )
-    config = read_engine_config(engine_dir)
-    release = container_with(config["version"])
-    problems = tokenizer_problems(engine_dir / "tokenizer")
+    release = container_with(version)
     if release is None:
-        problems.append(f"no container of NVIDIA's carries TensorRT-LLM {config['version']}")
+        problems.append(f"no container of NVIDIA's carries TensorRT-LLM {version}")
     if 0 in (options.http_port, options.grpc_port, options.metrics_port):
         problems.append("port 0: a container needs ports that are known beforehand")
     directory = (out or DEPLOY_DIR / card.name).absolute()
@@ -67,8 +74,8 @@ def render_docker(
         problems.append(f"{directory} exists; remove it, or choose another --out")
     if problems:
         raise InputError(f"{engine_dir} cannot be rendered", problems=problems)
-    image, num_gpus = IMAGE.format(release=release), world_size(config)
-    server = _server(num_gpus, options, key or secrets.token_hex(16))
+    image = IMAGE.format(release=release)
+    server = _server(num_ranks, options, key or secrets.token_hex(16))
     repository = directory / "repository"
     launch = DockerLaunch(
         engine=str(engine_dir),
@@ -77,7 +84,9 @@ def render_docker(
         command=tuple(_docker_command(card.name, image, engine_dir, repository, num_gpus, options, server)),
         compose=_compose(image, engine_dir, repository, num_gpus, options, server),
     )
-    write_repository(repository, served_models(engine_dir, options, {}, CONTAINER_MODELS, mounted_as=ENGINE_MOUNT))
+    write_repository(
+        repository, served_models(engine_dir, options, {}, tensorrt.CONTAINER_MODELS, mounted_as=ENGINE_MOUNT)
+    )
     write_atomic(directory / COMPOSE_FILE, launch.compose)
     return launch
 
