@@ -10,7 +10,8 @@ from tkit.planner.gpus import find_gpu, gpu_table
 from tkit.planner.models import shape_table
 from tkit.planner.planning import speculative_gain
 from tkit.planner.precision import precision
-from tkit.planner.roofline import Efficiencies, decode_step, experts_read, machine, prefill_s, stacked
+from tkit.planner.published import read_table
+from tkit.planner.roofline import Efficiencies, decode_step, experts_read, limit, machine, prefill_s, stacked
 from tkit.planner.speed import offline_throughput, throughput, tpot_s
 from tkit.specs.parallel import Parallel
 
@@ -128,3 +129,43 @@ def test_every_gpu_has_its_numbers_and_their_source():
         assert 50 < gpu.fp16_flops / gpu.bandwidth < 500
     assert find_gpu("h100").usable_bytes == 85_500_000_000
     assert find_gpu("a100-pcie").nvlink_domain == 1
+
+
+def test_the_limit_is_the_slowest_of_bytes_and_operations():
+    """Llama-3.1-8B on an L4: one sequence waits for 15 GB of weights, many with long prompts for 121 TFLOP/s."""
+    m = on("Llama-3.1-8B", "l4")
+    weights = 2 * (8_030_261_248 - 128256 * 4096)
+    kv = (1024 + 256) * 2 * 32 * 8 * 128 * 2  # of one sequence, half of its answer written
+    alone = limit(m, 1, 1024, 512)
+    assert alone.tok_s == pytest.approx(300e9 / (weights + kv))
+    assert alone.tpot_s == pytest.approx(1 / alone.tok_s)
+    assert alone.binds == "memory bandwidth (weights)"
+    head, norms = 128256 * 4096, 65 * 4096
+    answers = 2 * (8_030_261_248 - 128256 * 4096 - norms)
+    prompts = 2 * (8_030_261_248 - 128256 * 4096 - head - norms) * 1024 / 16
+    attention = 4 * 1024 * 512 * 32 * 4096 / 16
+    many = limit(m, 64, 1024, 16)
+    assert many.binds == "compute"
+    assert many.tok_s == pytest.approx(121e12 / (answers + prompts + attention), rel=1e-6)
+    assert many.tpot_s == pytest.approx(
+        (weights + 64 * kv * 1032 / 1280) / 300e9
+    )  # prompts hold up the rate, not a step
+    assert limit(m, 64, 128, 8192).binds == "memory bandwidth (KV cache)"
+
+
+def test_nothing_published_is_faster_than_the_limit():
+    """Rows of NVIDIA, InferenceX and MLPerf. Those above are known: a Mixtral row whose 16-bit weights alone would take
+    longer to read, and two of attention ranks that share no sequence."""
+    above, count = [], 0
+    for row in read_table()[0]:
+        if row.load == "rate" or row.metric == "ttft":
+            continue
+        batch = row.amount
+        if row.load == "offline":  # all requests are there: as many run as fit
+            batch = max(min(batch, row.kv_pool / row.kv_bytes_per_sequence), 1)
+        found = limit(row.machine, batch, row.isl, row.osl)
+        count += 1
+        if row.value > found.tok_s if row.metric == "throughput" else row.value < found.tpot_s:
+            above.append((row.shape.name, row.gpu))
+    assert count > 2500
+    assert sorted(above) == [("DeepSeek-V3/R1", "GB200"), ("DeepSeek-V3/R1", "GB200"), ("Mixtral-8x7B", "A100-SXM-80")]

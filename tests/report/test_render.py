@@ -200,6 +200,7 @@ def test_sections_stand_in_the_order_they_are_read(html: str) -> None:
         "pareto",
         "latency",
         "distributions",
+        "wall",
         "size",
         "quality",
         "validity",

@@ -20,6 +20,25 @@ ALIASES = {
     "rtx-pro-6000": "RTX-PRO-6000-SE",
 }  # fmt: skip
 
+# as the driver names the cards of the table
+DEVICE_NAMES = {
+    "Tesla T4": "T4", "Tesla V100-SXM2-32GB": "V100-SXM2-32", "Tesla V100-PCIE-32GB": "V100-PCIe-32",
+    "NVIDIA A10": "A10", "NVIDIA A30": "A30", "NVIDIA A100-SXM4-40GB": "A100-SXM-40",
+    "NVIDIA A100-SXM4-80GB": "A100-SXM-80", "NVIDIA A100-PCIE-40GB": "A100-PCIe-40",
+    "NVIDIA A100 80GB PCIe": "A100-PCIe-80", "NVIDIA L4": "L4", "NVIDIA L40S": "L40S",
+    "NVIDIA H100 80GB HBM3": "H100-SXM", "NVIDIA H100 PCIe": "H100-PCIe", "NVIDIA H100 NVL": "H100-NVL",
+    "NVIDIA H200": "H200-SXM", "NVIDIA H200 NVL": "H200-NVL", "NVIDIA GH200 480GB": "GH200-96",
+    "NVIDIA GH200 144G HBM3e": "GH200-144", "NVIDIA B200": "B200", "NVIDIA GB200": "GB200",
+    "NVIDIA B300 SXM6 AC": "B300", "NVIDIA GB300": "GB300", "NVIDIA GeForce RTX 4090": "RTX-4090",
+    "NVIDIA GeForce RTX 5090": "RTX-5090", "NVIDIA RTX PRO 6000 Blackwell Server Edition": "RTX-PRO-6000-SE",
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": "RTX-PRO-6000-WS",
+}  # fmt: skip
+
+
+def gpu_of_device(name: str) -> Gpu | None:
+    """The row of a card that calls itself so; None for one that has none."""
+    return gpu_table().get(DEVICE_NAMES.get(name, name))
+
 
 @functools.cache
 def find_gpu(name: str) -> Gpu:

@@ -203,7 +203,7 @@ def make_plan(
     chosen = best or min(considered, key=lambda item: (item.max_concurrency == 0, -item.max_concurrency))
     e, m = used.efficiencies, machine(shape, weights, kv, wish.gpu, chosen.parallel)
     running = max(min(wish.concurrency, chosen.max_concurrency), 1)
-    speed = _Speed(shape, weights, kv, wish, used, m, chosen)
+    speed = Speed(shape, weights, kv, wish, used, m, chosen)
     tok_s = speed.estimate("throughput", speed.tok_s(running))
     run = served(m, wish.isl, wish.osl, max(chosen.max_concurrency, 1), e, concurrency=wish.concurrency)
     requests_s = tok_s.value / wish.osl
@@ -299,7 +299,7 @@ def _no_layout(shape: ModelShape, wish: Wish) -> InputError:
     return InputError(f"{shape} on {wish.gpu.name}: no layout with {asked}", problems=problems, hint=hint)
 
 
-class _Speed:
+class Speed:
     """One layout's times, in the units of the plan."""
 
     def __init__(

@@ -34,6 +34,13 @@ MEASURED_SHARE = {"fp16": 0.80, "fp8": 0.72}
 MATH = ("fp16", "fp8", "int8", "fp4")
 
 
+# of Efficiencies: what is added, not a share of something
+_COSTS = (
+    "alpha_nvlink_s", "alpha_pcie_s", "host_s", "host_per_sequence_s", "moe_layer_s", "moe_host_s", "request_s",
+    "moe_request_s", "request_in_flight_s", "kv_heads", "reserved_bytes",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Efficiencies:
     """What an engine reaches of the hardware's limits. One file per engine in `data/engines/`; fitted, never guessed.
@@ -72,6 +79,12 @@ class Efficiencies:
         return dataclasses.replace(self, **values)
 
 
+# nothing lost: shares of 1, and no time between
+IDEAL = Efficiencies(
+    **{field.name: 1.0 for field in dataclasses.fields(Efficiencies)} | {name: 0.0 for name in _COSTS} | {"ramp": 1e-9}
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """A model on GPUs, reduced to the numbers that cost time. Every field may be an array."""
@@ -100,6 +113,17 @@ class Machine:
     is_nvlink: Number
     kv_heads: Number  # per rank
     math: Number  # index into MATH
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """What no engine can beat: every byte read once per step at full bandwidth, every operation at the peak rate, and all
+    of them at the same time. `binds` is what limits the rate.
+    """
+
+    tok_s: float
+    tpot_s: float
+    binds: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,10 +248,36 @@ def prefill_s(m: Machine, tokens: Number, e: Efficiencies, cached: Number = 0, r
     count = tokens * requests
     products = _products(m, count, m.dense_params - m.lm_head_params, e) / e.prefill
     weights = _reading(m, count, e)
-    # causal: on average half of the new tokens are visible
+    return np.maximum(products, weights) + _attention_s(m, tokens, cached, requests, e) + _all_reduce(m, count, e)
+
+
+def _attention_s(m: Machine, tokens: Number, cached: Number, requests: Number, e: Efficiencies) -> Number:
+    """Of prefills. Causal: on average half of the new tokens are visible."""
     seen = layer_contexts(m, cached + tokens / 2)
-    attention = 4 * count * seen * m.attention_width / (m.tp * m.fp16_flops * e.attention)
-    return np.maximum(products, weights) + attention + _all_reduce(m, count, e)
+    return 4 * tokens * requests * seen * m.attention_width / (m.tp * m.fp16_flops * e.attention)
+
+
+def limit(m: Machine, batch: float, isl: int, osl: int) -> Limit:
+    """Of `batch` sequences in flight, always replaced. Prompts are read along with decode steps and cost operations only.
+
+    One machine, not an array of them.
+    """
+    step = decode_step(m, batch, isl + osl / 2, IDEAL)
+    prompt = _products(m, isl, m.dense_params - m.lm_head_params, IDEAL) + _attention_s(m, isl, 0, 1, IDEAL)
+    prompts = batch / m.pp / osl  # that one step has to take in
+    terms = {
+        "memory bandwidth": float(step.weights + step.kv),
+        "compute": float(step.products + prompts * prompt),
+        "interconnect": float(step.communication + prompts * _all_reduce(m, isl, IDEAL)),
+    }
+    binds = max(terms, key=lambda name: terms[name])
+    if binds == "memory bandwidth":
+        binds += " (weights)" if step.weights >= step.kv else " (KV cache)"
+    return Limit(
+        tok_s=batch / max(terms.values()),
+        tpot_s=float(max(step.weights + step.kv, step.products, step.communication)),
+        binds=binds,
+    )
 
 
 def host_s(m: Machine, e: Efficiencies) -> Number:

@@ -114,8 +114,20 @@ def calibrate(run: Path, shape: ModelShape, wish: Wish) -> Calibration:
     return result
 
 
+def read_calibration(run: Path) -> Engine | None:
+    """The constants that `calibrate` left beside the run; None where it was never called."""
+    path = run / CALIBRATION_FILE
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("schema") != CALIBRATION_SCHEMA:
+        raise InputError(f"{path}: not a {CALIBRATION_SCHEMA}", hint="calibrate again: tkit plan --calibrate RUN")
+    found = record["engine"]
+    return Engine(**{**found, "efficiencies": Efficiencies(**found["efficiencies"]), "gpus": tuple(found["gpus"])})
+
+
 def read_points(run: Path) -> list[Measured]:
-    """The valid points of a sweep. Raises InputError when there are too few to fit three factors."""
+    """The valid points of a sweep's closed loops. Raises InputError when there are too few to fit three factors."""
     files = sorted(run.glob("points/*/point.json"))
     records = [read_json(path) for path in files]
     measured = [
@@ -128,7 +140,7 @@ def read_points(run: Path) -> list[Measured]:
             tok_s=record["output_tok_s"],
         )
         for record in records
-        if record["is_valid"] and record["output_tok_s"] > 0
+        if record["is_valid"] and record["output_tok_s"] > 0 and record["concurrency"] is not None
     ]
     if len(measured) < MIN_POINTS:
         raise InputError(

@@ -144,6 +144,8 @@ def _facts(run: Run, run_id: str, device: str) -> RunFacts:
         engine=run.engine,
         validation=manifest.validation,
         identity=manifest.identity,
+        host_speed=manifest.host_speed,
+        hardware="not looked into",
         definitions=manifest.definitions,
         files={
             "manifest.json": run.manifest_sha256,

@@ -180,6 +180,65 @@ def latency_against_throughput(comparison: Comparison, group: Group, metric: str
     )
 
 
+def wall(comparison: Comparison, group: Group, plot_id: str) -> Plot:
+    """Measured rates below the line that physics draws, within the band of the plan where there is one."""
+    rows = []
+    for run_id in group.runs:
+        for segment, cell in _segments(group, run_id):
+            rate = cell.estimates["output_tok_s"]
+            if rate is None or cell.wall is None:
+                continue
+            predicted = cell.wall.predicted_tok_s
+            rows.append(
+                _row(comparison, run_id, segment, cell)
+                | {
+                    "x": cell.load.order,
+                    "y": rate.value,
+                    "limit": cell.wall.limit_tok_s,
+                    "share": rate.value / cell.wall.limit_tok_s,
+                    "binds": cell.wall.limit_binds,
+                    "low": predicted.low if predicted else None,
+                    "high": predicted.high if predicted else None,
+                    "state": "valid" if cell.is_valid else "invalid",
+                }
+            )
+    x, y = _logarithmic("x", "requests in flight (C)"), _logarithmic("y", "output tok/s")
+    x["axis"] |= {"values": sorted({row["x"] for row in rows})}
+    tooltip = [
+        _tip("run", "run"),
+        _tip("x", "C", "~r"),
+        _tip("y", "output tok/s", ".4~r"),
+        _tip("limit", "limit, tok/s", ".4~r"),
+        _tip("share", "of the limit", ".1%"),
+        _tip("binds", "limit set by"),
+        _tip("low", "predicted from, tok/s", ".4~r"),
+        _tip("high", "predicted to, tok/s", ".4~r"),
+        _tip("state", "state"),
+    ]
+    band = {
+        "mark": {"type": "area", "opacity": 0.16},
+        "encoding": {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": _color(comparison)},
+    }
+    layers = [
+        *([band] if any(row["low"] for row in rows) else []),
+        {
+            "mark": {"type": "line", "strokeDash": [6, 4], "strokeWidth": 1.4},
+            "encoding": {"x": x, "y": y | {"field": "limit"}, "color": _color(comparison)},
+        },
+        _line(comparison, x, y),
+        _points(comparison, x, y, tooltip),
+    ]
+    return Plot(
+        id=plot_id,
+        title=f"Measured, predicted, possible: {group.title}",
+        caption="Dashed: the limit of the hardware. Shaded: what tkit plan predicts, where it knows the engine and the "
+        "hardware. Points: measured; hollow: invalid. Both axes are logarithmic.",
+        spec=_spec(
+            rows, layers, height=300, description=f"Output rate against the limit of the hardware, {group.title}"
+        ),
+    )
+
+
 def ecdf(comparison: Comparison, samples: Mapping[str, Floats], name: str, where: str, plot_id: str) -> Plot:
     """Share of values at or below x, logarithmic in x. `samples`: run id -> milliseconds."""
     rows: list[Row] = []

@@ -18,7 +18,8 @@ from tkit.report.read import LeftOut
 from tkit.report.statistics import Change, Estimate
 from tkit.specs.engine import EngineCard
 from tkit.specs.gate import Gate
-from tkit.specs.record import FoundMax, Load
+from tkit.specs.record import FoundMax, HostSpeed, Load
+from tkit.specs.wall import Wall
 
 REPORT_SCHEMA = "tkit.report/1"
 
@@ -89,6 +90,7 @@ class Cell:
     output_tok_s_repeats: tuple[float, ...]
     goodput: Mapping[str, Goodput]  # by tier
     changes: Mapping[str, Change] = field(default_factory=dict)  # as `estimates`, against the baseline
+    wall: Wall | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,8 @@ class RunFacts:
     engine: EngineCard | None
     validation: Mapping[str, Any] | None
     identity: Mapping[str, Any]
+    host_speed: HostSpeed | None
+    hardware: str  # what the walls of its cells were computed from, or why there are none
     definitions: str
     files: Mapping[str, str]  # path inside the run -> sha256
 

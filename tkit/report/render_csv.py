@@ -84,5 +84,22 @@ def _row(comparison: Comparison, group: Group, level: Level, cell: Cell) -> dict
             f"attainment_{tier}_low": goodput.low if goodput else None,
             f"attainment_{tier}_high": goodput.high if goodput else None,
         }
+    wall = cell.wall
+    row |= {
+        "limit_tok_s": wall.limit_tok_s if wall else None,
+        "limit_tpot_ms": wall.limit_tpot_ms if wall else None,
+        "limit_binds": wall.limit_binds if wall else None,
+    }
+    predictions = {
+        "predicted_tok_s": wall.predicted_tok_s if wall else None,
+        "predicted_tpot_ms": wall.predicted_tpot_ms if wall else None,
+    }
+    for name, predicted in predictions.items():
+        row |= {
+            name: predicted.value if predicted else None,
+            f"{name}_low": predicted.low if predicted else None,
+            f"{name}_high": predicted.high if predicted else None,
+        }
+    row["predicted_binds"] = wall.predicted_binds if wall else None
     facts = run.validation or {}
     return row | {name: facts.get(name) for name in ("ppl_ratio", "kl", "top1")}

@@ -180,6 +180,27 @@ def _first_valid(run: Run, shape: str, load: Load) -> Point:
     )
 
 
+def wall(comparison: Comparison, runs: Runs) -> Section:
+    lead = [
+        "Limit: what physics allows, every byte of weights and KV cache read once per step at full bandwidth while every "
+        "operation runs at the peak rate; no engine is faster. Prediction: what tkit plan expects of the engine, with the "
+        "band that holds nine measurements of ten. Closed loops only: in an open loop the schedule sets the rate.",
+        *(f"{run.id}: {run.hardware}." for run in comparison.runs),
+    ]
+    known = [
+        group
+        for group in comparison.groups
+        if any(cell.wall is not None for level in group.levels for cell in level.cells)
+    ]
+    return Section(
+        id="wall",
+        title="The wall",
+        lead=tuple(lead),
+        plots=tuple(plots.wall(comparison, group, f"wall-{tables.group_id(comparison, group)}") for group in known),
+        tables=tuple(tables.wall_table(comparison, group) for group in known),
+    )
+
+
 def size(comparison: Comparison, runs: Runs) -> Section:
     table = tables.size_table(comparison)
     if not table.rows:
@@ -241,6 +262,7 @@ SECTIONS: tuple[Callable[[Comparison, Runs], Section], ...] = (
     pareto,
     latency,
     distributions,
+    wall,
     size,
     quality,
     validity,

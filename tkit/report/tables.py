@@ -24,8 +24,10 @@ from tkit.report.record import (
     Level,
     RunFacts,
 )
+from tkit.report.statistics import Estimate
 from tkit.report.verdict import judgement
 from tkit.specs.record import METRICS, SLO_TIERS, Load, SloStep
+from tkit.specs.wall import Prediction
 from tkit.units import format_bytes, format_seconds
 
 MAX_STALLS = 5
@@ -197,6 +199,58 @@ def latency_table(comparison: Comparison, group: Group) -> Table:
 
     return _per_load(
         comparison, group, f"latency-{group_id(comparison, group)}", f"Latency, {group.title}", columns, entries
+    )
+
+
+def wall_table(comparison: Comparison, group: Group) -> Table:
+    """Limit, prediction and measurement of every load whose limit is known."""
+    columns = (
+        _load_column(group),
+        Column(name="Run", kind="text"),
+        Column(name="output tok/s", meaning=METRICS["output_tok_s"][1]),
+        Column(name="limit", meaning="the highest rate that physics allows"),
+        Column(name="of the limit"),
+        Column(name="predicted", meaning="by tkit plan, under it the error band"),
+        Column(name="TPOT p50, ms", meaning=METRICS["tpot"][1]),
+        Column(name="limit", meaning="the shortest decode step that physics allows"),
+        Column(name="predicted", meaning="by tkit plan, under it the error band"),
+        Column(
+            name="what binds",
+            kind="text",
+            meaning="what sets the limit; under it what the plan expects to take most time",
+        ),
+    )
+
+    def entries(level: Level, cell: Cell) -> list[Entry]:
+        wall, rate, tpot = cell.wall, cell.estimates["output_tok_s"], cell.estimates["tpot_p50"]
+        if wall is None:
+            return [Entry(text=text.ABSENT, tone="absent")] * (len(columns) - 2)
+        expected = f"expected: {wall.predicted_binds}" if wall.predicted_binds else ""
+        return [
+            Entry(text=text.number(rate.value if rate else None)),
+            Entry(text=text.number(wall.limit_tok_s)),
+            Entry(text=f"{text.number(100 * rate.value / wall.limit_tok_s)}{text.THIN}%" if rate else text.ABSENT),
+            _predicted(wall.predicted_tok_s, rate),
+            Entry(text=text.number(tpot.value if tpot else None)),
+            Entry(text=text.number(wall.limit_tpot_ms)),
+            _predicted(wall.predicted_tpot_ms, tpot),
+            Entry(text=wall.limit_binds, note=expected),
+        ]
+
+    return _per_load(
+        comparison, group, f"wall-{group_id(comparison, group)}", f"The wall, {group.title}", columns, entries
+    )
+
+
+def _predicted(prediction: Prediction | None, measured: Estimate | None) -> Entry:
+    if prediction is None:
+        return Entry(text=text.ABSENT, tone="absent")
+    is_outside = measured is not None and not prediction.low <= measured.value <= prediction.high
+    return Entry(
+        text=text.number(prediction.value),
+        note="measured outside" if is_outside else "",
+        aside=text.interval(prediction.low, prediction.high),
+        tone="invalid" if is_outside else "",
     )
 
 

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tkit.errors import InputError
+
 SWEEP_SCHEMA = "tkit.sweep/1"
 POINT_SCHEMA = "tkit.point/1"
 FIND_MAX_SCHEMA = "tkit.find_max/1"
@@ -196,6 +198,19 @@ class FindMaxRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostSpeed:
+    """What a processor reached with all threads that it was given, measured before the sweep."""
+
+    num_bytes: int  # read again and again, so caches count where they hold as much
+    bytes_per_s: float
+    flops: float  # float32
+
+    def __post_init__(self) -> None:
+        if not (self.num_bytes > 0 and 0 < self.bytes_per_s < float("inf") and 0 < self.flops < float("inf")):
+            raise InputError(f"impossible processor: {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """`manifest.json`. `identity` says what was measured: endpoint, model, engine card digest, server, hardware, tkit."""
 
@@ -219,5 +234,6 @@ class Manifest:
     engine: Mapping[str, Any] | None = None  # the whole engine card, so that a report needs nothing else
     validation: Mapping[str, Any] | None = None  # the engine's validation record, when there was one
     identity: Mapping[str, Any] = field(default_factory=dict)
+    host_speed: HostSpeed | None = None  # of the processor, where that serves the engine and is this machine's
     command: str
     started: str

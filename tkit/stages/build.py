@@ -264,6 +264,7 @@ def _write_engine(
             "path": str(plan.source.directory),
             "revision": plan.source.revision,
             "files": plan.source_files,
+            "config": read_json(plan.source.directory / "config.json"),
         },
         files=files,
         versions=_versions(),

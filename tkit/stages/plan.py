@@ -66,16 +66,20 @@ def config_path(recipe: Recipe) -> Path | None:
 
 
 def shape_from_file(path: Path, name: str) -> ModelShape:
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a mapping of keys, found {type(config).__name__}")
+    return shape_from_hf(read_json(path), name, str(path))
+
+
+def shape_from_hf(config: Any, name: str, where: str) -> ModelShape:
+    """Of a config.json's content; `where` is what errors call it."""
+    if not isinstance(config, Mapping):
+        raise InputError(f"{where}: expected a mapping of keys, found {type(config).__name__}")
     architecture = (config.get("architectures") or [None])[0]
     if architecture in ARCHITECTURES:
-        return shape_from_spec(spec_from_hf(_unquantized(config), str(path)), name)
-    return shape_from_config(config, name, str(path))
+        return shape_from_spec(spec_from_hf(_unquantized(config), where), name)
+    return shape_from_config(config, name, where)
 
 
-def _unquantized(config: dict[str, Any]) -> dict[str, Any]:
+def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     """A quantized checkpoint has the shape of its base; only the converter needs the base itself."""
     return {key: value for key, value in config.items() if key != "quantization_config"}
 

@@ -25,6 +25,7 @@ from tkit.report.sections import Section, sections
 from tkit.report.verdict import verdicts
 from tkit.specs.gate import Gate
 from tkit.specs.progress import Progress
+from tkit.stages.wall import with_walls
 
 REPORTS_DIR = Path("reports")
 HTML_FILE = "report.html"
@@ -58,6 +59,7 @@ def report(
         tkit=__version__,
         asked=asked(gates),
     )
+    comparison = with_walls(comparison)
     comparison = replace(comparison, verdict=verdicts(comparison), gates=evaluate(gates, comparison))
     progress.step("rendering", 0, 1)
     parts = sections(comparison, found)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tkit import __version__
+from tkit.backends.nvidia import visible_gpus
 from tkit.errors import InputError, ServerError
 from tkit.files import read_api_key, read_json, sha256_file
 from tkit.loadgen.grid import Grid
@@ -28,10 +29,11 @@ from tkit.specs.client import ClientCalibration
 from tkit.specs.engine import CARD_FILE, EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.recipe import SweepRecipe
-from tkit.specs.record import VALIDATION_FILE, FoundMax, Manifest, PointSummary
+from tkit.specs.record import VALIDATION_FILE, FoundMax, HostSpeed, Manifest, PointSummary
 from tkit.specs.server import MODEL_NAME
 from tkit.stages.calibrate import client_machine, find_calibration
 from tkit.stages.engines import ENGINES_DIR, find_engine, read_card
+from tkit.stages.host_speed import host_speed
 from tkit.stages.servers import running_servers
 
 REPORTS_DIR = Path("reports")
@@ -132,6 +134,7 @@ def run_sweep(
             engine=dataclasses.asdict(endpoint.card) if endpoint.card else None,
             validation=_validation(endpoint),
             identity=_identity(endpoint, session, prompts, num_gpus, calibration),
+            host_speed=_host_speed(endpoint, session),
             command=sweep_command(recipe, target, out),
             started=utc_now(),
         )
@@ -318,17 +321,36 @@ def _identity(
         "calibration": dataclasses.asdict(calibration) if calibration is not None else None,
         "packages": {name: importlib.metadata.version(name) for name in ("uvloop", "hpack", "tokenizers")},
     }
-    runs_on_this_cpu = _is_loopback(endpoint.url) and session.identity.get("parameters", {}).get("device") == "cpu"
     return {
         "tkit": __version__,
         "engine_card_sha256": sha256_file(card_path) if card_path else None,
         "tokenizer_sha256": prompts.digest,
         "token_source": session.token_source,
         "server": dict(session.identity),
-        "hardware": client["cpu"] if runs_on_this_cpu else None,
+        "hardware": _hardware(endpoint, session),
         "num_gpus": num_gpus,
         "client": client,
     }
+
+
+def _hardware(endpoint: _Endpoint, session: Session) -> str | None:
+    """The name of what runs the engine, where that is a part of this machine; None where nobody tells."""
+    if _runs_on_this_cpu(endpoint, session):
+        return client_machine()["cpu"]
+    gpus, _ = visible_gpus() if endpoint.card is not None and _is_loopback(endpoint.url) else ((), None)
+    return gpus[0].name if gpus else None
+
+
+def _runs_on_this_cpu(endpoint: _Endpoint, session: Session) -> bool:
+    """The reference engine, told to or left without a GPU."""
+    device = session.identity.get("parameters", {}).get("device")
+    return _is_loopback(endpoint.url) and (device == "cpu" or (device == "auto" and not visible_gpus()[0]))
+
+
+def _host_speed(endpoint: _Endpoint, session: Session) -> HostSpeed | None:
+    if endpoint.card is None or not _runs_on_this_cpu(endpoint, session):
+        return None
+    return host_speed(4 * endpoint.card.num_params)
 
 
 def _is_loopback(url: str) -> bool:

@@ -1,0 +1,144 @@
+"""What a run's hardware allows, through `tkit report`, against arithmetic by hand and against `tkit plan`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
+
+from factory import card, make_run
+
+from tkit import demo
+from tkit.stages.host_speed import host_speed
+
+Tkit = Callable[..., Result]
+CONFIG = json.loads((demo.MODEL_DIR / "config.json").read_text())
+SOURCE = {"model": "some/where", "path": "/gone", "revision": None, "files": {}, "config": CONFIG}
+H100 = "NVIDIA H100 80GB HBM3"
+HOST = {"num_bytes": 16_000_000, "bytes_per_s": 20e9, "flops": 50e9}
+
+
+def walls(tkit: Tkit, run: Path, *options: str) -> tuple[list[dict[str, Any]], str]:
+    """(the wall of each load, what the run was held against), and the same in every other form."""
+    result = tkit("report", run, "--out", "out", *options)
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(Path("out/report.json").read_text())
+    found = [level["cells"][0]["wall"] for level in record["groups"][0]["levels"]]
+    rows = list(csv.DictReader(Path("out/report.csv").read_text().splitlines()))
+    for wall, row in zip(found, rows, strict=True):
+        assert [row["limit_tok_s"], row["limit_binds"]] == (
+            [str(wall["limit_tok_s"]), wall["limit_binds"]] if wall else ["", ""]
+        )
+        predicted = wall and wall["predicted_tok_s"]
+        assert row["predicted_tok_s_high"] == (str(predicted["high"]) if predicted else "")
+    hardware = record["runs"][0]["hardware"]
+    assert hardware.replace("*", "") in Path("out/report.html").read_text().replace("&#34;", '"').replace("&#39;", "'")
+    assert ("<summary>The wall</summary>" in Path("out/report.md").read_text()) and "The wall" in Path(
+        "out/report.html"
+    ).read_text()
+    return found, hardware
+
+
+def gpu_engine(**values: Any) -> dict[str, Any]:
+    return card(
+        "fp8", tp_size=2, source=SOURCE, backend="tensorrt", versions={"tensorrt_llm": "1.2.1"},
+        compiled={"gpu": H100}, **values,
+    )  # fmt: skip
+
+
+def test_an_engine_on_a_gpu_is_held_against_the_data_sheet_and_the_plan(tkit, tmp_path):
+    run = make_run(tmp_path / "reports", "run", engine=gpu_engine(), concurrency=(1, 4), requests=12)
+    found, hardware = walls(tkit, run)
+    assert hardware.startswith(
+        "2 x H100-SXM, 3.35 TB/s and 990 dense 16-bit TFLOP/s each. Prediction of tkit plan: tensor"
+    )
+    linear, embedding = 3_145_728, 1_048_576  # lm_head and embedding are one, in 16 bits
+    norms = 4_196_608 - linear - embedding
+    kv = (128 + 32) * 2048
+    read = linear + 2 * (embedding + norms) + 4 * kv
+    assert found[1]["limit_tpot_ms"] == pytest.approx(1e3 * read / (2 * 3.35e12), rel=0.02)  # scales, a few bytes
+    assert found[1]["limit_binds"] == "memory bandwidth (weights)"
+    for load, wall in zip((1, 4), found, strict=True):
+        arguments = ["--tp", 2, "--pp", 1, "--quant", "fp8", "--kv-cache", "fp16", "--isl", 128, "--osl", 64]
+        plan = json.loads(tkit("plan", "demo", "--gpu", "h100", *arguments, "--concurrency", load, "--json").stdout)
+        assert wall["predicted_tok_s"] == {name: plan["tok_s"][name] for name in ("value", "low", "high")}
+        assert wall["predicted_tpot_ms"]["value"] == pytest.approx(plan["tpot_ms"]["value"])
+        assert wall["predicted_tok_s"]["low"] < wall["predicted_tok_s"]["value"] < wall["limit_tok_s"]
+
+
+def test_constants_that_were_refitted_to_the_run_say_so(tkit, tmp_path):
+    run = make_run(tmp_path / "reports", "run", engine=gpu_engine(), concurrency=(1, 4, 16), requests=12)
+    far, _ = walls(tkit, run)
+    assert tkit("plan", "demo", "--gpu", "h100", "--tp", 2, "--quant", "fp8", "--calibrate", run).exit_code == 0
+    near, hardware = walls(tkit, run)
+    assert "refitted to 3 points of run, so it is a fit to this run, not a forecast" in hardware
+    measured = json.loads(Path("out/report.json").read_text())["groups"][0]["levels"][1]["cells"][0]["estimates"]
+
+    def miss(wall: dict[str, Any]) -> float:
+        return abs(wall["predicted_tok_s"]["value"] / measured["output_tok_s"]["value"] - 1)
+
+    assert miss(near[1]) < 0.3 * miss(far[1])
+    assert near[1]["limit_tok_s"] == far[1]["limit_tok_s"]  # physics is not refitted
+
+
+def test_the_reference_engine_is_held_against_its_processor(tkit, tmp_path):
+    """float32 whatever the format; 50 GFLOP/s: four sequences wait for products, one for bytes."""
+    engine = card("fp8", tp_size=2, source=SOURCE)
+    identity = {"hardware": "Some Processor"}
+    run = make_run(
+        tmp_path / "reports", "run", engine=engine, concurrency=(1, 4), requests=12, host_speed=HOST, identity=identity
+    )
+    found, hardware = walls(tkit, run)
+    assert hardware.startswith(
+        "Some Processor, as measured before the sweep: 20.0 GB/s reading 16.0 MB again and again, 50 GFLOP/s"
+    )
+    assert "No prediction" in hardware and found[0]["predicted_tok_s"] is None
+    read = 4 * 4_196_608 + (128 + 32) * 4096
+    assert found[0]["limit_tok_s"] == pytest.approx(20e9 / read, rel=0.001)
+    assert found[0]["limit_binds"] == "memory bandwidth (weights)"
+    assert found[1]["limit_binds"] == "compute"
+    operations = 2 * (
+        4_194_304 + 2 * 3_145_728
+    )  # per token of the answer: itself, and two of the prompt without lm_head
+    assert found[1]["limit_tok_s"] == pytest.approx(50e9 / operations, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("engine", "identity", "reason"),
+    [
+        (None, {}, "without an engine card neither model nor layout is known"),
+        (card("none", source=SOURCE), {}, "the run does not say what it ran on"),
+        (card("none", source=SOURCE), {"hardware": "Voodoo 2"}, '"Voodoo 2" is not in the GPU table'),
+        (card("none"), {"hardware": H100}, 'the engine card does not hold the model\'s config ("demo")'),
+        (card("none", source={"model": "x", "config": {"architectures": ["Odd"]}}), {"hardware": H100}, "Odd"),
+        (card("none", source={"config": {"architectures": ["LlamaForCausalLM"]}}), {"hardware": H100}, "hidden_size"),
+    ],
+)  # fmt: skip
+def test_what_is_not_known_is_named_and_nothing_is_guessed(tkit, tmp_path, engine, identity, reason):
+    run = make_run(tmp_path / "reports", "run", engine=engine, concurrency=(1, 4), requests=12, identity=identity)
+    found, hardware = walls(tkit, run)
+    assert found == [None, None]
+    assert reason in hardware
+
+
+def test_an_impossible_processor_is_refused_with_the_run(tkit, tmp_path):
+    run = make_run(tmp_path / "reports", "run", concurrency=(1,), requests=12, host_speed={**HOST, "flops": 0})
+    result = tkit("report", run)
+    assert result.exit_code == 2
+    assert "impossible processor" in result.stderr
+
+
+def test_a_processor_is_measured_within_reason():
+    """Between a slow phone and a large server; read more often from memory than its caches allow is not checked here."""
+    speed = host_speed(4 * 1024 * 1024)
+    assert speed.num_bytes == 4 * 1024 * 1024
+    assert 1e8 < speed.bytes_per_s < 1e13
+    assert 1e8 < speed.flops < 1e14

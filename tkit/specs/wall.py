@@ -1,0 +1,30 @@
+"""What a measured point could have reached, and what it was expected to: made where hardware is known, shown beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """`low` to `high` is the error band of the plan that made it."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wall:
+    """One load of one run. `limit_` is what physics allows: no server is faster.
+
+    Tokens per second of the whole engine, milliseconds. `limit_binds` names what sets the limit on the rate, and
+    `predicted_binds` what takes most of a predicted step.
+    """
+
+    limit_tok_s: float
+    limit_tpot_ms: float
+    limit_binds: str
+    predicted_tok_s: Prediction | None = None
+    predicted_tpot_ms: Prediction | None = None
+    predicted_binds: str | None = None
