@@ -84,7 +84,9 @@ def test_a_taken_port_is_named() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        diagnosis = diagnose("serve", "reference", Machine(), ServeOptions(http_port=port, grpc_port=0, metrics_port=0))
+        diagnosis = diagnose(
+            "serve", "reference", Machine(), ServeOptions(http_port=port, grpc_port=0, metrics_port=0, openai_port=0)
+        )
     [check] = [check for check in diagnosis.checks if check.name == "ports"]
     assert (check.status, check.found.startswith(f"--http-port {port} is in use by ")) == ("warn", True)
     assert diagnosis.is_able

@@ -225,15 +225,15 @@ def test_a_recipe_holds_gates(tkit: Tkit, reports: Path, monkeypatch: pytest.Mon
     Path("r.yaml").write_text(RECIPE % gate)
     done: list[str] = []
 
-    def plan_build(source: Any, engine: EngineRecipe, progress: Any) -> str:
+    def plan_engine(source: Any, engine: EngineRecipe, *_: Any, **__: Any) -> SimpleNamespace:
         done.append(engine.quant)
-        return engine.quant
+        return SimpleNamespace(backend="reference", reason="", quant=engine.quant)
 
     built = SimpleNamespace(name="engine", build={"seconds": 1.0})
     quality = SimpleNamespace(ppl=1.0, ppl_source=1.0, kl=0.0, top1=1.0)
     monkeypatch.setattr("tkit.stages.run.fetch_model", lambda *_: None)
-    monkeypatch.setattr("tkit.stages.run.plan_build", plan_build)
-    monkeypatch.setattr("tkit.stages.run.build", lambda plan, *_, **__: (Path(plan), built, True))
+    monkeypatch.setattr("tkit.stages.run.plan_engine", plan_engine)
+    monkeypatch.setattr("tkit.stages.run.build_engine", lambda plan, *_, **__: (Path(plan.quant), built, True))
     monkeypatch.setattr("tkit.stages.run.validate", lambda *_, **__: quality)
     monkeypatch.setattr("tkit.stages.run.running_server", lambda *_, **__: nullcontext())
     sweeps = {"none": "reports/none-new", "fp8": "reports/fp8"}

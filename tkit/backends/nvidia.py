@@ -72,11 +72,21 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> tuple[tuple[Gpu
         return (), f"nvidia-smi answered {output.strip()[:200]!r}"
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        names = [name.strip() for name in visible.split(",") if name.strip()]
-        gpus = [gpu for name in names for gpu in gpus if name == str(gpu.index) or gpu.uuid.startswith(name)]
+        gpus = _chosen(gpus, [name.strip() for name in visible.split(",") if name.strip()])
         if not gpus:
             return (), f'CUDA_VISIBLE_DEVICES is "{visible}" and leaves none'
     return tuple(gpus), None if gpus else "nvidia-smi lists none"
+
+
+def _chosen(gpus: list[GpuDevice], names: list[str]) -> list[GpuDevice]:
+    """By index or the beginning of a UUID, in the order named. CUDA stops at the first name that means nothing."""
+    chosen: list[GpuDevice] = []
+    for name in names:
+        gpu = next((gpu for gpu in gpus if name == str(gpu.index) or gpu.uuid.startswith(name)), None)
+        if gpu is None:
+            break
+        chosen.append(gpu)
+    return chosen
 
 
 def _gpu(row: list[str]) -> GpuDevice:

@@ -15,8 +15,9 @@ import psutil
 
 from tkit import __version__
 from tkit.backends.nvidia import IMAGE, Machine, container_table, container_with, is_engine_builder
+from tkit.gateway.settings import missing_packages
 from tkit.specs.diagnosis import ASKABLE, Check, Diagnosis
-from tkit.specs.server import ServeOptions
+from tkit.specs.server import PORTS, ServeOptions
 from tkit.stages.compile import machine_problems
 from tkit.stages.engines import ENGINES_DIR
 from tkit.triton.install import (
@@ -78,6 +79,15 @@ def _packages(asked: _Asked) -> Iterator[Check]:
         yield Check(name="packages", status="fail", found=found, fix="pip install 'tkit[convert]'")
     else:
         yield Check(name="packages", status="ok", found=found)
+
+
+def _front(asked: _Asked) -> Iterator[Check]:
+    missing = missing_packages()
+    if missing:
+        found = f"{', '.join(missing)} missing"
+        yield Check(name="openai front", status="fail", found=found, fix="pip install 'tkit[serve]'")
+    else:
+        yield Check(name="openai front", status="ok", found="its packages are installed")
 
 
 def _driver(asked: _Asked) -> Iterator[Check]:
@@ -211,7 +221,7 @@ def _shared_memory(asked: _Asked) -> Iterator[Check]:
 
 def _ports(asked: _Asked) -> Iterator[Check]:
     options = asked.options
-    ports = {"--http-port": options.http_port, "--grpc-port": options.grpc_port, "--metrics-port": options.metrics_port}
+    ports = {f"--{name.replace('_', '-')}": port for name, port in zip(PORTS, options.ports, strict=True)}
     taken = port_problems(options.host, ports)
     for problem in taken:
         fix = "tkit stop, if it is a server of tkit; or choose another port, 0 for any free one"
@@ -260,6 +270,7 @@ _REFERENCE = ("reference",)
 _ROWS = (
     _Row(_versions,      _EVERY),
     _Row(_packages,      {"build": BACKENDS, "validate": BACKENDS, "serve": _REFERENCE}),
+    _Row(_front,         {"serve": BACKENDS}),
     _Row(_driver,        {"build": ("tensorrt",), "serve": _GPU}),
     _Row(_gpus,          {"build": ("tensorrt",), "serve": _GPU}),
     _Row(_tensorrt_llm,  {"build": ("tensorrt",), "serve": _GPU}),

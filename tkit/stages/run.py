@@ -6,11 +6,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tkit.backends.nvidia import Machine
 from tkit.report.gates import parse_gates
 from tkit.specs.progress import Progress
+from tkit.specs.recipe import Recipe
 from tkit.specs.server import ServeOptions
-from tkit.stages.build import build, plan_build
-from tkit.stages.models import fetch_model, find_recipe
+from tkit.stages.backends import EnginePlan, build_engine, plan_engine
+from tkit.stages.engines import ENGINES_DIR
+from tkit.stages.models import ModelSource, fetch_model, find_recipe
 from tkit.stages.report import REPORTS_DIR, check_gates, report
 from tkit.stages.serve import running_server
 from tkit.stages.sweep import Target, run_sweep
@@ -27,7 +30,9 @@ class RunRecord:
     seconds: float
 
 
-def run_recipe(recipe_name: str, progress: Progress, *, device: str = "auto") -> RunRecord:
+def run_recipe(
+    recipe_name: str, progress: Progress, machine: Machine, *, device: str = "auto", backend: str = "auto"
+) -> RunRecord:
     """Engines that exist are reused; every engine is validated and measured anew, on ports of its own.
 
     Raises GateFailed, after the report is written, unless every gate of the recipe passes.
@@ -36,10 +41,10 @@ def run_recipe(recipe_name: str, progress: Progress, *, device: str = "auto") ->
     name, recipe = find_recipe(recipe_name)
     gates = parse_gates(recipe.report.fail_on, f"{name}: report: fail_on") if recipe.report.fail_on is not None else ()
     source = fetch_model(recipe, name)
-    plans = [plan_build(source, engine, progress) for engine in recipe.engines]  # all are checked before one is built
+    plans = _plan_engines(source, recipe, progress, machine, backend)  # all are checked before one is built
     engines: list[Path] = []
     for plan in plans:
-        directory, card, existed = build(plan, progress, device=device)
+        directory, card, existed = build_engine(plan, progress, machine, out=ENGINES_DIR, device=device)
         seconds = format_seconds(card.build["seconds"])
         progress.note(f"{card.name}: {'exists' if existed else f'built in {seconds}'}")
         quality = validate(directory, progress, device=device)
@@ -72,3 +77,17 @@ def run_recipe(recipe_name: str, progress: Progress, *, device: str = "auto") ->
         report=str(path),
         seconds=time.monotonic() - started,
     )
+
+
+def _plan_engines(
+    source: ModelSource, recipe: Recipe, progress: Progress, machine: Machine, backend: str
+) -> list[EnginePlan]:
+    """All for one backend: a comparison across backends would be one of backends."""
+    plans = [plan_engine(source, engine, progress, machine, backend=backend) for engine in recipe.engines]
+    reasons = {plan.backend: plan.reason for plan in plans}
+    if len(reasons) > 1:
+        reasons = {"reference": f"not every engine runs on {' or '.join(sorted(reasons))}"}
+        plans = [plan_engine(source, engine, progress, machine, backend="reference") for engine in recipe.engines]
+    for name, reason in reasons.items():
+        progress.note(f"backend {name}: {reason}")
+    return plans
