@@ -354,8 +354,10 @@ def test_every_unreadable_pickle_is_listed(tkit, model):
         ({"text_config": {"auto_map": {"AutoModel": "evil.Model"}}}, "text_config.auto_map asks to run code"),
         ({"trust_remote_code": True}, "trust_remote_code asks to run code"),
         ({"vision_config": {"inner": [{"trust_remote_code": True}]}}, "vision_config.inner.0.trust_remote_code asks"),
-        ({"quantization_config": {"quant_method": "awq"}}, 'quantized already (quant_method "awq")'),
-        ({"quantization_config": "awq"}, "quantized already"),
+        ({"quantization_config": {"quant_method": "awq"}}, "group_size is None"),
+        ({"quantization_config": {"quant_method": "awq", "group_size": 64}}, "every layer is in 16 bits"),
+        ({"quantization_config": {"quant_method": ["awq"]}}, "unknown quant_method"),
+        ({"quantization_config": "awq"}, "quantization_config is 'awq', expected keys"),
         ({"vocab_size": 4097}, "model.embed_tokens.weight is (4096, 64), config.json promises (4097, 64)"),
     ],
 )

@@ -96,12 +96,6 @@ def _problems(config: Mapping[str, Any], row: Architecture, rope: Mapping[str, A
     problems += [
         f"{where}: {key} asks to run code that ships with the model; tkit never runs it" for key in _code_keys(config)
     ]
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        problems.append(
-            f'{where}: the checkpoint is quantized already (quant_method "{method}"), expected 16-bit weights'
-        )
     rope_type = rope.get("rope_type", "default")
     if rope_type not in _ROPE_TYPES:
         problems.append(f'{where}: unknown rope_type "{rope_type}"{did_you_mean(rope_type, _ROPE_TYPES)}')

@@ -17,7 +17,7 @@ from tkit.errors import InputError
 from tkit.specs.model import ModelSpec
 from tkit.specs.parallel import Parallel
 from tkit.specs.precision import KV_CACHES, UNQUANTIZED, Precision, matches
-from tkit.specs.quantization import QUANT_FORMATS, QuantFormat
+from tkit.specs.quantization import QUANT_FORMATS, QuantFormat, int4_format
 
 MIXED = "MIXED_PRECISION"
 # a list of one's own replaces TensorRT-LLM's defaults, so it repeats them
@@ -128,7 +128,7 @@ def trtllm_quantization(spec: ModelSpec, precision: Precision, parallel: Paralle
         "smoothquant_val": 0.5,
         "clamp_val": None,
         "use_meta_recipe": False,
-        "has_zero_point": False,
+        "has_zero_point": format.has_zero_point if len(quantized) < 2 else False,
         "pre_quant_scale": format.has_prequant_scale if len(quantized) < 2 else False,
         "exclude_modules": patterns,
     }
@@ -165,7 +165,7 @@ def trtllm_quant_cfg(spec: ModelSpec, precision: Precision, parallel: Parallel) 
         if format.group_size is not None:
             entry |= {
                 "group_size": format.group_size,
-                "has_zero_point": False,
+                "has_zero_point": format.has_zero_point,
                 "pre_quant_scale": format.has_prequant_scale,
             }
         layers[name] = entry
@@ -228,11 +228,15 @@ def stored_kv_cache(quantization: Mapping[str, Any]) -> str:
 
 def stored_format(entry: Mapping[str, Any]) -> QuantFormat:
     """The format that `quant_algo` and what stands beside it name."""
-    return next(
-        format
-        for format in QUANT_FORMATS.values()
-        if format.algo == entry["quant_algo"] and format.has_prequant_scale == entry.get("pre_quant_scale", False)
-    )
+    if entry["quant_algo"] == "W4A16_AWQ":
+        has_prequant_scale = entry.get("pre_quant_scale", False)
+        return int4_format(
+            "int4_awq" if has_prequant_scale else "int4",
+            entry.get("group_size", 128),
+            has_prequant_scale=has_prequant_scale,
+            has_zero_point=entry.get("has_zero_point", False),
+        )
+    return next(format for format in QUANT_FORMATS.values() if format.algo == entry["quant_algo"])
 
 
 def _stage_names(modules: Iterable[str], spec: ModelSpec, parallel: Parallel) -> dict[str, str]:

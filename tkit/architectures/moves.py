@@ -270,19 +270,17 @@ class _Planner:
         rows = cuts.get(0, ((0, 1),))
         columns = cuts[1][0] if 1 in cuts else None
         num_rows = sum(stop - start for start, stop in rows)
+        cut = (num_rows // math.prod(leading), *(() if columns is None else (columns[1] - columns[0],)))
         return Output(
             rank=rank,
             file=f"rank{rank}.safetensors",
             name=f"{stored_name}.{tensor.name}",
             part=tensor.name,
             dtype="F32" if module.transform == "float32" else tensor.dtype,
-            shape=(
-                *leading,
-                num_rows // math.prod(leading),
-                *(() if columns is None else (columns[1] - columns[0],)),
-            ),
+            shape=(*leading, *(reversed(cut) if tensor.is_transposed else cut)),
             rows=rows,
             columns=columns,
+            is_transposed=tensor.is_transposed,
             is_zero=tensor.name == "bias" and module.is_bias_on_first_rank_only and tp_rank > 0,
         )
 

@@ -180,6 +180,8 @@ def _check(moves: Sequence[Move], spec: ModelSpec) -> None:
         problems.append("int8 is no KV cache of the readers of this format; they know fp8")
     if any(move.kv_cache is not None for move in moves) and not row.layer_prefix.startswith("model.layers."):
         problems.append(f"no reader of this format looks for the KV cache's scales in {spec.architecture}")
+    if any(move.format.has_zero_point for move in quantized if move.format is not None):
+        problems.append("the unified form has no zero points; vLLM and SGLang read the source as it is")
     if any(move.transform == "transpose" for move in quantized):
         problems.append(f"{spec.architecture} stores its layers transposed, which no reader knows quantized")
     hidden_inputs = {module.input for module in row.layer if module.in_ == "hidden"}

@@ -17,7 +17,8 @@ from tkit.specs.recipe import EngineRecipe
 LLM_API_FILE = "llm_api.yaml"
 # quant_algo of hf_quant_config.json with a linear method in `_torch/modules/linear.py`. INT8 SmoothQuant has none.
 READ_FORMATS = (
-    None, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W4A16", "MIXED_PRECISION",
+    None, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_BLOCK_SCALES", "NVFP4", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W4A16",
+    "MIXED_PRECISION",
 )  # fmt: skip
 KV_OPTIONS: dict[str | None, dict[str, str]] = {None: {}, "FP8": {"dtype": "fp8"}, "NVFP4": {"dtype": "nvfp4"}}
 

@@ -66,24 +66,34 @@ def checkpoint_bytes(moves: Sequence[Move], dtype: str) -> int:
 def check_sources(source: TensorFiles, moves: Sequence[Move], ignored: Sequence[str]) -> None:
     """Compares the source's headers with what the moves will read. Raises InputError with the whole list."""
     problems, used = [], set()
-    for name, shape in ((n, s) for move in moves for n, s in zip(move.sources, move.source_shapes, strict=True)):
-        if name in used:
-            continue
-        used.add(name)
-        entry = source.entries.get(name)
-        if entry is None:
-            problems.append(f"{name} is missing, expected {shape}")
-        elif entry.shape != shape:
-            problems.append(f"{name} is {entry.shape}, config.json promises {shape}")
-        elif entry.dtype not in FLOAT_DTYPES:
-            problems.append(f"{name} is {entry.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
-    problems += _mixed_dtypes(source, used)
+    floats = tuple(FLOAT_DTYPES)
+    for move in moves:
+        dtypes = move.source_dtypes or (floats,) * len(move.sources)
+        for name, shape, known in zip(move.sources, move.source_shapes, dtypes, strict=True):
+            if name in used:
+                continue
+            used.add(name)
+            entry = source.entries.get(name)
+            if entry is None:
+                problems.append(f"{name} is missing, expected {shape}")
+            elif entry.shape != shape and not (
+                move.source_dtypes and _without_ones(entry.shape) == _without_ones(shape)
+            ):
+                problems.append(f"{name} is {entry.shape}, config.json promises {shape}")
+            elif entry.dtype not in known:
+                problems.append(f"{name} is {entry.dtype}, expected {'one of ' * (len(known) > 1)}{', '.join(known)}")
+    problems += _mixed_dtypes(source, {name for move in moves if not move.source_dtypes for name in move.sources})
     for name in source.entries.keys() - used:
         # a tied lm_head may be stored beside the embedding it equals
         if not name.endswith(tuple(ignored)) and name != "lm_head.weight":
             problems.append(f"{name} {source.entries[name].shape} has no place in this architecture")
     if problems:
         raise InputError(f"{source.directory}: the weights do not match config.json", problems=sorted(problems))
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Scales are (), (1,), (out,) or (out, 1), as each tool likes."""
+    return tuple(size for size in shape if size != 1)
 
 
 def _mixed_dtypes(source: TensorFiles, used: Set[str]) -> list[str]:
@@ -114,15 +124,19 @@ def convert(
     InputError naming every tensor of a layer that holds NaN or infinite values, or (unless `allow_zeros`) is a matrix of
     nothing but zeros.
     """
-    stored_dtype = SAFETENSORS_DTYPE[dtype]
     nonfinite: list[str] = []
     zeros: list[str] = []
+    carried = {name for move in moves if move.source_dtypes for name in move.sources}
 
     def read(name: str) -> Raw:
-        raw = cast(source.read(name), source.entries[name].dtype, stored_dtype)
+        raw, stored_dtype = source.read(name), source.entries[name].dtype
+        if name not in carried:
+            raw, stored_dtype = cast(raw, stored_dtype, SAFETENSORS_DTYPE[dtype]), SAFETENSORS_DTYPE[dtype]
         bad = count_nonfinite(raw, stored_dtype)
         if bad:
-            nonfinite.append(f"{name}: {bad} of {raw.size} values are NaN or infinite in {dtype}")
+            nonfinite.append(
+                f"{name}: {bad} of {raw.size} values are NaN or infinite in {FLOAT_DTYPES.get(stored_dtype, stored_dtype)}"
+            )
         elif raw.ndim > 1 and not allow_zeros and is_zero(raw):
             zeros.append(f"{name}: all {raw.size} values are zero")
         return raw, stored_dtype
@@ -169,10 +183,8 @@ def _write_step(
         quantized = quantizer.layer(step[0].layer, sources, to_quantize)
     for move in step:
         if move.is_computed:
-            parts = quantized[move.module]
             for output in move.outputs:
-                raw, dtype = parts[output.part]
-                files.write(output.file, output.name, take([raw], output, dtype))
+                files.write(output.file, output.name, _quantized_chunks(output, move, sources, quantized))
             continue
         raws = [sources[name] if name in sources else read(name) for name in move.sources]
         stacked = [transformed(raw, dtype, move.transform) for raw, dtype in raws]
@@ -184,6 +196,16 @@ def _write_step(
             else:
                 chunks = iter([_folded(raws[output.source], move, _prequant(output.fold, to_quantize, quantized))])
             files.write(output.file, output.name, chunks)
+
+
+def _quantized_chunks(
+    output: Output, move: Move, sources: Mapping[str, Raw], quantized: Mapping[str, Mapping[str, Raw]]
+) -> Iterator[np.ndarray]:
+    if output.source is not None:
+        return iter([sources[move.sources[output.source]][0]])
+    raw, dtype = quantized[move.module][output.part]
+    chunks = take([raw], output, dtype)
+    return iter([np.concatenate(list(chunks)).T]) if output.is_transposed else chunks
 
 
 def _prequant(input_name: str, moves: Sequence[Move], quantized: Mapping[str, Mapping[str, Raw]]) -> Raw:

@@ -53,6 +53,7 @@ def _whole(files: TensorFiles, move: Move, part: str) -> tuple[np.ndarray, str]:
     whole = np.empty(shape, raw_dtype(dtype))
     for output in outputs:
         raw, position = files.read(f"{output.rank}/{output.name}"), 0
+        raw = raw.T if output.is_transposed else raw
         if output.columns is not None:
             raw = raw.reshape(-1, raw.shape[-1])  # experts lie behind one another
         for start, stop in output.rows:

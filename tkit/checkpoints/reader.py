@@ -26,6 +26,7 @@ from tkit.files import read_json, unique_keys
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = f"{SINGLE_FILE}.index.json"  # the shards of a model that is not one file
+HF_QUANT_CONFIG = "hf_quant_config.json"
 PICKLED_FILE = "pytorch_model.bin"  # likewise
 
 
@@ -142,6 +143,27 @@ class TensorFiles:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` of a Hugging Face model. What ModelOpt says in a file of its own, its group size for one, is added to
+    the `quantization_config`."""
+    config, quant_config = _mapping(directory / "config.json"), directory / HF_QUANT_CONFIG
+    in_config = config.get("quantization_config") or {"quant_method": "modelopt"}
+    is_modelopt = isinstance(in_config, dict) and in_config.get("quant_method") == "modelopt"
+    if is_modelopt and quant_config.exists():
+        in_file = _mapping(quant_config).get("quantization")
+        if not isinstance(in_file, dict):
+            raise InputError(f'{quant_config}: no "quantization" with keys in it')
+        config["quantization_config"] = {**in_file, **in_config}
+    return config
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a mapping of keys, found {type(value).__name__}")
+    return value
 
 
 def open_source(directory: Path) -> TensorFiles:

@@ -61,7 +61,8 @@ def transformed(raw: np.ndarray, dtype: str, transform: str | None) -> tuple[np.
 
 
 # bits of +infinity: everything from there up to the sign bit, and from its negative up to all ones, is infinite or NaN
-INFINITY_BITS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+# (F8_E4M3 has no infinity, and one NaN of each sign: all other bits set)
+INFINITY_BITS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F8_E4M3": 0x7F}
 
 
 def count_nonfinite(raw: np.ndarray, dtype: str) -> int:

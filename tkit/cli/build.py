@@ -117,10 +117,11 @@ def command(
         ratio = card.weight_bytes / sum(
             f["bytes"] for n, f in card.source["files"].items() if n.endswith((".safetensors", ".bin"))
         )
+        carried = f"carried over from {card.source['quantized']}, " if card.source["quantized"] else ""
         text = (
             f"{card.name}: {format_bytes(card.weight_bytes)} of weights ({ratio:.2f} x the source), "
             f"{card.num_params / 1e6:.1f} M parameters, {card.quant_algo or card.dtype}, "
-            f"tp {card.tp_size} pp {card.pp_size}, {format_seconds(seconds)}, peak memory {format_bytes(peak)}"
+            f"{carried}tp {card.tp_size} pp {card.pp_size}, {format_seconds(seconds)}, peak memory {format_bytes(peak)}"
         )
     output.record(card, text, last_line=str(directory))
 

@@ -72,3 +72,18 @@ def rounded_per_token(x: torch.Tensor) -> torch.Tensor:
 def dequantize(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """(out, in) float32."""
     return stored["weight"].float() * stored["weights_scaling_factor"]
+
+
+BLOCK = 128  # rows and columns of a weight, columns of an input, that share a scale
+
+
+def dequantize_blocks(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(out, in) float32 of a weight with a scale per block, (out/128, in/128) rounded up."""
+    weight, scale = stored["weight"].float(), stored["weights_scaling_factor"].float()
+    scale = scale.repeat_interleave(BLOCK, dim=0).repeat_interleave(BLOCK, dim=1)
+    return weight * scale[: weight.shape[0], : weight.shape[1]]
+
+
+def rounded_per_block(x: torch.Tensor) -> torch.Tensor:
+    """What the kernel multiplies by: x (..., in) with one dynamic scale per token and 128 columns."""
+    return torch.cat([rounded_per_token(part) for part in x.split(BLOCK, dim=-1)], dim=-1)

@@ -66,8 +66,12 @@ def nearest_codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def dequantize_groups(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """(out, in) float32."""
-    return dequantize(unpack(stored["weight"]), stored["weights_scaling_factor"])
+    """(out, in) float32. `zero` (out, in/group), where a format has zero points, is added."""
+    weight = dequantize(unpack(stored["weight"]), stored["weights_scaling_factor"])
+    if "zero" not in stored:
+        return weight
+    zero = stored["zero"].float()
+    return (weight.reshape(*zero.shape, -1) + zero[..., None]).reshape(weight.shape)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "fp8":         Quantizer(lambda weights, inputs, dtype: fp8.quantize(weights, inputs), fp8.dequantize,
                              fp8.rounded_per_tensor),
     "fp8_rowwise": Quantizer(None, fp8.dequantize_rows, lambda x, stored: fp8.rounded_per_token(x)),
+    "fp8_block":   Quantizer(None, fp8.dequantize_blocks, lambda x, stored: fp8.rounded_per_block(x)),
     "int4":        Quantizer(None, int4.dequantize_groups),
     "int4_awq":    Quantizer(awq.quantize, awq.dequantize, gram="block"),
     "int4_gptq":   Quantizer(awq.quantize, awq.dequantize, gram="input"),

@@ -12,27 +12,38 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tkit.architectures.config import hf_config, parallel_from_trtllm, spec_from_hf, spec_from_trtllm
+from tkit.architectures.config import checkpoint_dtype, hf_config, parallel_from_trtllm, spec_from_hf, spec_from_trtllm
 from tkit.architectures.formats import precision_from_trtllm, stored_kv_cache
 from tkit.architectures.moves import plan_moves
+from tkit.architectures.source_formats import carried_moves, source_format
 from tkit.architectures.table import ARCHITECTURES
 from tkit.architectures.unified_hf import hf_layer_format
+from tkit.checkpoints.convert import check_sources
 from tkit.checkpoints.merge import merge
-from tkit.checkpoints.reader import TensorFiles, open_ranks, open_source
+from tkit.checkpoints.reader import HF_QUANT_CONFIG, TensorFiles, open_ranks, open_source, read_config
 from tkit.errors import InputError
 from tkit.files import read_json
 from tkit.quantize import int8
 from tkit.quantize.kv_cache import rounded
 from tkit.quantize.table import QUANTIZERS
 from tkit.runtime.bits import to_torch
+from tkit.runtime.carried import by_layer, unpacked, zero_biases
 from tkit.runtime.kv_cache import Change, change_cached
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
+from tkit.specs.parallel import Parallel
+from tkit.specs.precision import Precision
 from tkit.specs.quantization import QuantFormat
 
 transformers.utils.logging.disable_progress_bar()  # a bar per loaded model says nothing that tkit's own progress does not
+
+
+Weights = dict[str, torch.Tensor]  # by Hugging Face name, dequantized
+Hook = Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor]]
+KernelInputs = dict[str, Hook]  # by Hugging Face module, where the kernel rounds what enters it
+KvCache = dict[int, Change]  # by layer, where keys and values are stored in 8 bits
 
 
 def pick_device(device: str = "auto") -> str:
@@ -50,8 +61,31 @@ def load_model(engine_dir: Path, device: str = "auto") -> tuple[PreTrainedModel,
     device = pick_device(device)
     if (engine_dir / "checkpoint").is_dir():
         spec, weights, kernel_inputs, kv_cache = _read_trtllm(engine_dir / "checkpoint", device)
-    else:
+    elif (engine_dir / "hf" / HF_QUANT_CONFIG).exists():
         spec, weights, kernel_inputs, kv_cache = _read_hf(engine_dir / "hf", device)
+    else:
+        spec, weights, kernel_inputs, kv_cache = _read_source(engine_dir / "hf", device)
+    return _model(spec, weights, kernel_inputs, kv_cache, device), spec
+
+
+def load_source(directory: Path, device: str = "auto") -> PreTrainedModel:
+    """A Hugging Face model as it was published, in the dtype that `load_model` gives its engine. One that is quantized
+    computes what its own kernels would, without the packages that made it."""
+    device = pick_device(device)
+    config = read_config(directory)
+    if config.get("quantization_config"):
+        return _model(*_read_source(directory, device), device)
+    own = checkpoint_dtype(config.get("dtype") or config.get("torch_dtype") or "float32")
+    dtype = torch.float32 if device == "cpu" else getattr(torch, own)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, local_files_only=True, trust_remote_code=False
+    )
+    return model.eval().to(device)
+
+
+def _model(
+    spec: ModelSpec, weights: Weights, kernel_inputs: KernelInputs, kv_cache: KvCache, device: str
+) -> PreTrainedModel:
     if spec.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     model = model_from_weights(spec, weights, _dtype(spec, device))
@@ -63,13 +97,7 @@ def load_model(engine_dir: Path, device: str = "auto") -> tuple[PreTrainedModel,
         change_cached(model.get_submodule(prefix.format(layer=index).removesuffix(".")), change)
     if kv_cache:
         model.config.use_cache = True  # without one, a plain call would attend to what was never rounded
-    return model, spec
-
-
-Weights = dict[str, torch.Tensor]  # by Hugging Face name, dequantized
-Hook = Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor]]
-KernelInputs = dict[str, Hook]  # by Hugging Face module, where the kernel rounds what enters it
-KvCache = dict[int, Change]  # by layer, where keys and values are stored in 8 bits
+    return model
 
 
 def _dtype(spec: ModelSpec, device: str) -> torch.dtype:
@@ -92,6 +120,9 @@ def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, Kern
                 scale = stored["kv_cache_scaling_factor"].to(device)
                 kv_cache[move.layer] = _cached(move.kv_cache, scale, scale)
                 continue
+            if move.format is not None and move.format.group_size is not None:  # the loader casts the scales of groups
+                scale = stored["weights_scaling_factor"].to(getattr(torch, spec.dtype))
+                stored["weights_scaling_factor"] = scale.float()
             weights.update(_hugging_face_weights(move, stored, _dtype(spec, device)))
             hook = None if move.format is None else _kernel_input(move.format, stored, device)
             if hook is not None:
@@ -134,6 +165,36 @@ def _read_hf(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelIn
 def _cached(dtype: str, k_scale: torch.Tensor, v_scale: torch.Tensor) -> Change:
     """What attention reads of keys and values that were stored in `dtype`."""
     return lambda keys, values: (rounded(keys, k_scale, dtype), rounded(values, v_scale, dtype))
+
+
+def _read_source(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelInputs, KvCache]:
+    """A quantized Hugging Face checkpoint, whoever wrote it; each layer with its own scales."""
+    config = read_config(directory)
+    spec = spec_from_hf(config, str(directory / "config.json"))
+    dtype = _dtype(spec, device)
+    weights: Weights = {}
+    kernel_inputs: KernelInputs = {}
+    with open_source(directory) as files:
+        format = source_format(config, files.entries.keys(), str(directory / "config.json"))
+        moves = plan_moves(spec, Precision.of("none"), Parallel())
+        if format is not None:
+            forms = {name: (entry.dtype, entry.shape) for name, entry in files.entries.items()}
+            moves = carried_moves(moves, format, forms)
+        known = (*(format.ignored if format else ()), *zero_biases(files, moves))
+        check_sources(files, moves, (*ARCHITECTURES[spec.architecture].ignored, *known))
+        for move in moves:
+            sources = {name: (files.read(name), files.entries[name].dtype) for name in move.sources}
+            if not move.source_dtypes:
+                weights.update({name: to_torch(*raw).to(dtype) for name, raw in sources.items()})
+                continue
+            assert format is not None
+            for layer, tensors in by_layer(move, sources).items():
+                parts = {part: to_torch(*raw) for part, raw in unpacked(format, tensors, "F32").items()}
+                weights[f"{layer}.weight"] = QUANTIZERS[format.target.name].dequantize(parts).to(dtype)
+                hook = _kernel_input(format.target, parts, device)
+                if hook is not None:
+                    kernel_inputs[layer] = hook
+    return spec, weights, kernel_inputs, {}
 
 
 def _hugging_face_parts(files: TensorFiles, module: str, quant: QuantFormat) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ class EngineCard:
     max_position_embeddings: int
     vocab_size: int
     recipe: Mapping[str, Any]
-    source: Mapping[str, Any]  # {"model", "path", "revision", "files": {name: {"bytes", "sha256"}}}
+    source: Mapping[str, Any]  # {"model", "path", "revision", "quantized", "files": {name: {"bytes", "sha256"}}}
     files: Mapping[str, Mapping[str, Any]]
     versions: Mapping[str, str]
     command: str

@@ -31,6 +31,7 @@ class Output:
     columns: Range | None = None
     is_zero: bool = False  # zeros of that shape instead
     source: int | None = None  # the source of that index as it came, instead of rows of the stack
+    is_transposed: bool = False  # `rows` and `columns` are of the whole tensor; this one is stored as its transpose
     fold: str | None = None  # multiplied by the pre-quant factor of the quantized layers with that input
 
 
@@ -53,6 +54,8 @@ class Move:
     build_format: QuantFormat | None = None
     kv_cache: str | None = None
     input: str | None = None
+    # dtypes of quantized sources, read as they are stored; None = floats, cast to the model's
+    source_dtypes: tuple[tuple[str, ...], ...] | None = None
 
     @property
     def is_computed(self) -> bool:

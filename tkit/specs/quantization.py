@@ -7,6 +7,7 @@ so that a checkpoint written on a laptop loads on every GPU generation. Knows sh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tkit.errors import InputError, did_you_mean
 
@@ -26,6 +27,7 @@ class StoredTensor:
     in_axis: tuple[int, int] | None = None
     hf_name: str | None = None  # in the unified Hugging Face checkpoint
     hf_dtype: str | None = None  # None = the same
+    is_transposed: bool = False  # stored the other way around than these axes say
 
     def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         sizes = {
@@ -33,7 +35,8 @@ class StoredTensor:
             for axis, features in ((self.out_axis, out_features), (self.in_axis, in_features))
             if axis is not None
         }
-        return tuple(sizes[position] for position in sorted(sizes)) or (1,)
+        shape = tuple(sizes[position] for position in sorted(sizes)) or (1,)
+        return shape[::-1] if self.is_transposed else shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,10 @@ class QuantFormat:
     group_size: int | None = None
     has_prequant_scale: bool = False
     size_multiple: int = 1  # every sharded in and out size, times tp, must be a multiple: the kernels refuse padding
+
+    @property
+    def has_zero_point(self) -> bool:
+        return any(tensor.name == "zero" for tensor in self.tensors)
 
     @property
     def is_stored_plain(self) -> bool:
@@ -67,8 +74,11 @@ _FP8_ROWWISE = (
 )
 
 
-def _int4(group_size: int, *, has_prequant_scale: bool) -> tuple[StoredTensor, ...]:
-    stored = (
+def int4_format(
+    name: str, group_size: int = 128, *, has_prequant_scale: bool = False, has_zero_point: bool = False, **options: Any
+) -> QuantFormat:
+    """INT4 codes in groups along the input, in the form that every GPU's loader takes."""
+    tensors = [
         StoredTensor(name="weight", dtype="I8", out_axis=(0, 2), in_axis=(1, 1), hf_name="weight", hf_dtype="U8"),
         StoredTensor(
             name="weights_scaling_factor",
@@ -77,12 +87,23 @@ def _int4(group_size: int, *, has_prequant_scale: bool) -> tuple[StoredTensor, .
             in_axis=(1, group_size),
             hf_name="weight_scale",
         ),
-    )
-    if not has_prequant_scale:
-        return stored
-    return (
-        *stored,
-        StoredTensor(name="prequant_scaling_factor", dtype="model", in_axis=(0, 1), hf_name="pre_quant_scale"),
+    ]
+    if has_prequant_scale:
+        tensors.append(
+            StoredTensor(name="prequant_scaling_factor", dtype="model", in_axis=(0, 1), hf_name="pre_quant_scale")
+        )
+    if has_zero_point:  # added to code x scale; the unified Hugging Face form has none
+        zero = StoredTensor(name="zero", dtype="model", out_axis=(0, 1), in_axis=(1, group_size), is_transposed=True)
+        tensors.append(zero)
+    return QuantFormat(
+        name=name,
+        algo="W4A16_AWQ",
+        weight_bits=4,
+        tensors=tuple(tensors),
+        group_size=group_size,
+        has_prequant_scale=has_prequant_scale,
+        size_multiple=max(64, group_size),
+        **options,
     )
 
 
@@ -92,12 +113,9 @@ QUANT_FORMATS: dict[str, QuantFormat] = {format.name: format for format in (
     QuantFormat(name="int8",     algo="W8A16",      weight_bits=8,  tensors=_PLAIN, size_multiple=64),
     QuantFormat(name="fp8",      algo="FP8",        weight_bits=8,  tensors=_FP8, needs_calibration=True),
     QuantFormat(name="fp8_rowwise", algo="FP8_PER_CHANNEL_PER_TOKEN", weight_bits=8, tensors=_FP8_ROWWISE),
-    QuantFormat(name="int4",     algo="W4A16_AWQ",  weight_bits=4,  tensors=_int4(128, has_prequant_scale=False),
-                group_size=128, size_multiple=128),
-    QuantFormat(name="int4_awq", algo="W4A16_AWQ",  weight_bits=4,  tensors=_int4(128, has_prequant_scale=True),
-                needs_calibration=True, group_size=128, has_prequant_scale=True, size_multiple=128),
-    QuantFormat(name="int4_gptq", algo="W4A16_AWQ", weight_bits=4, tensors=_int4(128, has_prequant_scale=True),
-                needs_calibration=True, group_size=128, has_prequant_scale=True, size_multiple=128),
+    int4_format("int4"),
+    int4_format("int4_awq",  has_prequant_scale=True, needs_calibration=True),
+    int4_format("int4_gptq", has_prequant_scale=True, needs_calibration=True),
 )}
 # fmt: on
 

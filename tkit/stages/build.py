@@ -32,6 +32,7 @@ from tkit import __version__, demo
 from tkit.architectures.config import spec_from_hf, trtllm_config
 from tkit.architectures.formats import MIXED, trtllm_quant_cfg
 from tkit.architectures.moves import plan_moves
+from tkit.architectures.source_formats import Forms, carried_moves, carried_precision, source_format
 from tkit.architectures.table import ARCHITECTURES
 from tkit.architectures.unified_hf import (
     combined,
@@ -43,18 +44,35 @@ from tkit.architectures.unified_hf import (
 from tkit.backends.llm_api import LLM_API_FILE, format_problems, llm_api_options, llm_api_yaml
 from tkit.checkpoints.convert import LayerQuantizer, check_sources, checkpoint_bytes, convert, file_layouts
 from tkit.checkpoints.load_simulation import LAYER_CONFIG_FILE, check_load, config_problems, with_layer_config
-from tkit.checkpoints.reader import TensorFiles, check_model_files, file_signature, open_source
+from tkit.checkpoints.reader import (
+    HF_QUANT_CONFIG,
+    TensorFiles,
+    check_model_files,
+    file_signature,
+    open_source,
+    read_config,
+)
+from tkit.checkpoints.tensors import SAFETENSORS_DTYPE
 from tkit.errors import InputError
 from tkit.files import read_json, sha256_file, sync_directory, write_atomic, write_json
+from tkit.runtime.carried import CarriedQuantizer, check_carried, zero_biases
 from tkit.specs.engine import CARD_FILE, EngineCard
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
-from tkit.specs.precision import UNQUANTIZED
+from tkit.specs.parallel import Parallel
+from tkit.specs.precision import UNQUANTIZED, Precision
 from tkit.specs.progress import Progress
 from tkit.specs.quantization import QuantFormat
 from tkit.specs.recipe import RUNTIME_FIELDS, EngineRecipe
+from tkit.specs.source_format import SourceFormat
 from tkit.stages.engines import ENGINES_DIR, read_card
-from tkit.stages.models import TOKENIZER_FILES, ModelSource, check_hub_digests, copy_tokenizer, has_safetensors
+from tkit.stages.models import (
+    TOKENIZER_FILES,
+    ModelSource,
+    check_hub_digests,
+    copy_tokenizer,
+    has_safetensors,
+)
 from tkit.units import format_bytes
 
 
@@ -69,21 +87,24 @@ class BuildPlan:
     recipe: EngineRecipe
     backend: str
     spec: ModelSpec
+    precision: Precision
     moves: Sequence[Move]
     calib_file: Path | None
     hash_seconds: float
     signatures: dict[Path, tuple[int, ...]]  # of the source's files, from before they were hashed
     notes: tuple[str, ...]  # what the config holds that a reader of the card could not guess
     is_pickled: bool  # the weights lie in pytorch_model*.bin
+    carried: SourceFormat | None  # what the source is quantized in already
+    num_params: int
 
     @property
     def config(self) -> dict[str, Any]:
-        return trtllm_config(self.spec, self.recipe.precision, self.recipe.parallel)
+        return trtllm_config(self.spec, self.precision, self.recipe.parallel)
 
     @property
     def layer_config(self) -> dict[str, Any] | None:
         """`quant_cfg.json` of a checkpoint in several formats."""
-        return trtllm_quant_cfg(self.spec, self.recipe.precision, self.recipe.parallel)
+        return trtllm_quant_cfg(self.spec, self.precision, self.recipe.parallel)
 
     @property
     def formats(self) -> dict[str, QuantFormat]:
@@ -137,23 +158,31 @@ def plan_build(
     """
     recipe = _for_backend(recipe, backend)
     config_path = source.directory / "config.json"
-    check_model_files(source.directory, (config_path.name, *TOKENIZER_FILES))
-    config = read_json(config_path)
-    if not isinstance(config, dict):
-        raise InputError(f"{config_path}: expected a mapping of keys, found {type(config).__name__}")
+    check_model_files(source.directory, (config_path.name, HF_QUANT_CONFIG, *TOKENIZER_FILES))
+    config = read_config(source.directory)
     spec = spec_from_hf(config, str(config_path))
-    moves = _plan_formats(spec, recipe)
-    if backend == "pytorch" and (problems := _pytorch_problems(moves, recipe)):
-        raise InputError("--backend pytorch: no reader of this format", problems=problems)
-    problems = _config_problems(spec, recipe) if recipe.format != "hf" else []
-    if problems:
-        raise InputError(f"{config_path}: TensorRT-LLM has no engine for this model", problems=problems)
     is_pickled = allow_pickle and not has_safetensors(source.directory)
     with _open_source(source.directory, is_pickled) as files:
-        check_sources(files, moves, ARCHITECTURES[spec.architecture].ignored)
+        carried = source_format(config, files.entries.keys(), str(config_path))
+        forms = {name: (entry.dtype, entry.shape) for name, entry in files.entries.items()}
+        precision = _precision(recipe, spec, carried, forms, config_path)
+        moves = _plan_formats(spec, precision, recipe)
+        if backend == "pytorch" and (problems := _pytorch_problems(moves, precision)):
+            raise InputError("--backend pytorch: no reader of this format", problems=problems)
+        problems = _config_problems(spec, precision, recipe.parallel) if recipe.format != "hf" else []
+        if problems:
+            raise InputError(f"{config_path}: TensorRT-LLM has no engine for this model", problems=problems)
+        num_params = _num_params(moves)
+        ignored, notes = ARCHITECTURES[spec.architecture].ignored, _config_notes(config)
+        if carried is None:
+            check_sources(files, moves, ignored)
+        else:
+            moves = carried_moves(moves, carried, forms)
+            check_sources(files, moves, (*ignored, *carried.ignored, *zero_biases(files, moves)))
+            notes += check_carried(files, moves, carried)
         paths = files.files
     calib_file = _calibration_file(recipe) if any(move.needs_calibration for move in moves) else None
-    used = [config_path, *paths, *(source.directory / name for name in TOKENIZER_FILES)]
+    used = [config_path, *paths, *(source.directory / name for name in (HF_QUANT_CONFIG, *TOKENIZER_FILES))]
     used = [path for path in used if path.exists()]
     signatures = {path: file_signature(path) for path in used}
     hash_started = time.monotonic()
@@ -170,19 +199,23 @@ def plan_build(
     }
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return BuildPlan(
-        name=recipe.name or _engine_name(source.name, recipe, backend, key),
+        name=recipe.name
+        or _engine_name(source.name, carried.target.name if carried else recipe.quant, recipe, backend, key),
         key=key,
         source=source,
         source_files=source_files,
         recipe=recipe,
         backend=backend,
         spec=spec,
+        precision=precision,
         moves=moves,
         calib_file=calib_file,
         hash_seconds=hash_seconds,
         signatures=signatures,
-        notes=_config_notes(config),
+        notes=tuple(notes),
         is_pickled=is_pickled,
+        carried=carried,
+        num_params=num_params,
     )
 
 
@@ -250,11 +283,11 @@ def _write_engine(
         backend=plan.backend,
         architecture=plan.spec.architecture,
         dtype=plan.spec.dtype,
-        quant=plan.recipe.quant,
-        quant_algo=plan.quant_algo,
+        quant=plan.carried.target.name if plan.carried else plan.recipe.quant,
+        quant_algo=plan.carried.target.algo if plan.carried else plan.quant_algo,
         tp_size=plan.recipe.tp_size,
         pp_size=plan.recipe.pp_size,
-        num_params=_num_params(plan),
+        num_params=plan.num_params,
         weight_bytes=weight_bytes,
         max_position_embeddings=plan.spec.max_position_embeddings,
         vocab_size=plan.spec.vocab_size,
@@ -263,6 +296,7 @@ def _write_engine(
             "model": plan.source.model,
             "path": str(plan.source.directory),
             "revision": plan.source.revision,
+            "quantized": str(plan.carried) if plan.carried else None,
             "files": plan.source_files,
             "config": read_json(plan.source.directory / "config.json"),
         },
@@ -317,27 +351,48 @@ def _check_unchanged(plan: BuildPlan) -> None:
         )
 
 
+def _precision(
+    recipe: EngineRecipe, spec: ModelSpec, carried: SourceFormat | None, forms: Forms, config_path: Path
+) -> Precision:
+    """What the recipe says, or what the source is in already."""
+    if carried is None:
+        return recipe.precision
+    if recipe.precision != Precision.of("none"):
+        raise InputError(
+            f"{config_path}: quantized already ({carried}); --quant {recipe.quant} would quantize it a second time"
+            if recipe.quant != "none"
+            else f"{config_path}: quantized already ({carried}); its layers and its KV cache stay as they are",
+            hint="leave the options out to carry it over as it is, or name the model it was made from",
+        )
+    if recipe.format != "hf" and not carried.has_trtllm_form:
+        raise InputError(
+            f"{config_path}: {carried}: TensorRT-LLM's engines have no such layers, and any others would be another model",
+            hint="use --format hf, or name the model it was made from",
+        )
+    return carried_precision(plan_moves(spec, Precision.of("none"), Parallel()), carried, forms, str(config_path))
+
+
 def _formats(moves: Sequence[Move]) -> dict[str, QuantFormat]:
     """Those in use, by name; empty when nothing is quantized."""
     used = (move.format or move.build_format for move in moves)
     return {format.name: format for format in used if format is not None}
 
 
-def _pytorch_problems(moves: Sequence[Move], recipe: EngineRecipe) -> list[str]:
+def _pytorch_problems(moves: Sequence[Move], precision: Precision) -> list[str]:
     algorithms = {format.algo for format in _formats(moves).values()} or {None}
-    problems = (format_problems(algo, recipe.precision.kv_cache_algo) for algo in algorithms)
+    problems = (format_problems(algo, precision.kv_cache_algo) for algo in algorithms)
     return sorted({line for lines in problems for line in lines})
 
 
-def _config_problems(spec: ModelSpec, recipe: EngineRecipe) -> list[str]:
+def _config_problems(spec: ModelSpec, precision: Precision, parallel: Parallel) -> list[str]:
     """What TensorRT-LLM refuses by the configuration alone."""
-    config = trtllm_config(spec, recipe.precision, recipe.parallel)
-    return config_problems(with_layer_config(config, trtllm_quant_cfg(spec, recipe.precision, recipe.parallel)))
+    config = trtllm_config(spec, precision, parallel)
+    return config_problems(with_layer_config(config, trtllm_quant_cfg(spec, precision, parallel)))
 
 
-def _plan_formats(spec: ModelSpec, recipe: EngineRecipe) -> list[Move]:
+def _plan_formats(spec: ModelSpec, precision: Precision, recipe: EngineRecipe) -> list[Move]:
     """The moves of every checkpoint asked for, each in its directory: one pass over the source writes them all."""
-    moves = plan_moves(spec, recipe.precision, recipe.parallel)
+    moves = plan_moves(spec, precision, recipe.parallel)
     plans = {}
     if recipe.format in ("trtllm", "both"):
         plans["checkpoint"] = moves
@@ -355,11 +410,16 @@ def _write_configs(plan: BuildPlan, work: Path) -> None:
     if plan.recipe.format in ("hf", "both"):
         config = read_json(plan.source.directory / "config.json")
         config.pop("auto_map", None)  # the code it names is not copied
+        quant_config = hf_quant_config(plan.moves, __version__)
         added = {"quantization_config": quantization_config(plan.moves, __version__), "dtype": plan.spec.dtype}
+        if plan.carried is not None and plan.carried.is_unified:  # a copy keeps its own words
+            added = {"dtype": plan.spec.dtype}
+            path = plan.source.directory / HF_QUANT_CONFIG
+            quant_config = read_json(path) if path.exists() else None
         write_json(work / "hf" / "config.json", config | {key: value for key, value in added.items() if value})
         for name, content in (
             ("model.safetensors.index.json", hf_index(plan.moves, "hf")),
-            ("hf_quant_config.json", hf_quant_config(plan.moves, __version__)),
+            (HF_QUANT_CONFIG, quant_config),
         ):
             if content is not None:
                 write_json(work / "hf" / name, content)
@@ -394,6 +454,8 @@ def publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineCa
 
 def _quantizer(plan: BuildPlan, work: Path, tokenizer: Tokenizer, device: str, workers: int) -> LayerQuantizer | None:
     """None where weights are only moved; torch is imported only where it computes."""
+    if plan.carried is not None:
+        return CarriedQuantizer(plan.carried, SAFETENSORS_DTYPE[plan.spec.dtype])
     if not any(move.is_computed for move in plan.moves):
         return None
     if plan.calib_file is None:
@@ -429,13 +491,13 @@ def _digests(directory: Path, paths: Sequence[Path], progress: Progress) -> dict
     return facts
 
 
-def _engine_name(model: str, recipe: EngineRecipe, backend: str, key: str) -> str:
+def _engine_name(model: str, quant: str, recipe: EngineRecipe, backend: str, key: str) -> str:
     slug = re.sub(r"[^a-z0-9.]+", "-", model.lower()).strip("-.") or "model"
     runs_on = "" if backend == "reference" else f"-{backend}"
     pipeline = f"-pp{recipe.pp_size}" if recipe.pp_size > 1 else ""
     mixed = "-mixed" if recipe.quant_overrides or recipe.exclude else ""
     cache = f"-kv_{recipe.kv_cache}" if recipe.kv_cache != "auto" else ""
-    return f"{slug}-{recipe.quant}{mixed}{cache}-tp{recipe.tp_size}{pipeline}{runs_on}-{key[:6]}"
+    return f"{slug}-{quant}{mixed}{cache}-tp{recipe.tp_size}{pipeline}{runs_on}-{key[:6]}"
 
 
 def _check_disk(out: Path, plan: BuildPlan) -> None:
@@ -466,9 +528,9 @@ def _work_directory(out: Path, plan: BuildPlan, progress: Progress) -> Path:
     return work
 
 
-def _num_params(plan: BuildPlan) -> int:
+def _num_params(moves: Sequence[Move]) -> int:
     """Distinct source values: a tied lm_head counts once."""
-    shapes = {name: shape for move in plan.moves for name, shape in zip(move.sources, move.source_shapes, strict=True)}
+    shapes = {name: shape for move in moves for name, shape in zip(move.sources, move.source_shapes, strict=True)}
     total = 0
     for shape in shapes.values():
         size = 1
@@ -478,10 +540,10 @@ def _num_params(plan: BuildPlan) -> int:
     return total
 
 
-def _config_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _config_notes(config: Mapping[str, Any]) -> list[str]:
     if config.get("auto_map"):
-        return (f"auto_map was ignored: {config['architectures'][0]} is built in, the model's own code is never run",)
-    return ()
+        return [f"auto_map was ignored: {config['architectures'][0]} is built in, the model's own code is never run"]
+    return []
 
 
 def _notes(plan: BuildPlan, source: TensorFiles) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 import tkit
 from tkit import demo
-from tkit.checkpoints.reader import INDEX_FILE, PICKLED_FILE, SINGLE_FILE
+from tkit.checkpoints.reader import HF_QUANT_CONFIG, INDEX_FILE, PICKLED_FILE, SINGLE_FILE
 from tkit.errors import InputError, did_you_mean
 from tkit.files import from_mapping, read_yaml
 from tkit.specs.recipe import Recipe
@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-_MODEL_FILES = ("config.json", INDEX_FILE, SINGLE_FILE, "model-*.safetensors", *TOKENIZER_FILES)
+_MODEL_FILES = ("config.json", HF_QUANT_CONFIG, INDEX_FILE, SINGLE_FILE, "model-*.safetensors", *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,10 +54,9 @@ def validate(
     """Perplexity, mean KL and top-1 agreement of the engine's checkpoint against the model it was built from."""
     import torch
     from tokenizers import Tokenizer
-    from transformers import AutoModelForCausalLM
 
     from tkit.runtime.evaluate import compare_models
-    from tkit.runtime.load import load_model, pick_device
+    from tkit.runtime.load import load_model, load_source, pick_device
 
     card = read_card(engine_dir)
     verify_files(engine_dir, card, progress)
@@ -75,11 +74,7 @@ def validate(
     tokens = torch.tensor([ids[i * stride : i * stride + length] for i in range(windows)], dtype=torch.int64)
     device = pick_device(device)
     candidate, _ = load_model(engine_dir, device)
-    dtype = torch.float32 if device == "cpu" else getattr(torch, card.dtype)
-    original = AutoModelForCausalLM.from_pretrained(
-        source_dir, dtype=dtype, local_files_only=True, trust_remote_code=False
-    )
-    original = original.eval().to(device)
+    original = load_source(source_dir, device)
     result = compare_models(original, candidate, tokens, lambda done: progress.step("validate", done, windows))
     record = ValidationRecord(
         engine=card.name,

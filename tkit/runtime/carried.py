@@ -1,0 +1,302 @@
+"""Already quantized layers -> what TensorRT-LLM stores, code by code; nothing is rounded to another grid.
+
+Four bits: every source keeps unsigned codes u = q + 8, and W = (u - z) s. TensorRT-LLM wants two's complement q and, where
+z is not always 8, `zero` = (8 - z) s beside them: W = q s + zero.
+
+    AutoAWQ             word = 8 columns of one input:  nibbles hold columns 0 2 4 6 1 3 5 7;  zero points likewise
+    GPTQ                word = 8 inputs of one column;  zero points: 8 columns in order, 1 too small before gptq_v2
+    compressed-tensors  word = 8 inputs of one row;     zero points: 8 rows in order
+    ModelOpt            TensorRT-LLM's own bytes
+
+Eight bits are carried as they are. A module of several layers has one scale where FP8 is per tensor: layers with a smaller
+one are rounded once more, to the largest. Loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from tkit.checkpoints.reader import TensorFiles
+from tkit.checkpoints.tensors import cast, to_float32
+from tkit.errors import InputError
+from tkit.quantize.data_free import fp8_bits
+from tkit.specs.moves import Move
+from tkit.specs.source_format import SourceFormat
+
+Raw = tuple[np.ndarray, str]  # bits and their safetensors dtype
+Layer = Mapping[str, Raw]  # the source's tensors of one layer, without its name
+Parts = dict[str, Raw]  # TensorRT-LLM's
+
+AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # where columns 0 to 7 lie
+SIGN = np.uint8(0x88)  # u ^ 8 is q in two's complement, two codes at a time
+
+
+class CarriedQuantizer:
+    """The `LayerQuantizer` of sources that are quantized already. Memory: one layer's codes, twice.
+
+    Beside the parts of a whole module it gives those of each of its layers, as `weight[0]`, `weight[1]`, ...
+    """
+
+    def __init__(self, format: SourceFormat, dtype: str):
+        """`dtype` is the model's safetensors dtype."""
+        self.format, self.dtype = format, dtype
+
+    def begin(self, sources: Mapping[str, Raw]) -> None:
+        pass
+
+    def skip(self, index: int, sources: Mapping[str, Raw]) -> None:
+        pass
+
+    def layer(self, index: int, sources: Mapping[str, Raw], moves: Sequence[Move]) -> dict[str, Parts]:
+        carried = {}
+        for move in moves:
+            layers = [unpacked(self.format, layer, self.dtype) for layer in by_layer(move, sources).values()]
+            carried[move.module] = _stacked(layers, move) | {
+                f"{part}[{index}]": raw for index, layer in enumerate(layers) for part, raw in layer.items()
+            }
+        return carried
+
+
+def unpacked(format: SourceFormat, layer: Layer, dtype: str) -> Parts:
+    """The tensors of one layer as TensorRT-LLM stores them, `zero` as (out, in/group); `dtype` is the model's."""
+    return UNPACK[format.unpack](format, layer, dtype)
+
+
+def check_carried(source: TensorFiles, moves: Sequence[Move], format: SourceFormat) -> list[str]:
+    """Reads the small tensors that decide whether codes can be carried over; returns notes for the card.
+
+    Raises InputError listing inputs that are stored in another order than they come in, zero points that a symmetric format
+    does not have, and factors that the layers of a module do not share.
+    """
+    carried = [move for move in moves if move.source_dtypes]
+    read = {"g_idx", "weight_g_idx"}
+    if not format.target.has_zero_point:
+        read.add("qzeros")
+    if format.target.has_prequant_scale:
+        read.add("pre_quant_scale")
+    if format.unpack == "fp8":
+        read.add("weight_scale")
+    problems, num_rescaled = [], 0
+    for move in carried:
+        small = {
+            name: (source.read(name), source.entries[name].dtype) for name in move.sources if _ending(name) in read
+        }
+        layers = by_layer(move, small)
+        problems += [
+            f"{name}.{problem}" for name, layer in layers.items() for problem in _layer_problems(layer, format)
+        ]
+        factors = [layer["pre_quant_scale"][0].tobytes() for layer in layers.values() if "pre_quant_scale" in layer]
+        if len(set(factors)) > 1 or len(factors) not in (0, len(layers)):
+            problems.append(f"{', '.join(layers)} share one input, but have a pre_quant_scale of their own")
+        scales = {float(_scale(layer, "weight_scale")[0]) for layer in layers.values() if "weight_scale" in layer}
+        num_rescaled += len(scales) > 1 and any(output.rank is not None for output in move.outputs)
+    if problems:
+        raise InputError(f"{source.directory}: {format}, but not in a form that can be carried over", problems=problems)
+    notes = [f"carried over from {format}"]
+    if num_rescaled:
+        notes.append(
+            f"{num_rescaled} of {len(carried)} modules fuse layers with scales of their own; TensorRT-LLM has one for them, "
+            "the largest, and the codes of the others were rounded to it"
+        )
+    if any(_ending(name) in ("k_scale", "v_scale", "output_scale") for move in carried for name in move.sources):
+        notes.append("the source's scales of the KV cache are not in the TensorRT-LLM checkpoint")
+    return notes
+
+
+def zero_biases(source: TensorFiles, moves: Sequence[Move]) -> list[str]:
+    """Biases of nothing but zeros in layers that have none: AutoGPTQ wrote them for every layer."""
+    planned = {name for move in moves for name in move.sources}
+    layers = {name.rpartition(".")[0] for move in moves if move.source_dtypes for name in move.sources}
+    surplus = [name for name in source.entries if name not in planned and name.removesuffix(".bias") in layers]
+    return [name for name in surplus if not source.read(name).any()]
+
+
+def _layer_problems(layer: Layer, format: SourceFormat) -> list[str]:
+    problems = []
+    for name in ("g_idx", "weight_g_idx"):
+        if name in layer:
+            order = layer[name][0].view(np.int32)
+            group_size = format.target.group_size
+            if not np.array_equal(order, np.arange(len(order)) // (group_size or len(order))):
+                problems.append(f"{name} is in the order of activations (desc_act); only inputs in their own order fit")
+    if "qzeros" in layer:
+        symmetric = (8 - format.zero_point_offset) * 0x11111111
+        if (layer["qzeros"][0] != np.uint32(symmetric)).any():
+            problems.append("qzeros are not all 8, though the format says sym")
+    return problems
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def by_layer(move: Move, sources: Mapping[str, Raw]) -> dict[str, dict[str, Raw]]:
+    """{layer: its tensors without its name}, in the order in which the module stacks them."""
+    layers: dict[str, dict[str, Raw]] = {}
+    for name in move.sources:
+        layer, _, ending = name.rpartition(".")
+        tensors = layers.setdefault(layer, {})
+        if name in sources:
+            tensors[ending] = sources[name]
+    return layers
+
+
+def _stacked(layers: Sequence[Parts], move: Move) -> Parts:
+    """The parts of a module whose rows are those of all its layers, one below the other."""
+    assert move.format is not None
+    if len(layers) == 1:
+        return dict(layers[0])
+    if move.format.name == "fp8":
+        layers = _with_one_scale(layers)
+    stacked = {}
+    for tensor in move.format.tensors:
+        raws = [layer[tensor.name] for layer in layers]
+        is_shared = tensor.out_axis is None
+        stacked[tensor.name] = raws[0] if is_shared else (np.concatenate([raw for raw, _ in raws]), raws[0][1])
+    return stacked
+
+
+def _with_one_scale(layers: Sequence[Parts]) -> list[Parts]:
+    """FP8 layers under the largest of their scales; those that have it keep every bit."""
+    largest = {
+        part: max(to_float32(*layer[part])[0] for layer in layers)
+        for part in ("weights_scaling_factor", "activation_scaling_factor")
+    }
+    common = []
+    for layer in layers:
+        codes, scale = layer["weight"][0], to_float32(*layer["weights_scaling_factor"])[0]
+        if scale != largest["weights_scaling_factor"]:
+            codes = fp8_bits(FP8_VALUES * scale / largest["weights_scaling_factor"])[codes]
+        shared = {part: (np.array([value]).view(np.uint32), "F32") for part, value in largest.items()}
+        common.append({"weight": (codes, "F8_E4M3"), **shared})
+    return common
+
+
+def _fp8_values() -> np.ndarray:
+    """The value of each of the 256 codes of float8_e4m3fn: sign, 4 bits of exponent (bias 7), 3 of mantissa."""
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    normal = np.ldexp(1 + mantissa / 8, exponent - 7)
+    values = np.where(exponent > 0, normal, np.ldexp(mantissa / 8, -6)) * np.where(codes & 128, -1, 1)
+    values[[127, 255]] = 0  # NaN, which no checkpoint may hold
+    return values.astype(np.float32)
+
+
+FP8_VALUES = _fp8_values()
+
+
+# --- one layer -------------------------------------------------------------------------------------------------------
+
+
+def _awq(format: SourceFormat, layer: Layer, dtype: str) -> Parts:
+    words = layer["qweight"][0]  # (in, out/8)
+    packed = np.empty((*words.shape, 4), np.uint8)
+    for pair in range(4):  # nibbles j and j + 4 are neighbouring columns
+        packed[..., pair] = _nibble(words, pair) | _nibble(words, pair + 4) << 4
+    codes = packed.reshape(len(words), -1).T ^ SIGN
+    zeros = np.stack([_nibble(layer["qzeros"][0], nibble) for nibble in AWQ_NIBBLES], axis=-1)  # (groups, out/8, 8)
+    return _int4(codes, _transposed(layer["scales"]), zeros.reshape(len(zeros), -1).T, dtype)
+
+
+def _gptq(format: SourceFormat, layer: Layer, dtype: str) -> Parts:
+    words = layer["qweight"][0]  # (in/8, out)
+    codes = _paired(words[:, 0::2].T, words[:, 1::2].T)
+    zeros = None
+    if format.target.has_zero_point:
+        stored = np.stack([_nibble(layer["qzeros"][0], nibble) for nibble in range(8)], axis=-1)  # (groups, out/8, 8)
+        # a zero point of 0 was stored as -1, whose nibble is 15
+        zeros = (stored.reshape(len(stored), -1).T + format.zero_point_offset) & 15
+    return _int4(codes, _transposed(layer["scales"]), zeros, dtype)
+
+
+def _compressed(format: SourceFormat, layer: Layer, dtype: str) -> Parts:
+    words = layer["weight_packed"][0]  # (out, in/8)
+    codes = _paired(words[0::2], words[1::2])
+    zeros = None
+    if format.target.has_zero_point:
+        packed = layer["weight_zero_point"][0]  # (out/8, groups)
+        zeros = np.stack([_nibble(packed, nibble) for nibble in range(8)], axis=1).reshape(-1, packed.shape[1])
+    return _int4(codes, layer["weight_scale"], zeros, dtype)
+
+
+def _packed(format: SourceFormat, layer: Layer, dtype: str) -> Parts:
+    scale = layer["weight_scale"]
+    parts: Parts = {
+        "weight": (layer["weight"][0], "I8"),
+        "weights_scaling_factor": (cast(*scale, "F32"), "F32"),
+    }
+    if format.target.has_prequant_scale:
+        ones = (
+            np.ones(layer["weight"][0].shape[1], np.float32).view(np.uint32),
+            "F32",
+        )  # folded into the norm in front
+        parts["prequant_scaling_factor"] = (cast(*layer.get("pre_quant_scale", ones), dtype), dtype)
+    return parts
+
+
+def _fp8(format: SourceFormat, layer: Layer, dtype: str) -> Parts:
+    return {
+        "weight": layer["weight"],
+        "weights_scaling_factor": (_scale(layer, "weight_scale").view(np.uint32), "F32"),
+        "activation_scaling_factor": (_scale(layer, "input_scale").view(np.uint32), "F32"),
+    }
+
+
+def _fp8_rows(format: SourceFormat, layer: Layer, dtype: str) -> Parts:
+    """One scale for all rows is the same scale for each."""
+    scale = np.empty(len(layer["weight"][0]), np.float32)
+    scale[:] = _scale(layer, "weight_scale")
+    return {"weight": layer["weight"], "per_channel_scale": (scale.view(np.uint32), "F32")}
+
+
+def _fp8_blocks(format: SourceFormat, layer: Layer, dtype: str) -> Parts:
+    scale = layer["weight_scale_inv" if "weight_scale_inv" in layer else "weight_scale"]
+    return {"weight": layer["weight"], "weights_scaling_factor": (cast(*scale, "F32"), "F32")}
+
+
+UNPACK: dict[str, Callable[[SourceFormat, Layer, str], Parts]] = {
+    "awq": _awq,
+    "gptq": _gptq,
+    "compressed": _compressed,
+    "packed": _packed,
+    "fp8": _fp8,
+    "fp8_rows": _fp8_rows,
+    "fp8_blocks": _fp8_blocks,
+}
+
+
+def _int4(codes: np.ndarray, scale: Raw, zeros: np.ndarray | None, dtype: str) -> Parts:
+    """`codes` (out/2, in) bytes, `scale` and `zeros` (out, groups); zero = (8 - z) s, with s as the loader casts it."""
+    parts: Parts = {
+        "weight": (np.ascontiguousarray(codes), "I8"),
+        "weights_scaling_factor": (cast(*scale, "F32"), "F32"),
+    }
+    if zeros is not None:
+        kernel_scale = to_float32(cast(*scale, dtype), dtype)
+        with np.errstate(invalid="ignore"):  # an infinite scale is refused where it was read
+            zero = (np.float32(8) - zeros.astype(np.float32)) * kernel_scale
+        parts["zero"] = (cast(zero.view(np.uint32), "F32", dtype), dtype)
+    return parts
+
+
+def _paired(even: np.ndarray, odd: np.ndarray) -> np.ndarray:
+    """Words of 8 inputs of the even and of the odd rows, (out/2, in/8), as bytes of one input of both, (out/2, in)."""
+    packed = np.empty((*even.shape, 8), np.uint8)
+    for nibble in range(8):
+        packed[..., nibble] = _nibble(even, nibble) | _nibble(odd, nibble) << 4
+    return packed.reshape(len(even), -1) ^ SIGN
+
+
+def _nibble(words: np.ndarray, index: int) -> np.ndarray:
+    return (words >> np.uint32(4 * index)).astype(np.uint8) & np.uint8(15)
+
+
+def _transposed(raw: Raw) -> Raw:
+    return np.ascontiguousarray(raw[0].T), raw[1]
+
+
+def _scale(layer: Layer, name: str) -> np.ndarray:
+    """(n,) float32, however many axes of one the source gives it."""
+    return to_float32(*layer[name]).reshape(-1).copy()
