@@ -203,6 +203,7 @@ def test_sections_stand_in_the_order_they_are_read(html: str) -> None:
         "wall",
         "size",
         "quality",
+        "cost",
         "validity",
         "provenance",
     ]

@@ -142,3 +142,58 @@ def test_a_processor_is_measured_within_reason():
     assert speed.num_bytes == 4 * 1024 * 1024
     assert 1e8 < speed.bytes_per_s < 1e13
     assert 1e8 < speed.flops < 1e14
+
+
+def test_cost_and_memory_stand_beside_the_measurement(tkit, tmp_path):
+    run = make_run(tmp_path / "reports", "run", engine=gpu_engine(), concurrency=(1, 4), requests=12)
+    other = make_run(tmp_path / "reports", "cpu", engine=card("none", source=SOURCE), concurrency=(4,), host_speed=HOST)
+    Path("prices.yaml").write_text(
+        "{date: 2025-11-01, source: a page, utilisation: 0.5, gpus: {h100: {usd_per_hour: 2.5}}}"
+    )
+    result = tkit("report", run, other, "--prices", "prices.yaml", "--out", "out", "--json")
+    record = json.loads(result.stdout)
+    assert record["prices"] == "a page of 2025-11-01"
+    for level in record["groups"][0]["levels"]:
+        cell = level["cells"][0]
+        rate = cell["estimates"]["output_tok_s"]
+        dollars = cell["cost"]["usd_per_million"]
+        for ours, theirs in (("value", "value"), ("low", "high"), ("high", "low")):
+            assert dollars[ours] == pytest.approx(1e6 * 2 * 2.5 / 3600 / rate[theirs] / 0.5)
+        assert cell["cost"]["joules_per_token"][0] == pytest.approx(2 * 700 * 1.13 / rate["value"])
+    assert record["groups"][0]["levels"][1]["cells"][1]["cost"] is None
+    rows = list(csv.DictReader(Path("out/report.csv").read_text().splitlines()))
+    assert [row["usd_per_million_tokens"] for row in rows][1:] == [str(dollars["value"]), ""]
+    markdown = Path("out/report.md").read_text()
+    assert "Prices: a page of 2025-11-01." in markdown
+    assert "No cost of B: no price for what it ran on." in markdown
+
+    memory, kv = record["runs"][0]["memory"], 2 * 4 * 2 * 64 * 2  # 4 layers, 2 heads of 64, 16 bits
+    assert memory["kv_per_token"] == kv == record["runs"][1]["memory"]["kv_per_token"]
+    parts = [memory[f"gpu_{name}"] for name in ("weights", "activations", "overhead", "kv_pool")]
+    assert sum(parts) < memory["gpu_usable"] == 85_500_000_000
+    assert memory["stored"] == 2 * memory["gpu_weights"] > 0
+    assert record["runs"][1]["memory"]["gpu_weights"] is None
+
+
+def test_a_price_file_that_cannot_be_read_stops_the_report(tkit, tmp_path):
+    make_run(tmp_path / "reports", "run", concurrency=(1,), requests=12)
+    Path("prices.yaml").write_text("{date: 2025-11-01, gpus: {h1000: {usd_per_hour: 2.5}}}")
+    result = tkit("report", "run", "--prices", "prices.yaml", "--out", "out")
+    assert result.exit_code == 2
+    assert "h1000" in result.stderr
+    assert not Path("out").exists()
+
+
+def test_the_csv_names_the_gates_that_a_point_failed(tkit, tmp_path):
+    reports = tmp_path / "reports"
+    make_run(reports, "fast", concurrency=(1, 4), requests=30)
+    make_run(reports, "slow", concurrency=(1, 4), requests=30, speed=1.5, invalid={4: "drift"})
+    gates = "output_tok_s<-10%,kl>0.1"
+    assert tkit("report", "fast", "slow", "--fail-on", gates, "--out", "out").exit_code == 3
+    rows = list(csv.DictReader(Path("out/report.csv").read_text().splitlines()))
+    assert [(row["run"], row["concurrency"], row["gates_failed"], row["gates_not_evaluated"]) for row in rows] == [
+        ("fast", "1", "", ""),
+        ("slow", "1", "output_tok_s<-10%", "kl>0.1"),
+        ("fast", "4", "", ""),
+        ("slow", "4", "", "output_tok_s<-10%; kl>0.1"),
+    ]

@@ -28,6 +28,9 @@ from tkit.cli.output import Output, output_options
     "--junit", type=click.Path(path_type=Path, dir_okay=False), help="Also write points and gates as JUnit XML."
 )
 @click.option(
+    "--prices", type=click.Path(path_type=Path, dir_okay=False), help="YAML of dated prices, as tkit plan takes it."
+)
+@click.option(
     "--step-summary",
     envvar="GITHUB_STEP_SUMMARY",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -42,6 +45,7 @@ def command(
     with_png: bool,
     fail_on: str | None,
     junit: Path | None,
+    prices: Path | None,
     step_summary: Path | None,
 ) -> None:
     """Compare the sweeps in RUN, directories or names under reports/ (default: the newest of every engine).
@@ -59,6 +63,7 @@ def command(
         with_png=with_png,
         gates=parse_gates(fail_on, "--fail-on") if fail_on is not None else (),
         junit=junit,
+        prices=prices,
         step_summary=step_summary,
     )
     lines = []

@@ -146,6 +146,7 @@ def _facts(run: Run, run_id: str, device: str) -> RunFacts:
         identity=manifest.identity,
         host_speed=manifest.host_speed,
         hardware="not looked into",
+        memory=None,
         definitions=manifest.definitions,
         files={
             "manifest.json": run.manifest_sha256,

@@ -19,7 +19,7 @@ from tkit.report.statistics import Change, Estimate
 from tkit.specs.engine import EngineCard
 from tkit.specs.gate import Gate
 from tkit.specs.record import FoundMax, HostSpeed, Load
-from tkit.specs.wall import Wall
+from tkit.specs.wall import PlannedMemory, TokenCost, Wall
 
 REPORT_SCHEMA = "tkit.report/1"
 
@@ -91,6 +91,7 @@ class Cell:
     goodput: Mapping[str, Goodput]  # by tier
     changes: Mapping[str, Change] = field(default_factory=dict)  # as `estimates`, against the baseline
     wall: Wall | None = None
+    cost: TokenCost | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +163,7 @@ class RunFacts:
     identity: Mapping[str, Any]
     host_speed: HostSpeed | None
     hardware: str  # what the walls of its cells were computed from, or why there are none
+    memory: PlannedMemory | None
     definitions: str
     files: Mapping[str, str]  # path inside the run -> sha256
 
@@ -220,6 +222,7 @@ class Comparison:
     created: str  # UTC, ISO 8601
     tkit: str
     device: str  # what a rate per device is divided by: a key of DEVICES
+    prices: str | None = None  # where from, and of which day; None = no costs were asked for
     threshold: float  # smaller changes are never called
     baseline: str | None  # run id
     verdict: tuple[Verdict, ...] = ()

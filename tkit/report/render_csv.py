@@ -6,7 +6,7 @@ import csv
 import io
 from typing import Any
 
-from tkit.report.record import MEASURES, Cell, Comparison, Group, Level
+from tkit.report.record import FAILED, MEASURES, NOT_EVALUATED, Cell, Comparison, Group, Level
 from tkit.specs.record import SLO_TIERS
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\N{FULLWIDTH EQUALS SIGN}")
@@ -101,5 +101,30 @@ def _row(comparison: Comparison, group: Group, level: Level, cell: Cell) -> dict
             f"{name}_high": predicted.high if predicted else None,
         }
     row["predicted_binds"] = wall.predicted_binds if wall else None
+    cost = cell.cost
+    row |= {
+        "usd_per_million_tokens": cost.usd_per_million.value if cost else None,
+        "usd_per_million_tokens_low": cost.usd_per_million.low if cost else None,
+        "usd_per_million_tokens_high": cost.usd_per_million.high if cost else None,
+        "joules_per_token_low": cost.joules_per_token[0] if cost else None,
+        "joules_per_token_high": cost.joules_per_token[1] if cost else None,
+    }
+    for state in (FAILED, NOT_EVALUATED):
+        row[f"gates_{state.replace(' ', '_')}"] = "; ".join(_gates(comparison, group, cell, state))
     facts = run.validation or {}
     return row | {name: facts.get(name) for name in ("ppl_ratio", "kl", "top1")}
+
+
+def _gates(comparison: Comparison, group: Group, cell: Cell, state: str) -> list[str]:
+    """The gates that came out so at this point, or for the whole run."""
+    return [
+        outcome.gate.text
+        for outcome in comparison.gates
+        if any(
+            check.state == state
+            and check.run == cell.run
+            and check.shape in (None, group.shape)
+            and check.load in (None, cell.load)
+            for check in outcome.checks
+        )
+    ]

@@ -202,10 +202,9 @@ def wall(comparison: Comparison, runs: Runs) -> Section:
 
 
 def size(comparison: Comparison, runs: Runs) -> Section:
-    table = tables.size_table(comparison)
-    if not table.rows:
-        return Section(id="size", title="Memory, size and build", lead=("No engine card in these runs.",))
-    return Section(id="size", title="Memory, size and build", tables=(table,))
+    found = tuple(table for table in (tables.size_table(comparison), tables.memory_table(comparison)) if table.rows)
+    lead = () if found else ("No engine card in these runs.",)
+    return Section(id="size", title="Memory, size and build", lead=lead, tables=found)
 
 
 def quality(comparison: Comparison, runs: Runs) -> Section:
@@ -219,6 +218,18 @@ def quality(comparison: Comparison, runs: Runs) -> Section:
         tables=(table,) if table.rows else (),
         is_brief=True,
     )
+
+
+def cost(comparison: Comparison, runs: Runs) -> Section:
+    table = tables.cost_table(comparison)
+    if comparison.prices is None:
+        lead = ["No prices were given (--prices FILE)."]
+    else:
+        lead = [f"Prices: {comparison.prices}. Each run at the valid load where its tokens are cheapest."]
+        priced = {entry.run for row in table.rows for entry in row}
+        without = [run.id for run in comparison.runs if run.id not in priced]
+        lead += [f"No cost of {', '.join(without)}: no price for what it ran on."] if without else []
+    return Section(id="cost", title="Cost and energy", lead=tuple(lead), tables=(table,) if table.rows else ())
 
 
 def validity(comparison: Comparison, runs: Runs) -> Section:
@@ -265,6 +276,7 @@ SECTIONS: tuple[Callable[[Comparison, Runs], Section], ...] = (
     wall,
     size,
     quality,
+    cost,
     validity,
     provenance,
 )

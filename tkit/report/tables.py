@@ -403,6 +403,88 @@ def _told(value: Any, format_value: Callable[[float], str]) -> Entry:
     return Entry(text=text.ABSENT, note="not in the card", tone="absent")
 
 
+def memory_table(comparison: Comparison) -> Table:
+    """What the plan says beside what the engine card says; the share of each GPU."""
+    columns = (
+        Column(name="Run", kind="text"),
+        Column(name="weights, planned", meaning="all ranks, on disk; from the model's shapes and the format's layout"),
+        Column(name="built", meaning="the rank files in the engine card"),
+        Column(name="KV per token, planned", meaning="all layers and ranks"),
+        Column(name="built", meaning="from the engine card"),
+        Column(name="weights per GPU", meaning="of the fullest GPU, as the plan expects them there"),
+        Column(name="activations", meaning="an estimate, rounded up"),
+        Column(name="overhead", meaning="CUDA context, libraries, captured graphs, NCCL; an estimate, rounded up"),
+        Column(name="left for the KV cache"),
+        Column(name="usable", meaning="what the driver leaves for programs"),
+    )
+    rows = []
+    for run in comparison.runs:
+        if run.engine is None or run.memory is None:
+            continue
+        memory = run.memory
+        built = sum(rank_bytes(run.engine.files)) or None
+        on_gpu = (
+            memory.gpu_weights,
+            memory.gpu_activations,
+            memory.gpu_overhead,
+            memory.gpu_kv_pool,
+            memory.gpu_usable,
+        )
+        rows.append(
+            (
+                Entry(text=run.name, run=run.id),
+                _bytes(memory.stored),
+                _bytes(built),
+                _bytes(memory.kv_per_token),
+                _told(run.engine.build.get("kv_bytes_per_token"), format_bytes),
+                *map(_bytes, on_gpu),
+            )
+        )
+    return Table(id="memory", caption="Memory, planned and built", columns=columns, rows=tuple(rows))
+
+
+def _bytes(size: int | None) -> Entry:
+    return Entry(text=text.ABSENT, tone="absent") if size is None else Entry(text=format_bytes(size))
+
+
+def cost_table(comparison: Comparison) -> Table:
+    """At each run's cheapest valid load per group."""
+    columns = (
+        Column(name="Run", kind="text"),
+        Column(name="Shape", kind="text"),
+        Column(name="Load", kind="text"),
+        Column(name="output tok/s", meaning=METRICS["output_tok_s"][1]),
+        Column(name="$ per million output tokens", meaning="at the utilisation that the price file states"),
+        Column(
+            name="J per output token", meaning="data-sheet power of the GPUs times 1.13 to 1.31 for servers and fans"
+        ),
+    )
+    rows = []
+    for run in comparison.runs:
+        for group in comparison.groups:
+            priced = [
+                (cell, cell.cost)
+                for level in group.levels
+                for cell in level.cells
+                if cell.run == run.id and cell.is_valid and cell.cost is not None
+            ]
+            if not priced:
+                continue
+            cell, cost = min(priced, key=lambda pair: pair[1].usd_per_million.value)
+            rate, dollars = cell.estimates["output_tok_s"], cost.usd_per_million
+            rows.append(
+                (
+                    Entry(text=run.name, run=run.id),
+                    Entry(text=group.shape),
+                    Entry(text=str(cell.load)),
+                    Entry(text=text.number(rate.value if rate else None)),
+                    Entry(text=text.number(dollars.value), aside=text.interval(dollars.low, dollars.high)),
+                    Entry(text=text.interval(*cost.joules_per_token)),
+                )
+            )
+    return Table(id="cost", caption="Cost and energy", columns=columns, rows=tuple(rows))
+
+
 def quality_table(comparison: Comparison) -> Table:
     """Quality beside speed: the speed at the highest load that is valid in every run."""
     place = common_load(comparison)

@@ -28,3 +28,24 @@ class Wall:
     predicted_tok_s: Prediction | None = None
     predicted_tpot_ms: Prediction | None = None
     predicted_binds: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedMemory:
+    """What the plan says an engine takes, in bytes. The `gpu_` ones are of the fullest GPU; None on a processor."""
+
+    stored: int | None  # weights on disk, all ranks; None where modules differ in their format
+    kv_per_token: int  # all layers and ranks
+    gpu_weights: int | None = None
+    gpu_activations: int | None = None
+    gpu_overhead: int | None = None  # CUDA context, libraries, captured graphs, NCCL
+    gpu_kv_pool: int | None = None  # what is left for the cache
+    gpu_usable: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenCost:
+    """Of output tokens at a measured rate: `usd_` over the interval of the rate, joules from data sheet to wall socket."""
+
+    usd_per_million: Prediction
+    joules_per_token: tuple[float, float]

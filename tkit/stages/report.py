@@ -12,6 +12,7 @@ from pathlib import Path
 from tkit import __version__
 from tkit.errors import GateFailed, InputError
 from tkit.files import sync_directory, to_json, write_atomic
+from tkit.planner.cost import read_prices
 from tkit.report.compare import compare, find_baseline
 from tkit.report.gates import asked, evaluate, failures, summary
 from tkit.report.plots import render_png
@@ -42,6 +43,7 @@ def report(
     gates: Sequence[Gate] = (),
     junit: Path | None = None,
     step_summary: Path | None = None,
+    prices: Path | None = None,
     reports_dir: Path = REPORTS_DIR,
 ) -> tuple[Path, Comparison]:
     """(path of report.html, what report.json holds). Without `runs`: the newest readable one of every engine.
@@ -59,7 +61,7 @@ def report(
         tkit=__version__,
         asked=asked(gates),
     )
-    comparison = with_walls(comparison)
+    comparison = with_walls(comparison, read_prices(prices) if prices is not None else None)
     comparison = replace(comparison, verdict=verdicts(comparison), gates=evaluate(gates, comparison))
     progress.step("rendering", 0, 1)
     parts = sections(comparison, found)

@@ -5,59 +5,91 @@ The report knows files, the planner knows hardware; they meet here. Where a fact
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tkit.errors import InputError
+from tkit.planner.cost import Prices, cost
 from tkit.planner.engines import DEFAULT_ENGINE, Engine, engine
 from tkit.planner.gpus import gpu_of_device
+from tkit.planner.memory import kv_bytes_per_token, ledger, stored_bytes
 from tkit.planner.models import find_shape
+from tkit.planner.precision import precision
 from tkit.planner.shapes import ModelShape, num_params
 from tkit.planner.sweeps import read_calibration
 from tkit.planner.wall import Place, cpu_walls, gpu_walls
 from tkit.report.record import Cell, Comparison, Group, RunFacts
 from tkit.specs.engine import EngineCard
+from tkit.specs.hardware import Gpu
 from tkit.specs.parallel import Parallel
-from tkit.specs.wall import Wall
+from tkit.specs.wall import PlannedMemory, Prediction, TokenCost, Wall
 from tkit.stages.models import DEFAULT_MODEL
 from tkit.stages.plan import resolve_shape, shape_from_hf
 from tkit.units import format_bytes
 
 
-def with_walls(comparison: Comparison) -> Comparison:
-    """The same, each run with the hardware it was held against, each closed-loop cell with its wall where that is known."""
-    runs, walls = [], {}
-    for run in comparison.runs:
-        places = {
-            _place(group, cell)
-            for group in comparison.groups
-            for level in group.levels
-            for cell in level.cells
-            if cell.run == run.id and cell.load.concurrency is not None
-        }
-        try:
-            walls[run.id], hardware = _walls(run, places)
-        except InputError as error:
-            walls[run.id], hardware = {}, "; ".join((error.message, *error.problems))
-        runs.append(dataclasses.replace(run, hardware=hardware))
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """What one run is held against. `gpu` is None on a processor."""
+
+    walls: Mapping[Place, Wall]
+    hardware: str
+    memory: PlannedMemory | None = None
+    gpu: Gpu | None = None
+    num_gpus: int = 1
+
+
+def with_walls(comparison: Comparison, prices: Prices | None = None) -> Comparison:
+    """The same, each run with the hardware it was held against, each closed-loop cell with its wall where that is known.
+
+    With `prices`, each cell on a GPU that has one with its cost too.
+    """
+    held = {run.id: _held(comparison, run) for run in comparison.runs}
+    runs = tuple(replace(run, hardware=held[run.id].hardware, memory=held[run.id].memory) for run in comparison.runs)
     groups = tuple(
-        dataclasses.replace(
+        replace(
             group,
             levels=tuple(
-                dataclasses.replace(
-                    level,
-                    cells=tuple(
-                        dataclasses.replace(cell, wall=walls[cell.run].get(_place(group, cell))) for cell in level.cells
-                    ),
-                )
+                replace(level, cells=tuple(_completed(group, cell, held[cell.run], prices) for cell in level.cells))
                 for level in group.levels
             ),
         )
         for group in comparison.groups
     )
-    return dataclasses.replace(comparison, runs=tuple(runs), groups=groups)
+    told = f"{prices.source or 'prices'} of {prices.date}" if prices else None
+    return replace(comparison, runs=runs, groups=groups, prices=told)
+
+
+def _completed(group: Group, cell: Cell, held: _Held, prices: Prices | None) -> Cell:
+    rate = cell.estimates["output_tok_s"]
+    found = None
+    if prices is not None and held.gpu is not None and held.gpu.name in prices.gpus and rate is not None:
+        at = cost(held.gpu, held.num_gpus, (rate.value, rate.value, rate.value), prices)
+        edges = cost(held.gpu, held.num_gpus, (rate.value, rate.low or rate.value, rate.high or rate.value), prices)
+        low, high = edges.usd_per_million
+        found = TokenCost(
+            usd_per_million=Prediction(value=at.usd_per_million[0], low=low, high=high),
+            joules_per_token=at.joules_per_token,
+        )
+    return replace(cell, wall=held.walls.get(_place(group, cell)), cost=found)
+
+
+def _held(comparison: Comparison, run: RunFacts) -> _Held:
+    places = {
+        _place(group, cell)
+        for group in comparison.groups
+        for level in group.levels
+        for cell in level.cells
+        if cell.run == run.id and cell.load.concurrency is not None
+    }
+    try:
+        if run.engine is None:
+            raise InputError("no wall: without an engine card neither model nor layout is known (tkit sweep --engine)")
+        return _against_hardware(run, run.engine, places)
+    except InputError as error:
+        return _Held(walls={}, hardware="; ".join((error.message, *error.problems)))
 
 
 def _place(group: Group, cell: Cell) -> Place:
@@ -65,40 +97,60 @@ def _place(group: Group, cell: Cell) -> Place:
     return isl, osl, cell.load.concurrency or 0
 
 
-def _walls(run: RunFacts, places: set[Place]) -> tuple[dict[Place, Wall], str]:
-    """(walls, what they were computed from). InputError says why there are none."""
-    card = run.engine
-    if card is None:
-        raise InputError("no wall: without an engine card neither model nor layout is known (tkit sweep --engine)")
+def _against_hardware(run: RunFacts, card: EngineCard, places: set[Place]) -> _Held:
+    """InputError says which fact is missing."""
     shape = _shape(card)
-    if run.host_speed is not None:
-        speed = run.host_speed
-        return cpu_walls(shape, speed.bytes_per_s, speed.flops, places), (
-            f"{run.identity.get('hardware') or 'its processor'}, as measured before the sweep: "
+    parallel = Parallel(tp_size=card.tp_size, pp_size=card.pp_size)
+    kv = "fp16" if card.recipe.get("kv_cache", "auto") == "auto" else str(card.recipe["kv_cache"])
+    is_mixed = bool(card.recipe.get("quant_overrides") or card.recipe.get("exclude"))
+    stored = None if is_mixed else stored_bytes(shape, precision(card.quant), parallel)
+    memory = PlannedMemory(stored=stored, kv_per_token=kv_bytes_per_token(shape, kv))
+    speed = run.host_speed
+    if speed is not None:
+        return _Held(
+            walls=cpu_walls(shape, speed.bytes_per_s, speed.flops, places),
+            hardware=f"{run.identity.get('hardware') or 'its processor'}, as measured before the sweep: "
             f"{speed.bytes_per_s / 1e9:.1f} GB/s reading {format_bytes(speed.num_bytes)} again and again, "
             f"{speed.flops / 1e9:.0f} GFLOP/s. The reference engine computes in float32 whatever the format. "
-            "No prediction: tkit plan knows engines on GPUs"
+            "No prediction: tkit plan knows engines on GPUs",
+            memory=memory,
         )
     device = str(run.identity.get("hardware") or (card.compiled or {}).get("gpu") or "")
     gpu = gpu_of_device(device)
     if gpu is None:
-        raise InputError(
-            f'no wall: "{device}" is not in the GPU table of tkit plan'
-            if device
-            else "no wall: the run does not say what it ran on"
-        )
+        reason = f'"{device}" is not in the GPU table of tkit plan' if device else "the run does not say what it ran on"
+        return _Held(walls={}, hardware=f"no wall: {reason}", memory=memory)
     data_sheet = (
         f"{gpu.name}, {gpu.bandwidth / 1e12:.2f} TB/s and {gpu.fp16_flops / 1e12:.0f} dense 16-bit TFLOP/s each"
     )
     if card.backend == "reference":
-        walls = gpu_walls(shape, "none", "fp16", gpu, Parallel(), places, None)
-        return walls, f"1 x {data_sheet}. The reference engine computes in 16 bits; no prediction: it was never fitted"
+        return _Held(
+            walls=gpu_walls(shape, "none", "fp16", gpu, Parallel(), places, None),
+            hardware=f"1 x {data_sheet}. The reference engine computes in 16 bits; no prediction: it was never fitted",
+            memory=memory,
+            gpu=gpu,
+        )
     constants, source = _constants(run, card)
-    parallel = Parallel(tp_size=card.tp_size, pp_size=card.pp_size)
-    kv = card.recipe.get("kv_cache")
-    walls = gpu_walls(shape, card.quant, kv if kv in ("fp8", "int8") else "fp16", gpu, parallel, places, constants)
-    mixed = f"; as {card.quant} throughout" if card.recipe.get("quant_overrides") or card.recipe.get("exclude") else ""
-    return walls, f"{parallel.world_size} x {data_sheet}{mixed}. Prediction of tkit plan: {source}"
+    mixed = f"; as {card.quant} throughout" if is_mixed else ""
+    book = ledger(
+        shape, precision(card.quant), kv, gpu, parallel,
+        context=max((isl + osl for isl, osl, _ in places), default=1),
+        engine=constants.name, reserved_bytes=int(constants.efficiencies.reserved_bytes),
+    )  # fmt: skip
+    return _Held(
+        walls=gpu_walls(shape, card.quant, kv, gpu, parallel, places, constants),
+        hardware=f"{parallel.world_size} x {data_sheet}{mixed}. Prediction of tkit plan: {source}",
+        memory=replace(
+            memory,
+            gpu_weights=book.weight_bytes,
+            gpu_activations=book.activations,
+            gpu_overhead=book.overhead,
+            gpu_kv_pool=book.kv_pool,
+            gpu_usable=book.usable,
+        ),
+        gpu=gpu,
+        num_gpus=parallel.world_size,
+    )
 
 
 def _constants(run: RunFacts, card: EngineCard) -> tuple[Engine, str]:
