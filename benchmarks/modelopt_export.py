@@ -1,13 +1,13 @@
 """Quantizes a Llama with NVIDIA ModelOpt and exports TensorRT-LLM checkpoints. Runs in ModelOpt's own environment, imports
 nothing of tkit.
 
-    python benchmarks/modelopt_export.py MODEL TOKENS.json OUT FORMAT...
+    python benchmarks/modelopt_export.py [--tp 1] MODEL TOKENS.json OUT FORMAT...
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import modelopt.torch.quantization as mtq
@@ -28,13 +28,19 @@ CONFIGS = {
 
 
 def main() -> None:
-    model_dir, tokens_file, out, *formats = sys.argv[1:]
-    tokens = torch.tensor(json.loads(Path(tokens_file).read_text()))  # (samples, length)
-    for name in formats:
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).eval()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("model")
+    parser.add_argument("tokens", type=Path)  # (samples, length)
+    parser.add_argument("out")
+    parser.add_argument("formats", nargs="+", choices=CONFIGS)
+    arguments = parser.parse_args()
+    tokens = torch.tensor(json.loads(arguments.tokens.read_text()))
+    for name in arguments.formats:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
         with torch.inference_mode():
             mtq.quantize(model, CONFIGS[name], lambda model: [model(batch) for batch in tokens.split(4)])
-            export_tensorrt_llm_checkpoint(model, "llama", torch.bfloat16, f"{out}/{name}", 1)
+            export_tensorrt_llm_checkpoint(model, "llama", torch.bfloat16, f"{arguments.out}/{name}", arguments.tp)
 
 
 if __name__ == "__main__":

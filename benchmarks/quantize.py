@@ -1,0 +1,88 @@
+"""What a calibrated build of a 1.1 B Llama costs, beside NVIDIA ModelOpt 0.47 on the same files.
+
+    python -m benchmarks.quantize --modelopt PYTHON [--quant fp8 int4_awq] [--layers 22] [--tokens 256] [--threads 2]
+
+PYTHON is the interpreter of an environment with ModelOpt (see `quality`). Without it only tkit is measured. Weights are
+random: both tools do the same work whatever their values. Both write TensorRT-LLM checkpoints for tensor parallelism 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.convert import write_model
+
+EXPORT = Path(__file__).with_name("modelopt_export.py")
+
+
+class Cost(NamedTuple):
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int  # resident
+
+    def __str__(self) -> str:
+        return f"{self.wall_s:7.1f} s wall {self.cpu_s:7.1f} s CPU {self.peak_bytes / 1e9:6.2f} GB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modelopt", metavar="PYTHON", type=Path)
+    parser.add_argument("--quant", nargs="+", default=["fp8", "int4_awq"])
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="where to write; about three times the model")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.work) as directory:
+        work = Path(directory)
+        num_bytes = write_model(work / "model", arguments.layers)
+        print(f"{arguments.layers} layers, {num_bytes / 1e9:.2f} GB bf16, {arguments.tokens} tokens, tp 2")
+        tokens = work / "tokens.json"
+        tokens.write_text(json.dumps([[1 + index % 30000 for index in range(arguments.tokens)]]))
+        for quant in arguments.quant:
+            ours = measure(
+                [sys.executable, "-m", "tkit", "build", work / "model", "--quant", quant, "--tp", "2", "--quiet",
+                 "--calib-samples", "1", "--calib-len", str(arguments.tokens), "--workers", str(arguments.threads),
+                 "--out", work / "engines"],
+                arguments.threads,
+            )  # fmt: skip
+            shutil.rmtree(work / "engines")
+            print(f"{quant:10} tkit     {ours}")
+            if arguments.modelopt is None:
+                continue
+            theirs = measure(
+                [arguments.modelopt, EXPORT, "--tp", "2", work / "model", tokens, work / "modelopt", quant],
+                arguments.threads,
+            )
+            shutil.rmtree(work / "modelopt")
+            print(f"{quant:10} ModelOpt {theirs}")
+            ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+            print(f"{quant:10} ratio    {ratios[0]:7.2f}        {ratios[1]:7.2f}       {ratios[2]:6.2f}")
+
+
+def measure(command: list[str | Path], num_threads: int) -> Cost:
+    """Of the command and what it started and waited for."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        wall = time.perf_counter() - started
+        if process.returncode:
+            output.seek(0)
+            sys.exit(f"{command} failed:\n{output.read().decode()[-3000:]}")
+    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+if __name__ == "__main__":
+    main()
