@@ -28,7 +28,7 @@ from tkit.quantize.compensation import compensated
 from tkit.quantize.statistics import InputStatistics
 
 EXPONENTS = tuple(step / 20 for step in range(21))
-SEARCH_ROWS = 512  # evenly spread; the demo model's KL divergence is the same with 64 as with all of them
+SEARCH_ROWS = 128  # evenly spread; the demo model's KL divergence is the same with 64 as with all of them
 
 
 def quantize(
@@ -42,7 +42,7 @@ def quantize(
     stored = {}
     for module, weight in weights.items():
         scaled = weight.float() / factor
-        _, scale = int4.quantize(scaled, int4.GROUP_SIZE, dtype, inputs.square_mean * factor.square())
+        scale, _ = int4.clipped_scale(scaled, int4.GROUP_SIZE, dtype, inputs.square_mean * factor.square())
         codes = int4.nearest_codes(compensated(scaled, scale, gram, int4.rounded), scale)
         stored[module] = {
             "weight": int4.pack(codes),
@@ -67,9 +67,8 @@ def search_prequant(weights: Mapping[str, torch.Tensor], inputs: InputStatistics
     for exponent in EXPONENTS:
         prequant = candidate(inputs.abs_mean, exponent).to(dtype)
         factor = prequant.float()
-        codes, scale = int4.quantize(stacked / factor, int4.GROUP_SIZE, dtype, moments * factor.square())
-        difference = int4.dequantize(codes, scale) * factor - stacked
-        error = (difference.square() * moments).sum().item()
+        _, errors = int4.clipped_scale(stacked / factor, int4.GROUP_SIZE, dtype, moments * factor.square())
+        error = errors.sum().item()
         if error < best_error:
             best_error, best = error, prequant
     return best

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 
 import torch
 
-from tkit.quantize.data_free import BLOCK_VALUES, FP8_MAX, MIN_ROW_SCALE
+from tkit.quantize.blocks import row_blocks
+from tkit.quantize.data_free import FP8_MAX, MIN_ROW_SCALE
 from tkit.quantize.statistics import InputStatistics
 
 
@@ -37,7 +38,7 @@ def quantize(weights: Mapping[str, torch.Tensor], inputs: InputStatistics) -> di
         low, high = torch.aminmax(weight)
         scale = fp8_scale(torch.maximum(-low, high))
         codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
-        for rows, block in zip(row_blocks(codes), row_blocks(weight), strict=True):
+        for block, rows in row_blocks(weight, codes):
             rows.copy_(round_to_fp8(block.float(), scale))
         stored[module] = {
             "weight": codes,
@@ -45,11 +46,6 @@ def quantize(weights: Mapping[str, torch.Tensor], inputs: InputStatistics) -> di
             "activation_scaling_factor": fp8_scale(inputs.abs_max.amax()),
         }
     return stored
-
-
-def row_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Views of (rows, in) with about BLOCK_VALUES values each."""
-    return weight.split(max(BLOCK_VALUES // weight.shape[1], 1))
 
 
 def dequantize_rows(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:

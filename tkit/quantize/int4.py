@@ -19,39 +19,39 @@ from collections.abc import Mapping
 
 import torch
 
+from tkit.quantize.blocks import row_blocks
+
 GROUP_SIZE = 128
 CLIPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # on the demo model 0.65 is never chosen
 
 
-def quantize(
-    weight: torch.Tensor, group_size: int, dtype: torch.dtype, moments: torch.Tensor | None = None
+def clipped_scale(
+    weight: torch.Tensor, group_size: int, dtype: torch.dtype, moments: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (out, in) int8 and scales (out, in/group) float32 holding values of `dtype`. `moments` (in,) are E[x^2]."""
-    groups = weight.reshape(len(weight), -1, group_size)  # (out, groups, group)
-    amax = groups.abs().amax(dim=-1)
-    codes, scale = _codes(groups, amax, dtype)
-    if moments is not None:
-        importance = moments.reshape(-1, group_size)  # (groups, group)
-        error = _error(groups, codes, scale, importance)
-        for clip in CLIPS:
-            clipped_codes, clipped_scale = _codes(groups, clip * amax, dtype)
-            clipped_error = _error(groups, clipped_codes, clipped_scale, importance)
-            is_better = clipped_error < error
-            error = torch.where(is_better, clipped_error, error)
-            scale = torch.where(is_better, clipped_scale, scale)
-            codes = torch.where(is_better[..., None], clipped_codes, codes)
-    return codes.reshape(weight.shape).to(torch.int8), scale
+    """The best scales of `weight` (out, in) float32 and the errors that they leave; both (out, in/group) float32.
+
+    Scales hold values of `dtype`. `moments` (in,) are E[x^2].
+    """
+    importance = moments.reshape(-1, group_size)  # (groups, group)
+    scale = weight.new_empty(len(weight), len(importance))
+    error = torch.full_like(scale, float("inf"))
+    for block, block_scale, block_error in row_blocks(weight, scale, error):
+        groups = block.reshape(len(block), -1, group_size)  # (rows, groups, group)
+        amax = groups.abs().amax(dim=-1)
+        for clip in (1.0, *CLIPS):
+            candidate = _scale(clip * amax, dtype)
+            exact = groups / candidate[..., None]
+            steps = exact.round().clamp_(-8, 7).sub_(exact)  # how many steps off
+            candidate_error = steps.square_().mul_(importance).sum(dim=-1) * candidate.square()
+            is_better = candidate_error < block_error
+            block_error[is_better] = candidate_error[is_better]
+            block_scale[is_better] = candidate[is_better]
+    return scale, error
 
 
-def _codes(groups: torch.Tensor, amax: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     scale = (amax / 7).to(dtype).float()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (groups / scale[..., None]).round().clamp(-8, 7), scale
-
-
-def _error(groups: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """(out, groups)"""
-    return ((codes * scale[..., None] - groups).square() * importance).sum(dim=-1)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def rounded(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -61,8 +61,11 @@ def rounded(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def nearest_codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """(out, in) int8 on the given scales (out, in/group)."""
-    groups = weight.reshape(*scale.shape, -1)
-    return (groups / scale[..., None]).round_().clamp_(-8, 7).reshape(weight.shape).to(torch.int8)
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    for block, block_scale, block_codes in row_blocks(weight, scale, codes):
+        groups = block.reshape(*block_scale.shape, -1)
+        block_codes.copy_((groups / block_scale[..., None]).round_().clamp_(-8, 7).reshape(block.shape))
+    return codes
 
 
 def dequantize_groups(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
