@@ -22,6 +22,7 @@ COMMANDS = {
     "serve":    ("tkit.cli.serve",    "Serve an engine with Triton Inference Server."),
     "stop":     ("tkit.cli.stop",     "Stop a running server."),
     "sweep":    ("tkit.cli.sweep",    "Measure latency and throughput of a running server."),
+    "import":   ("tkit.cli.import_",  "Make a run of another load generator's results."),
     "report":   ("tkit.cli.report",   "Compare sweeps in one report."),
     "doctor":   ("tkit.cli.doctor",   "Say what this machine can do, and how to mend what it cannot."),
     "run":      ("tkit.cli.run",      "Build, validate, serve, sweep and report every engine of a recipe."),

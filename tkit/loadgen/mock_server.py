@@ -262,7 +262,10 @@ class Connection:
             self.write(_reply(*_told(path, self.server)))
             return True
         named = re.search(r"(?i)\r\nx-request-id: *(\S+)", head)
-        self._begin(path, json.loads(body), named[1] if named else "")
+        try:
+            self._begin(path, json.loads(body), named[1] if named else "")
+        except (ValueError, KeyError, IndexError, AttributeError):
+            self.write(_reply(400, {"error": f"{method} {path} is no request that this server knows"}))
         return True
 
     def _begin(self, path: str, body: dict[str, Any], id: str) -> None:
@@ -283,7 +286,9 @@ class Connection:
 STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\nServer: tkit-mock\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 )
-ROLE_CHUNK = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}],"usage":null}\n\n'
+COMPLETION = b'{"id":"mock","object":"text_completion","created":0,"model":"mock","choices":['
+CHAT = b'{"id":"mock","object":"chat.completion.chunk","created":0,"model":"mock","choices":['
+ROLE_CHUNK = b'data: %s{"index":0,"delta":{"role":"assistant","content":""}}],"usage":null}\n\n' % CHAT
 
 
 def _framed(payload: bytes) -> bytes:
@@ -295,17 +300,19 @@ def _text(tokens: int) -> bytes:
 
 
 def _openai_chunk(answer: Answer, tokens: int) -> bytes:
-    return b'data: {"choices":[{"index":0,"text":"%s","finish_reason":null}],"usage":null}\n\n' % _text(tokens)
+    return b'data: %s{"index":0,"text":"%s","finish_reason":null}],"usage":null}\n\n' % (COMPLETION, _text(tokens))
 
 
 def _chat_chunk(answer: Answer, tokens: int) -> bytes:
-    return b'data: {"choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":null}],"usage":null}\n\n' % _text(
-        tokens
+    return b'data: %s{"index":0,"delta":{"content":"%s"},"finish_reason":null}],"usage":null}\n\n' % (
+        CHAT,
+        _text(tokens),
     )
 
 
 def _openai_end(answer: Answer) -> bytes:
-    usage = b'data: {"choices":[],"usage":{"completion_tokens":%d}}\n\n' % answer.done
+    kind = CHAT if answer.chunk is _chat_chunk else COMPLETION
+    usage = b'data: %s],"usage":{"completion_tokens":%d}}\n\n' % (kind, answer.done)
     return _framed(usage) + _framed(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
