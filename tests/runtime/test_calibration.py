@@ -100,6 +100,78 @@ def test_every_linear_sees_what_it_sees_in_the_whole_model(tmp_path, monkeypatch
         assert torch.equal(to_torch(*scales["kv_cache_scaling_factor"]), larger)
 
 
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "overrides"),
+    [
+        (transformers.MixtralConfig, {"num_local_experts": 6, "sliding_window": 8}),
+        (transformers.Qwen2MoeConfig, MOE | {"shared_expert_intermediate_size": 64}),
+        (transformers.Qwen3MoeConfig, MOE | {"mlp_only_layers": [1], "norm_topk_prob": True}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_every_expert_sees_the_tokens_that_are_routed_to_it(tmp_path, monkeypatch, config_class, overrides):
+    torch.manual_seed(0)
+    config = config_class(**{**SIZES, **overrides})
+    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    tokens = torch.randint(0, 512, (6, 48), generator=torch.Generator().manual_seed(8))
+    monkeypatch.setattr(calibration, "BATCH_TOKENS", 2 * 48)  # several batches
+    monkeypatch.setattr(calibration, "EXPERT_TOKENS", 96)
+    spec = spec_from_hf(json.loads((tmp_path / "config.json").read_text()), "config.json")
+    moves = plan_moves(spec, Precision.of("fp8"), Parallel())
+    dense, sparse = {}, []
+    watch = Quantizer(
+        lambda weights, inputs, dtype: dense.update(dict.fromkeys(weights, inputs)) or {}, torch.clone,
+        quantize_experts=lambda weights, pooled, each, dtype: sparse.append((weights, pooled, each)) or {},
+    )  # fmt: skip
+    monkeypatch.setitem(QUANTIZERS, "fp8", watch)
+    quantizer = CalibratedQuantizer(spec, tokens, dtype=torch.float32)
+    calibrated(quantizer, moves, tmp_path)
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    calls, shared = [], {}
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(lambda module, args: calls.append((module, *args)))
+        if "shared_expert." in name:
+            module.register_forward_pre_hook(lambda _, args, name=name: shared.update({name: args[0].flatten(0, -2)}))
+    with torch.inference_mode():
+        model(tokens)
+    assert len(sparse) == 2 * len(calls)
+    num_starved = 0
+    for index, (experts, hidden, chosen, _) in enumerate(calls):
+        (fc_weights, fc_pooled, fc_each), (proj_weights, proj_pooled, proj_each) = sparse[2 * index : 2 * index + 2]
+        middle = []
+        for expert in range(6):
+            x = hidden[(chosen == expert).any(dim=-1)]
+            assert torch.equal(fc_weights[expert].float(), experts.gate_up_proj[expert])
+            assert torch.equal(proj_weights[expert].float(), experts.down_proj[expert])
+            gate, up = (x @ experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+            middle.append(torch.nn.functional.silu(gate) * up)
+            is_starved = len(x) < 96
+            num_starved += 2 * is_starved
+            for inputs, pooled, expected in ((fc_each, fc_pooled, x), (proj_each, proj_pooled, middle[-1])):
+                if is_starved:
+                    assert inputs[expert] is pooled
+                else:
+                    assert inputs[expert].num_tokens == len(x)
+                    torch.testing.assert_close(
+                        inputs[expert].square_mean, expected.square().mean(0), rtol=1e-4, atol=1e-5
+                    )
+        torch.testing.assert_close(fc_pooled.abs_max, hidden.abs().amax(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(proj_pooled.abs_max, torch.cat(middle).abs().amax(0), rtol=1e-4, atol=1e-5)
+        assert fc_pooled.num_tokens == proj_pooled.num_tokens == 2 * len(hidden)
+    for name, x in shared.items():
+        if name.endswith("down_proj"):
+            layer = name.split(".")[2]
+            inputs = dense[f"transformer.layers.{layer}.mlp.shared_expert.proj"]
+            torch.testing.assert_close(inputs.abs_max, x.abs().amax(0), rtol=1e-4, atol=1e-5)
+    assert 0 < num_starved < 12 * len(calls)
+    assert quantizer.notes()[0].startswith(f"{num_starved} of {12 * len(calls)} expert layers saw fewer than 96")
+
+
 def calibrated(quantizer, moves, model_dir):
     """What `convert` would ask of the quantizer."""
     found = {}

@@ -16,7 +16,7 @@ from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move, Output, Range
 from tkit.specs.parallel import Parallel
 from tkit.specs.precision import UNQUANTIZED, Precision
-from tkit.specs.quantization import QuantFormat, StoredTensor
+from tkit.specs.quantization import QUANT_FORMATS, QuantFormat, StoredTensor
 
 _BIAS = (StoredTensor(name="bias", dtype="model", out_axis=(0, 1)),)
 
@@ -123,8 +123,9 @@ def _module_violations(
     for layer in range(spec.num_layers):
         for module in (module for module in row.layer if module.is_quantized and module.when(spec, layer)):
             format = formats[f"transformer.layers.{layer}.{module.name}"]
-            if module.has_experts and not format.is_stored_plain:
-                yield f"{format.name} cannot quantize experts yet, and they are most of the model; use none or int8"
+            if module.has_experts and not format.has_experts:
+                able = ", ".join(name for name, other in QUANT_FORMATS.items() if other.has_experts)
+                yield f"{format.name} does not quantize experts, and they are most of the model; use one of {able}"
             yield from _size_violations(module, spec, format, parallel)
 
 
@@ -132,19 +133,19 @@ def _size_violations(module: Module, spec: ModelSpec, quant: QuantFormat, parall
     """The kernels' rule on both sides of a quantized layer."""
     if quant.size_multiple == 1 or module.in_ is None:
         return
-    tp = parallel.tp_size
-    multiple = quant.size_multiple * tp
+    tp = parallel.moe_tp_size if module.has_experts else parallel.tp_size
     out = sum(
         # the size TensorRT-LLM gives the layer before it splits it: repeated KV heads count
-        max(spec.num_kv_heads, tp) * spec.head_size if axis == "kv_heads" else axis_size(axis, spec)
+        max(spec.num_kv_heads, parallel.tp_size) * spec.head_size if axis == "kv_heads" else axis_size(axis, spec)
         for source in module.sources
         for axis in source.axes
     )
-    for side, size in (("out", out), ("in", axis_size(module.in_, spec))):
-        if size % multiple:
+    for side, size, axis in (("out", out, module.sources[0].axes[0]), ("in", axis_size(module.in_, spec), module.in_)):
+        shards = tp if axis == "expert" or not module.has_experts else 1  # experts are not padded like other layers
+        if size % (quant.size_multiple * shards):
             yield (
-                f"{module.name}: {side} size {size} is not a multiple of {multiple}"
-                f" ({quant.size_multiple} x tp {tp}), as {quant.name} kernels need"
+                f"{module.name}: {side} size {size} is not a multiple of {quant.size_multiple * shards}"
+                f" ({quant.size_multiple} x tp {shards}), as {quant.name} kernels need"
             )
 
 
@@ -221,6 +222,7 @@ class _Planner:
             transform=module.transform,
             format=format,
             build_format=kernel if format is None and kernel is not UNQUANTIZED else None,
+            num_experts=self.spec.num_experts if module.has_experts else 0,
             input=module.input,
         )
         if module.bias(self.spec):
@@ -268,6 +270,9 @@ class _Planner:
             cuts[position] = ((start // unit, stop // unit),)
         rank = self.parallel.rank(pp_rank, tp_rank)
         rows = cuts.get(0, ((0, 1),))
+        if tensor.is_per_expert and module.has_experts:
+            experts = self._experts(module, tp_rank)
+            rows, leading = ((experts.start, experts.stop),), (len(experts),)
         columns = cuts[1][0] if 1 in cuts else None
         num_rows = sum(stop - start for start, stop in rows)
         cut = (num_rows // math.prod(leading), *(() if columns is None else (columns[1] - columns[0],)))

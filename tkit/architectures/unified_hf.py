@@ -142,8 +142,8 @@ def _layer_formats(moves: Sequence[Move]) -> tuple[dict[str, QuantFormat], list[
         names = [name.removesuffix(".weight") for name in move.sources]
         if move.format is not None:
             layers.update(dict.fromkeys(names, move.format))
-        elif move.input is not None:
-            excluded += names
+        elif move.layer is not None and any(len(shape) == 2 for shape in move.source_shapes):
+            excluded += names  # a router too: it is a linear layer to the reader
     return layers, excluded if layers else []
 
 
@@ -182,6 +182,10 @@ def _check(moves: Sequence[Move], spec: ModelSpec) -> None:
         problems.append(f"no reader of this format looks for the KV cache's scales in {spec.architecture}")
     if any(move.format.has_zero_point for move in quantized if move.format is not None):
         problems.append("the unified form has no zero points; vLLM and SGLang read the source as it is")
+    for name in sorted(
+        {move.format.name for move in quantized if move.num_experts and move.format and move.format.group_size}
+    ):
+        problems.append(f"no reader of this format has experts in {name}")
     if any(move.transform == "transpose" for move in quantized):
         problems.append(f"{spec.architecture} stores its layers transposed, which no reader knows quantized")
     hidden_inputs = {module.input for module in row.layer if module.in_ == "hidden"}
@@ -226,6 +230,9 @@ def _quantized(name: str, index: int, move: Move, *, is_folded: bool) -> list[Ou
         if tensor.hf_name is None or (tensor.name == "prequant_scaling_factor" and is_folded):
             continue
         shape, rows = _cut(tensor, start, stop, in_features)
+        if tensor.is_per_expert and move.num_experts:
+            expert = index * move.num_experts // len(move.sources)
+            rows = ((expert, expert + 1),)
         outputs.append(
             Output(
                 rank=None,

@@ -48,6 +48,9 @@ class LayerQuantizer(Protocol):
     def skip(self, index: int, sources: Mapping[str, Raw]) -> None:
         """Passes the activations through a layer that is quantized and written already."""
 
+    def notes(self) -> list[str]:
+        """What was done that a reader of the result could not guess."""
+
 
 def file_layouts(moves: Sequence[Move], dtype: str) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
     """{file: {tensor name: (safetensors dtype, shape)}} in file order. `dtype` is the model's, as config.json has it."""

@@ -54,8 +54,8 @@ def _whole(files: TensorFiles, move: Move, part: str) -> tuple[np.ndarray, str]:
     for output in outputs:
         raw, position = files.read(f"{output.rank}/{output.name}"), 0
         raw = raw.T if output.is_transposed else raw
-        if output.columns is not None:
-            raw = raw.reshape(-1, raw.shape[-1])  # experts lie behind one another
+        # experts lie behind one another
+        raw = raw.reshape(-1) if output.columns is None else raw.reshape(-1, raw.shape[-1])
         for start, stop in output.rows:
             rows = raw[position : position + stop - start]
             if output.columns is None:

@@ -210,7 +210,8 @@ def _module_bytes(
     sizes: dict[str, int] = {}
     for tensor in tensors:
         dtype = module.dtype if tensor.dtype == "model" else tensor.dtype
-        per_expert = module.count // parallel.moe_ep_size if tensor.out_axis is not None else 1
+        is_each = tensor.out_axis is not None or tensor.is_per_expert
+        per_expert = module.count // parallel.moe_ep_size if is_each else 1
         size = math.prod(tensor.shape(out, in_)) * max(per_expert, 1) * DTYPE_BYTES[dtype]
         sizes[dtype] = sizes.get(dtype, 0) + math.ceil(size)
     if module.has_bias:

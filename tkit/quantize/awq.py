@@ -19,7 +19,7 @@ Method: Lin et al., AWQ, https://arxiv.org/abs/2306.00978. Layout: TensorRT-LLM 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -36,20 +36,30 @@ def quantize(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """{module: {stored tensor: values}} for weights (out, in) that read the same activations."""
     prequant = search_prequant(weights, inputs, dtype)
+    return {module: _quantized(weight, inputs, prequant, dtype) for module, weight in weights.items()}
+
+
+def quantize_experts(
+    weights: Sequence[torch.Tensor], pooled: InputStatistics, each: Sequence[InputStatistics], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The experts below one another. The kernel has one factor for all of them, searched on the inputs of all; scales and
+    codes are each expert's, by its own inputs."""
+    prequant = search_prequant({str(index): weight for index, weight in enumerate(weights)}, pooled, dtype)
+    parts = [_quantized(weight, inputs, prequant, dtype) for weight, inputs in zip(weights, each, strict=True)]
+    stored = {name: torch.cat([part[name] for part in parts]) for name in ("weight", "weights_scaling_factor")}
+    return {**stored, "prequant_scaling_factor": prequant}
+
+
+def _quantized(
+    weight: torch.Tensor, inputs: InputStatistics, prequant: torch.Tensor, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     factor = prequant.float()
     blocks = factor.reshape(len(inputs.gram), -1)
     gram = inputs.gram * blocks[:, :, None] * blocks[:, None, :]  # of what the kernel multiplies by
-    stored = {}
-    for module, weight in weights.items():
-        scaled = weight.float() / factor
-        scale, _ = int4.clipped_scale(scaled, int4.GROUP_SIZE, dtype, inputs.square_mean * factor.square())
-        codes = int4.nearest_codes(compensated(scaled, scale, gram, int4.rounded), scale)
-        stored[module] = {
-            "weight": int4.pack(codes),
-            "weights_scaling_factor": scale,
-            "prequant_scaling_factor": prequant,
-        }
-    return stored
+    scaled = weight.float() / factor
+    scale, _ = int4.clipped_scale(scaled, int4.GROUP_SIZE, dtype, inputs.square_mean * factor.square())
+    codes = int4.nearest_codes(compensated(scaled, scale, gram, int4.rounded), scale)
+    return {"weight": int4.pack(codes), "weights_scaling_factor": scale, "prequant_scaling_factor": prequant}
 
 
 def dequantize(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -12,7 +12,7 @@ per_channel_scale (out,) float32. Follows NVIDIA ModelOpt 0.47.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -46,6 +46,17 @@ def quantize(weights: Mapping[str, torch.Tensor], inputs: InputStatistics) -> di
             "activation_scaling_factor": fp8_scale(inputs.abs_max.amax()),
         }
     return stored
+
+
+def quantize_experts(weights: Sequence[torch.Tensor], inputs: InputStatistics) -> dict[str, torch.Tensor]:
+    """The experts below one another, a weight scale each, and one activation scale for all of them."""
+    stored = quantize({str(index): weight for index, weight in enumerate(weights)}, inputs)
+    experts = list(stored.values())
+    return {
+        "weight": torch.cat([expert["weight"].view(torch.int8) for expert in experts]).view(torch.float8_e4m3fn),
+        "weights_scaling_factor": torch.cat([expert["weights_scaling_factor"] for expert in experts]),
+        "activation_scaling_factor": experts[0]["activation_scaling_factor"],
+    }
 
 
 def dequantize_rows(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from tkit.quantize import awq, fp8, int4
 from tkit.quantize.statistics import InputStatistics
+from tkit.specs.quantization import QuantFormat
 
 Stored = Mapping[str, torch.Tensor]
 Weights = Mapping[str, torch.Tensor]
+
+
+# the experts' weights, the statistics of all their inputs and of each one's, the model's dtype
+ExpertQuantizer = Callable[
+    [Sequence[torch.Tensor], InputStatistics, Sequence[InputStatistics], torch.dtype], dict[str, torch.Tensor]
+]
 
 
 class Quantizer(NamedTuple):
@@ -25,17 +32,29 @@ class Quantizer(NamedTuple):
     quantize: Callable[[Weights, InputStatistics, torch.dtype], dict[str, dict[str, torch.Tensor]]] | None
     dequantize: Callable[[Stored], torch.Tensor]
     kernel_input: Callable[[torch.Tensor, Stored], torch.Tensor] | None = None
+    quantize_experts: ExpertQuantizer | None = None
     gram: str | None = None  # how far `quantize` compensates rounding errors: within a "block", over the whole "input"
 
 
 # fmt: off
 QUANTIZERS: dict[str, Quantizer] = {
     "fp8":         Quantizer(lambda weights, inputs, dtype: fp8.quantize(weights, inputs), fp8.dequantize,
-                             fp8.rounded_per_tensor),
+                             fp8.rounded_per_tensor,
+                             lambda weights, pooled, each, dtype: fp8.quantize_experts(weights, pooled)),
     "fp8_rowwise": Quantizer(None, fp8.dequantize_rows, lambda x, stored: fp8.rounded_per_token(x)),
     "fp8_block":   Quantizer(None, fp8.dequantize_blocks, lambda x, stored: fp8.rounded_per_block(x)),
     "int4":        Quantizer(None, int4.dequantize_groups),
-    "int4_awq":    Quantizer(awq.quantize, awq.dequantize, gram="block"),
+    "int4_awq":    Quantizer(awq.quantize, awq.dequantize, quantize_experts=awq.quantize_experts, gram="block"),
     "int4_gptq":   Quantizer(awq.quantize, awq.dequantize, gram="input"),
 }
 # fmt: on
+
+
+def dequantize_experts(format: QuantFormat, stored: Stored, num_experts: int) -> torch.Tensor:
+    """The weights of all experts, one below the other: (experts * out, in) float32."""
+    shared = {tensor.name for tensor in format.tensors if tensor.out_axis is None and not tensor.is_per_expert}
+    chunks = {name: values.chunk(num_experts) for name, values in stored.items() if name not in shared}
+    of_all = {name: values for name, values in stored.items() if name in shared}
+    dequantize = QUANTIZERS[format.name].dequantize
+    each = ({name: parts[index] for name, parts in chunks.items()} for index in range(num_experts))
+    return torch.cat([dequantize({**of_all, **expert}) for expert in each])

@@ -10,12 +10,13 @@ than SPILL_BYTES lie in a file.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 import os
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,16 +33,18 @@ from tkit.files import read_jsonl_texts
 from tkit.quantize import kv_cache
 from tkit.quantize.kv_cache import KvStatistics
 from tkit.quantize.statistics import InputStatistics
-from tkit.quantize.table import QUANTIZERS
+from tkit.quantize.table import QUANTIZERS, Quantizer
 from tkit.runtime.bits import to_raw, to_torch
 from tkit.runtime.data_free import quantize_rows
-from tkit.runtime.kv_cache import CACHE_ARGUMENTS, CacheStandIn
+from tkit.runtime.experts import experts_by_name, run_experts
+from tkit.runtime.kv_cache import CACHE_ARGUMENTS, CacheStandIn, Change
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
 from tkit.units import format_bytes
 
 Raw = tuple[np.ndarray, str]
 
+EXPERT_TOKENS = 128  # an expert that saw fewer is quantized by the inputs of all experts of its layer
 SPILL_BYTES = 1 << 30  # activations up to this size stay in memory: 16 times those of the default text in an 8 B model
 BATCH_TOKENS = 4096  # bounds the activations inside a layer; larger batches are not faster on a CPU
 
@@ -68,6 +71,7 @@ class CalibratedQuantizer:
         self._layer_prefix = ARCHITECTURES[spec.architecture].layer_prefix
         self._layers = torch.nn.ModuleList()
         self._calls: list[dict[str, Any]] = []
+        self._num_experts = self._num_starved = 0
 
     def begin(self, sources: Mapping[str, Raw]) -> None:
         model = _empty_model(self.spec, self.device)
@@ -84,33 +88,59 @@ class CalibratedQuantizer:
         prefix = self._layer_prefix.format(layer=index)
         weights = {name.removeprefix(prefix): to_torch(*raw) for name, raw in sources.items()}
         calibrated = [move for move in moves if move.format is not None and move.needs_calibration]
-        seen_kv = KvStatistics()
+        seen_kv = KvStatistics() if any(move.kv_cache is not None for move in moves) else None
         statistics = self._run(index, weights, calibrated, prefix, seen_kv)
         quantized = {
             move.module: quantize_rows(move, sources, self.num_threads) for move in moves if not move.needs_calibration
         }
         for move in moves:
-            if move.kv_cache is not None:
+            if move.kv_cache is not None and seen_kv is not None:
                 found = kv_cache.scales(move.kv_cache, seen_kv)
                 quantized[move.module] = {part: to_raw(values) for part, values in found.items()}
+        dtype = getattr(torch, self.spec.dtype)
         for input_name in dict.fromkeys(move.input for move in calibrated):
             group = [move for move in calibrated if move.input == input_name]
-            stacked = {
-                move.module: _stacked([weights[name.removeprefix(prefix)] for name in move.sources], move)
-                for move in group
-            }
+            sources_of = [(move, [weights[name.removeprefix(prefix)] for name in move.sources]) for move in group]
             assert group[0].format is not None
-            dtype = getattr(torch, self.spec.dtype)
-            quantize = QUANTIZERS[group[0].format.name].quantize
-            assert quantize is not None, f"{group[0].format.name} needs no calibration"
-            for module, stored in quantize(stacked, statistics[input_name], dtype).items():
+            quantizer = QUANTIZERS[group[0].format.name]
+            if group[0].num_experts:
+                stored_by_module = {
+                    move.module: self._experts(quantizer, move, sources, statistics[input_name], dtype)
+                    for move, sources in sources_of
+                }
+            else:
+                assert quantizer.quantize is not None, f"{group[0].format.name} needs no calibration"
+                stacked = {move.module: _stacked(sources, move) for move, sources in sources_of}
+                stored_by_module = quantizer.quantize(stacked, statistics[input_name].of_all, dtype)
+            for module, stored in stored_by_module.items():
                 quantized[module] = {part: to_raw(values) for part, values in stored.items()}
         return quantized
+
+    def notes(self) -> list[str]:
+        """What a reader of the card could not guess."""
+        if not self._num_starved:
+            return []
+        return [
+            f"{self._num_starved} of {self._num_experts} expert layers saw fewer than {EXPERT_TOKENS} calibration tokens"
+            " and were quantized by the inputs of all experts beside them"
+        ]
+
+    def _experts(
+        self, quantizer: Quantizer, move: Move, sources: Sequence[torch.Tensor], seen: Seen, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        assert quantizer.quantize_experts is not None
+        per_expert = len(sources) // move.num_experts
+        weights = [torch.cat(list(sources[start : start + per_expert])) for start in range(0, len(sources), per_expert)]
+        each = [seen.experts.get(expert, seen.of_all) for expert in range(move.num_experts)]
+        each = [inputs if inputs.num_tokens >= EXPERT_TOKENS else seen.of_all for inputs in each]
+        self._num_experts += len(each)
+        self._num_starved += sum(inputs is seen.of_all for inputs in each)
+        return quantizer.quantize_experts(weights, seen.of_all, each, dtype)
 
     def skip(self, index: int, sources: Mapping[str, Raw]) -> None:
         prefix = self._layer_prefix.format(layer=index)
         weights = {name.removeprefix(prefix): to_torch(*raw) for name, raw in sources.items()}
-        self._run(index, weights, (), prefix, KvStatistics())
+        self._run(index, weights, (), prefix, None)
 
     @torch.inference_mode()
     def _run(
@@ -119,29 +149,27 @@ class CalibratedQuantizer:
         weights: Mapping[str, torch.Tensor],
         moves: Sequence[Move],
         prefix: str,
-        seen_kv: KvStatistics,
-    ) -> dict[str | None, InputStatistics]:
+        seen_kv: KvStatistics | None,
+    ) -> dict[str | None, Seen]:
         """Passes the activations through layer `index`; returns the statistics of each input."""
         layer, call = self._layers[index], dict(self._calls[index])
-        layer.load_state_dict({name: w.to(self.device, self.dtype) for name, w in weights.items()}, assign=True)
-        cache_argument = next(name for name in CACHE_ARGUMENTS if name in inspect.signature(layer.forward).parameters)
-
-        def watch(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            seen_kv.update(keys, values)
-            return keys, values
-
-        call[cache_argument] = CacheStandIn(watch)
-        statistics, hooks = {}, []
+        _load(layer, {name: weight.to(self.device, self.dtype) for name, weight in weights.items()})
+        if seen_kv is not None:
+            call[_cache_argument(layer)] = CacheStandIn(_watching(seen_kv))
+        statistics: dict[str | None, Seen] = {}
+        hooks = []
         for move in moves:
             if move.input in statistics:  # modules with the same input see the same activations
                 continue
             assert move.format is not None
-            linear = layer.get_submodule(move.sources[0].removeprefix(prefix).removesuffix(".weight"))
-            inputs = InputStatistics(QUANTIZERS[move.format.name].gram)
-            statistics[move.input] = inputs
-            hooks.append(
-                linear.register_forward_pre_hook(lambda _, arguments, inputs=inputs: inputs.update(arguments[0]))
-            )
+            seen = statistics[move.input] = Seen(QUANTIZERS[move.format.name].gram)
+            if not move.num_experts:
+                linear = layer.get_submodule(move.sources[0].removeprefix(prefix).removesuffix(".weight"))
+                hooks.append(
+                    linear.register_forward_pre_hook(lambda _, arguments, seen=seen: seen.of_all.update(arguments[0]))
+                )
+        if any(".experts." in name for name in weights):
+            self._watch_experts(layer, weights, statistics.get("mlp"), statistics.get("mlp.proj"))
         batch = max(BATCH_TOKENS // self.tokens.shape[1], 1)
         for start in range(0, len(self.hidden), batch):
             output = layer(self.hidden[start : start + batch].to(self.device), **call)
@@ -150,6 +178,66 @@ class CalibratedQuantizer:
             hook.remove()
         layer.to("meta")
         return statistics
+
+    def _watch_experts(
+        self, layer: torch.nn.Module, weights: Mapping[str, torch.Tensor], fc: Seen | None, proj: Seen | None
+    ) -> None:
+        """Has the experts of `layer` run one by one, from the sources themselves: stacked they would take twice the room."""
+        named = experts_by_name(weights)
+        experts: Any = layer.get_submodule("mlp.experts")
+
+        def gate_up(expert: int) -> torch.Tensor:
+            return torch.cat([named[expert, "gate"], named[expert, "up"]]).to(self.device, self.dtype)
+
+        def down(expert: int) -> torch.Tensor:
+            return named[expert, "down"].to(self.device, self.dtype)
+
+        def watched(seen: Seen | None) -> Callable[[int, torch.Tensor], torch.Tensor]:
+            def watch(expert: int, x: torch.Tensor) -> torch.Tensor:
+                if seen is not None:
+                    seen.update_expert(expert, x)
+                return x
+
+            return watch
+
+        experts.forward = functools.partial(
+            run_experts, gate_up=gate_up, down=down, activation=experts.act_fn,
+            fc_input=watched(fc), proj_input=watched(proj),
+        )  # fmt: skip
+
+
+class Seen:
+    """The statistics of one input: of all tokens, and, where experts share them, of each expert's own."""
+
+    def __init__(self, gram: str | None) -> None:
+        self._gram = gram
+        self.of_all = InputStatistics(gram)
+        self.experts: dict[int, InputStatistics] = {}
+
+    def update_expert(self, expert: int, x: torch.Tensor) -> None:
+        self.of_all.update(x)
+        self.experts.setdefault(expert, InputStatistics(self._gram)).update(x)
+
+
+def _load(layer: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Puts the sources into a decoder layer; experts stay outside, because transformers would have them stacked."""
+    # the block has had one name for all families since transformers 5
+    inside = {name.replace("block_sparse_moe.", "mlp."): w for name, w in weights.items() if ".experts." not in name}
+    missing, unexpected = layer.load_state_dict(inside, assign=True, strict=False)
+    lost = [name for name in missing if ".experts." not in name]
+    assert not lost and not unexpected, f"missing {lost}, unexpected {unexpected}"
+
+
+def _watching(seen: KvStatistics) -> Change:
+    def watch(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.update(keys, values)
+        return keys, values
+
+    return watch
+
+
+def _cache_argument(layer: torch.nn.Module) -> str:
+    return next(name for name in CACHE_ARGUMENTS if name in inspect.signature(layer.forward).parameters)
 
 
 def compute_dtype(spec: ModelSpec, device: str) -> torch.dtype:

@@ -49,6 +49,9 @@ class CarriedQuantizer:
     def skip(self, index: int, sources: Mapping[str, Raw]) -> None:
         pass
 
+    def notes(self) -> list[str]:
+        return []
+
     def layer(self, index: int, sources: Mapping[str, Raw], moves: Sequence[Move]) -> dict[str, Parts]:
         carried = {}
         for move in moves:

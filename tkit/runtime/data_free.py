@@ -24,6 +24,9 @@ class DataFreeQuantizer:
     def begin(self, sources: Mapping[str, Raw]) -> None:
         pass
 
+    def notes(self) -> list[str]:
+        return []
+
     def skip(self, index: int, sources: Mapping[str, Raw]) -> None:
         pass
 

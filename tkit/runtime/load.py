@@ -7,8 +7,10 @@ Memory: the whole model in `dtype`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -27,9 +29,10 @@ from tkit.errors import InputError
 from tkit.files import read_json
 from tkit.quantize import int8
 from tkit.quantize.kv_cache import rounded
-from tkit.quantize.table import QUANTIZERS
+from tkit.quantize.table import QUANTIZERS, dequantize_experts
 from tkit.runtime.bits import to_torch
 from tkit.runtime.carried import by_layer, unpacked, zero_biases
+from tkit.runtime.experts import experts_by_name, run_experts
 from tkit.runtime.kv_cache import Change, change_cached
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
@@ -91,7 +94,12 @@ def _model(
     model = model_from_weights(spec, weights, _dtype(spec, device))
     torch.nn.Module.to(model, device)
     for name, kernel_input in kernel_inputs.items():
-        model.get_submodule(name).register_forward_pre_hook(kernel_input)
+        if ".experts." not in name:
+            model.get_submodule(name).register_forward_pre_hook(kernel_input)
+    for index in range(spec.num_layers):
+        prefix = ARCHITECTURES[spec.architecture].layer_prefix.format(layer=index)
+        if of_experts := experts_by_name({n: hook for n, hook in kernel_inputs.items() if n.startswith(prefix)}):
+            _round_expert_inputs(model.get_submodule(f"{prefix}mlp.experts"), of_experts)
     for index, change in kv_cache.items():
         prefix = ARCHITECTURES[spec.architecture].layer_prefix
         change_cached(model.get_submodule(prefix.format(layer=index).removesuffix(".")), change)
@@ -160,6 +168,22 @@ def _read_hf(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelIn
         for layer, pair in scales.items()
     }
     return spec, weights, kernel_inputs, kv_cache
+
+
+def _round_expert_inputs(experts: Any, hooks: Mapping[tuple[int, str], Hook]) -> None:
+    """From now on the experts run one by one, and what enters each is rounded as its kernel rounds it."""
+
+    def rounding(part: str) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        return lambda expert, x: hooks[expert, part](experts, (x,))[0]
+
+    experts.forward = functools.partial(
+        run_experts,
+        gate_up=lambda expert: experts.gate_up_proj[expert],
+        down=lambda expert: experts.down_proj[expert],
+        activation=experts.act_fn,
+        fc_input=rounding("gate"),
+        proj_input=rounding("down"),
+    )
 
 
 def _cached(dtype: str, k_scale: torch.Tensor, v_scale: torch.Tensor) -> Change:
@@ -233,9 +257,12 @@ def _hugging_face_weights(move: Move, stored: dict[str, torch.Tensor], dtype: to
     if "bias" in stored:
         whole = stored["bias"]
     elif move.format is not None:
-        whole = QUANTIZERS[move.format.name].dequantize(stored)
+        if move.num_experts:
+            whole = dequantize_experts(move.format, stored, move.num_experts)
+        else:
+            whole = QUANTIZERS[move.format.name].dequantize(stored)
     elif move.build_format is not None:
-        whole = int8.rounded(stored["weight"])
+        whole = int8.rounded(stored["weight"])  # row by row, so experts need no care
     else:
         whole = stored["weight"]
     if move.transform == "add_one":

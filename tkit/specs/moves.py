@@ -53,6 +53,7 @@ class Move:
     format: QuantFormat | None = None
     build_format: QuantFormat | None = None
     kv_cache: str | None = None
+    num_experts: int = 0  # the sources are those of so many experts, one expert after the other; 0 = not experts
     input: str | None = None
     # dtypes of quantized sources, read as they are stored; None = floats, cast to the model's
     source_dtypes: tuple[tuple[str, ...], ...] | None = None

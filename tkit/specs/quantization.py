@@ -28,6 +28,7 @@ class StoredTensor:
     hf_name: str | None = None  # in the unified Hugging Face checkpoint
     hf_dtype: str | None = None  # None = the same
     is_transposed: bool = False  # stored the other way around than these axes say
+    is_per_expert: bool = False  # in a layer of experts: one value each, where a dense layer has one
 
     def shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         sizes = {
@@ -50,6 +51,7 @@ class QuantFormat:
     needs_calibration: bool = False
     group_size: int | None = None
     has_prequant_scale: bool = False
+    has_experts: bool = False  # layers of experts can be quantized in it
     size_multiple: int = 1  # every sharded in and out size, times tp, must be a multiple: the kernels refuse padding
 
     @property
@@ -65,7 +67,7 @@ class QuantFormat:
 _PLAIN = (StoredTensor(name="weight", dtype="model", out_axis=(0, 1), in_axis=(1, 1)),)
 _FP8 = (
     StoredTensor(name="weight", dtype="F8_E4M3", out_axis=(0, 1), in_axis=(1, 1), hf_name="weight"),
-    StoredTensor(name="weights_scaling_factor", dtype="F32", hf_name="weight_scale"),
+    StoredTensor(name="weights_scaling_factor", dtype="F32", hf_name="weight_scale", is_per_expert=True),
     StoredTensor(name="activation_scaling_factor", dtype="F32", hf_name="input_scale"),
 )
 _FP8_ROWWISE = (
@@ -75,7 +77,13 @@ _FP8_ROWWISE = (
 
 
 def int4_format(
-    name: str, group_size: int = 128, *, has_prequant_scale: bool = False, has_zero_point: bool = False, **options: Any
+    name: str,
+    group_size: int = 128,
+    *,
+    has_prequant_scale: bool = False,
+    has_zero_point: bool = False,
+    has_experts: bool = True,
+    **options: Any,
 ) -> QuantFormat:
     """INT4 codes in groups along the input, in the form that every GPU's loader takes."""
     tensors = [
@@ -103,19 +111,23 @@ def int4_format(
         group_size=group_size,
         has_prequant_scale=has_prequant_scale,
         size_multiple=max(64, group_size),
+        has_experts=has_experts,
         **options,
     )
 
 
 # fmt: off
 QUANT_FORMATS: dict[str, QuantFormat] = {format.name: format for format in (
-    QuantFormat(name="none",     algo=None,         weight_bits=16, tensors=_PLAIN),
-    QuantFormat(name="int8",     algo="W8A16",      weight_bits=8,  tensors=_PLAIN, size_multiple=64),
-    QuantFormat(name="fp8",      algo="FP8",        weight_bits=8,  tensors=_FP8, needs_calibration=True),
+    QuantFormat(name="none",     algo=None,         weight_bits=16, tensors=_PLAIN, has_experts=True),
+    QuantFormat(name="int8",     algo="W8A16",      weight_bits=8,  tensors=_PLAIN, size_multiple=64,
+                has_experts=True),
+    QuantFormat(name="fp8",      algo="FP8",        weight_bits=8,  tensors=_FP8, needs_calibration=True,
+                has_experts=True),
     QuantFormat(name="fp8_rowwise", algo="FP8_PER_CHANNEL_PER_TOKEN", weight_bits=8, tensors=_FP8_ROWWISE),
     int4_format("int4"),
     int4_format("int4_awq",  has_prequant_scale=True, needs_calibration=True),
-    int4_format("int4_gptq", has_prequant_scale=True, needs_calibration=True),
+    # experts would each need the products of all pairs of input channels: gigabytes a layer
+    int4_format("int4_gptq", has_prequant_scale=True, needs_calibration=True, has_experts=False),
 )}
 # fmt: on
 

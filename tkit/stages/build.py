@@ -263,7 +263,7 @@ def _write_engine(
             source, plan.moves, plan.spec.dtype, work, quantizer, progress,
             num_threads=workers, journal=journal, allow_zeros=allow_zeros,
         )  # fmt: skip
-        notes = _notes(plan, source)
+        notes = (*_notes(plan, source), *(quantizer.notes() if quantizer is not None else ()))
     _check_unchanged(plan)
     journal.unlink()
     convert_seconds = time.monotonic() - convert_started
