@@ -77,7 +77,7 @@ def gptq(layer: Layer, offset: int = 1) -> dict[str, torch.Tensor]:
     num_inputs = layer.u.shape[1]
     return {
         "qweight": words_along_rows(layer.u).T.contiguous(),
-        "qzeros": words_along_rows((layer.z.T - offset) % 16),
+        "qzeros": words_along_rows(layer.z.T) - offset * 0x11111111,  # GPTQModel takes it off whole words
         "scales": layer.s.T.contiguous(),
         "g_idx": torch.tensor([i // (num_inputs // layer.z.shape[1]) for i in range(num_inputs)], dtype=torch.int32),
     }

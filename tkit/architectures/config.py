@@ -243,7 +243,7 @@ def trtllm_config(spec: ModelSpec, precision: Precision, parallel: Parallel) -> 
         "mlp_bias": spec.mlp_bias,
         "qk_layernorm": False,
         "tie_word_embeddings": spec.tie_word_embeddings,
-        "use_parallel_embedding": row.shards_embedding and parallel.tp_size > 1,
+        "use_parallel_embedding": (row.shards_embedding or parallel.shards_embedding) and parallel.tp_size > 1,
         "embedding_sharding_dim": 0,
         **row.constants,
         **{trtllm_name: spec.extras[name] for name, (trtllm_name, _) in row.extras.items()},
@@ -254,8 +254,12 @@ def trtllm_config(spec: ModelSpec, precision: Precision, parallel: Parallel) -> 
 
 
 def spec_from_trtllm(config: Mapping[str, Any]) -> ModelSpec:
-    """The way back. Only reads what `trtllm_config` wrote."""
-    architecture, row = next(item for item in ARCHITECTURES.items() if item[1].trtllm == config["architecture"])
+    """The way back, from what `trtllm_config` or NVIDIA ModelOpt wrote. Keys that ModelOpt leaves out have the values that
+    TensorRT-LLM gives them: with transformers 5 it leaves out RoPE's base and scaling, and the model is another one."""
+    row = next((row for row in ARCHITECTURES.values() if row.trtllm == config["architecture"]), None)
+    if row is None:
+        raise InputError(f'config.json: unknown architecture "{config["architecture"]}"')
+    architecture = next(name for name, its_row in ARCHITECTURES.items() if its_row is row)
     moe = config.get("moe") or {}
     activations = {ours: theirs for theirs, ours in row.activations.items()}
     return ModelSpec(
@@ -271,22 +275,30 @@ def spec_from_trtllm(config: Mapping[str, Any]) -> ModelSpec:
         max_position_embeddings=config["max_position_embeddings"],
         hidden_act=activations.get(config["hidden_act"], config["hidden_act"]),
         norm_epsilon=config["norm_epsilon"],
-        rope_theta=config["rotary_base"],
-        rope_scaling=config["rotary_scaling"],
-        tie_word_embeddings=config["tie_word_embeddings"],
-        attention_bias=config["attn_bias"] if "attn_bias" not in row.constants else False,
-        mlp_bias=config["mlp_bias"],
+        rope_theta=config.get("rotary_base", 10000.0),
+        rope_scaling=config.get("rotary_scaling"),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        attention_bias=config.get("attn_bias", False) if "attn_bias" not in row.constants else False,
+        mlp_bias=config.get("mlp_bias", False),
         num_experts=moe.get("num_experts", 0),
         experts_per_token=moe.get("top_k", 0),
         expert_size=config.get("moe_intermediate_size", config["intermediate_size"]) if moe else 0,
         shared_expert_size=config.get("moe_shared_expert_intermediate_size", 0),
-        extras={name: config[trtllm_name] for name, (trtllm_name, _) in row.extras.items()},
+        extras={name: config.get(trtllm_name, default) for name, (trtllm_name, default) in row.extras.items()},
     )
 
 
 def parallel_from_trtllm(config: Mapping[str, Any]) -> Parallel:
     mapping = config["mapping"]
-    return Parallel(tp_size=mapping["tp_size"], pp_size=mapping["pp_size"], moe_ep_size=mapping.get("moe_ep_size", 1))
+    shards_embedding = bool(config.get("use_parallel_embedding")) and mapping["tp_size"] > 1
+    if shards_embedding and config.get("embedding_sharding_dim", 0) != 0:
+        raise InputError("config.json: embedding_sharding_dim is 1, tkit reads embeddings split over the vocabulary, 0")
+    return Parallel(
+        tp_size=mapping["tp_size"],
+        pp_size=mapping["pp_size"],
+        moe_ep_size=mapping.get("moe_ep_size", 1),
+        shards_embedding=shards_embedding,
+    )
 
 
 def hf_config(spec: ModelSpec) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def _stage_formats(spec: ModelSpec, precision: Precision, parallel: Parallel) ->
 def precision_from_trtllm(
     config: Mapping[str, Any], quant_cfg: Mapping[str, Any] | None, spec: ModelSpec, parallel: Parallel
 ) -> Precision:
-    """The way back. Reads what `trtllm_quantization` and `trtllm_quant_cfg` wrote."""
+    """The way back, from what `trtllm_quantization` and `trtllm_quant_cfg`, or NVIDIA ModelOpt, wrote."""
     quantization = config["quantization"]
     kv_cache = stored_kv_cache(quantization)
     modules = module_formats(spec, Precision(default=UNQUANTIZED))
@@ -215,7 +215,7 @@ def precision_from_trtllm(
         layers = quant_cfg["quantized_layers"]
         found = {name: stored_format(layers[local]) for name, local in names.items() if local in layers}
         return Precision(default=UNQUANTIZED, modules=found, kv_cache=kv_cache)
-    excluded = set(quantization["exclude_modules"] or ())
+    excluded = set(quantization.get("exclude_modules") or ())
     out = (name for name, local in names.items() if excluded & {local, local.rpartition(".")[0]})
     modules = dict.fromkeys(out, UNQUANTIZED)
     return Precision(default=stored_format(quantization), modules=modules, kv_cache=kv_cache)
@@ -236,7 +236,11 @@ def stored_format(entry: Mapping[str, Any]) -> QuantFormat:
             has_prequant_scale=has_prequant_scale,
             has_zero_point=entry.get("has_zero_point", False),
         )
-    return next(format for format in QUANT_FORMATS.values() if format.algo == entry["quant_algo"])
+    formats = {format.algo: format for format in QUANT_FORMATS.values()}
+    if entry["quant_algo"] not in formats:
+        known = ", ".join(sorted(filter(None, formats)))
+        raise InputError(f"quant_algo is {entry['quant_algo']!r}, tkit reads {known}")
+    return formats[entry["quant_algo"]]
 
 
 def _stage_names(modules: Iterable[str], spec: ModelSpec, parallel: Parallel) -> dict[str, str]:

@@ -305,7 +305,7 @@ class _Planner:
         return ranges
 
     def _sharding(self, axis: str) -> str:
-        return "vocab_tp" if axis == "vocab" and self.row.shards_embedding else axis
+        return "vocab_tp" if axis == "vocab" and (self.row.shards_embedding or self.parallel.shards_embedding) else axis
 
     def _experts(self, module: Module, tp_rank: int) -> range:
         """The experts of this rank; one pseudo-expert for modules without."""

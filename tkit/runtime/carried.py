@@ -4,7 +4,7 @@ Four bits: every source keeps unsigned codes u = q + 8, and W = (u - z) s. Tenso
 z is not always 8, `zero` = (8 - z) s beside them: W = q s + zero.
 
     AutoAWQ             word = 8 columns of one input:  nibbles hold columns 0 2 4 6 1 3 5 7;  zero points likewise
-    GPTQ                word = 8 inputs of one column;  zero points: 8 columns in order, 1 too small before gptq_v2
+    GPTQ                word = 8 inputs of one column;  zero points: 8 columns in order, each 1 too small before gptq_v2
     compressed-tensors  word = 8 inputs of one row;     zero points: 8 rows in order
     ModelOpt            TensorRT-LLM's own bytes
 
@@ -208,9 +208,9 @@ def _gptq(format: SourceFormat, layer: Layer, dtype: str) -> Parts:
     codes = _paired(words[:, 0::2].T, words[:, 1::2].T)
     zeros = None
     if format.target.has_zero_point:
-        stored = np.stack([_nibble(layer["qzeros"][0], nibble) for nibble in range(8)], axis=-1)  # (groups, out/8, 8)
-        # a zero point of 0 was stored as -1, whose nibble is 15
-        zeros = (stored.reshape(len(stored), -1).T + format.zero_point_offset) & 15
+        # whole words, as GPTQModel took 1 off: the nibble of a zero point of 0 has borrowed from its neighbour
+        stored = layer["qzeros"][0] + np.uint32(format.zero_point_offset * 0x11111111)  # (groups, out/8)
+        zeros = np.stack([_nibble(stored, nibble) for nibble in range(8)], axis=-1).reshape(len(stored), -1).T
     return _int4(codes, _transposed(layer["scales"]), zeros, dtype)
 
 

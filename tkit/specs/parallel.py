@@ -12,6 +12,7 @@ class Parallel:
     tp_size: int = 1
     pp_size: int = 1
     moe_ep_size: int = 1  # of the tp ranks, how many hold different experts; the others split each expert
+    shards_embedding: bool = False  # over tp; some of TensorRT-LLM's classes always do
 
     def __post_init__(self) -> None:
         problems = [

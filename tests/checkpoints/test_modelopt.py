@@ -1,0 +1,98 @@
+"""TensorRT-LLM checkpoints that NVIDIA ModelOpt 0.47 wrote (tests/data/modelopt): merged into the model they were cut from.
+
+They differ from tkit's: the embedding is split over the vocabulary, RoPE and most keys are missing from config.json, and
+the vocabulary may be padded.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from tkit.runtime.load import load_model
+
+DATA = Path(__file__).parents[1] / "data" / "modelopt"
+PARTS = {"attention.dense": "self_attn.o_proj", "mlp.fc": "mlp.gate_proj", "mlp.gate": "mlp.up_proj",
+         "mlp.proj": "mlp.down_proj"}  # fmt: skip
+NORMS = {"input_layernorm": "input_layernorm", "post_layernorm": "post_attention_layernorm"}
+
+
+@pytest.fixture
+def merged(tmp_path):
+    """merged("qwen2-awq") -> the loaded model."""
+
+    def load(name: str) -> transformers.PreTrainedModel:
+        shutil.copytree(DATA / name, tmp_path / "checkpoint")
+        return load_model(tmp_path, "cpu")[0]
+
+    return load
+
+
+def ranks(name: str) -> list[dict[str, torch.Tensor]]:
+    return [load_file(path) for path in sorted((DATA / name).glob("rank*.safetensors"))]
+
+
+def test_plain_shards_of_two_stages_are_the_source(merged):
+    model = merged("llama-none-tp2-pp2")
+    source = load_file(DATA / "llama-plain" / "model.safetensors")
+    state = model.state_dict()
+    assert state.keys() == source.keys()
+    for name, tensor in source.items():
+        assert torch.equal(state[name], tensor.float()), name
+    assert model.config.rope_parameters["rope_theta"] == 10000.0  # the source's is 500000: ModelOpt lost it
+
+
+def whole(parts: list[torch.Tensor], module: str) -> torch.Tensor:
+    return torch.cat(parts, dim=1 if module in ("attention.dense", "mlp.proj") else 0)
+
+
+def test_fp8_with_a_quantized_cache(merged):
+    state = merged("llama-fp8-kv-tp2").state_dict()
+    shards = ranks("llama-fp8-kv-tp2")
+    for layer in range(2):
+        ours, theirs = f"transformer.layers.{layer}.", f"model.layers.{layer}."
+        scale = {module: shards[0][f"{ours}{module}.weights_scaling_factor"] for module in (*PARTS, "attention.qkv")}
+        for module, part in PARTS.items():
+            expected = whole([shard[f"{ours}{module}.weight"].float() for shard in shards], module) * scale[module]
+            assert torch.equal(state[f"{theirs}{part}.weight"], expected), part
+        q, k, v = (
+            torch.cat(pieces) * scale["attention.qkv"]  # of each rank: 2 query heads, a key and a value head
+            for pieces in zip(
+                *(shard[f"{ours}attention.qkv.weight"].float().split((16, 8, 8)) for shard in shards), strict=True
+            )
+        )
+        for part, expected in (("q", q), ("k", k), ("v", v)):
+            assert torch.equal(state[f"{theirs}self_attn.{part}_proj.weight"], expected), part
+    for name, stored in (("model.embed_tokens", "transformer.vocab_embedding"), ("lm_head", "lm_head")):
+        rows = torch.cat([shard[f"{stored}.weight"] for shard in shards])[:91]  # 92 with the padding
+        assert torch.equal(state[f"{name}.weight"], rows.float())
+
+
+def test_awq_with_a_factor_per_module_and_biases(merged):
+    state = merged("qwen2-awq").state_dict()
+    (stored,) = ranks("qwen2-awq")
+    ours, theirs = "transformer.layers.0.", "model.layers.0."
+
+    def weight(module: str) -> torch.Tensor:
+        packed = stored[f"{ours}{module}.weight"].int()
+        low, high = (packed & 15), (packed >> 4 & 15)
+        q = torch.stack((low, high), dim=1).flatten(0, 1)
+        q = torch.where(q > 7, q - 16, q)
+        s = stored[f"{ours}{module}.weights_scaling_factor"].to(torch.bfloat16).float()  # as the loader casts it
+        return q * s.repeat_interleave(128, dim=1) * stored[f"{ours}{module}.prequant_scaling_factor"].float()
+
+    for module, part in PARTS.items():
+        assert torch.equal(state[f"{theirs}{part}.weight"], weight(module)), part
+    q, k, v = weight("attention.qkv").split((128, 64, 64))
+    biases = stored[f"{ours}attention.qkv.bias"].float().split((128, 64, 64))
+    for part, expected, bias in zip("qkv", (q, k, v), biases, strict=True):
+        assert torch.equal(state[f"{theirs}self_attn.{part}_proj.weight"], expected)
+        assert torch.equal(state[f"{theirs}self_attn.{part}_proj.bias"], bias)
+    for name, norm in NORMS.items():
+        assert torch.equal(state[f"{theirs}{norm}.weight"], stored[f"{ours}{name}.weight"].float())
+    assert len(state["model.embed_tokens.weight"]) == 128  # its config.json says so too: 91 padded
