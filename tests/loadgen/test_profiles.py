@@ -81,4 +81,4 @@ def test_unknown_names() -> None:
         find_profile("quik")
     with pytest.raises(InputError, match=r'unknown protocol "triton-grcp" \(did you mean "triton-grpc"\?\)'):
         find_protocol("triton-grcp")
-    assert set(PROTOCOLS) == {"triton-grpc", "triton-http", "openai"}
+    assert set(PROTOCOLS) == {"triton-grpc", "triton-http", "openai", "openai-chat"}

@@ -56,11 +56,19 @@ class _Rates(_Words):
               help="File with the key that openai is sent.  [default: none]")  # fmt: skip
 @click.option("--shape", "shapes", type=_Words(), metavar="ISL/OSL[,..]",
               help="Input/output tokens.  [default: profile]")  # fmt: skip
+@click.option("--isl-chars", is_flag=True, default=None,
+              help="The inputs of --shape are characters: no tokenizer is needed.")  # fmt: skip
+@click.option("--prefix-share", "prefix_shares", type=_Rates(), metavar="P[,..]",
+              help="Share of the input, from its beginning, that all requests have in common.  [default: 0]")  # fmt: skip
+@click.option("--spread", type=float, metavar="S",
+              help="Draw lengths from S times those of --shape up to them.  [default: 1]")  # fmt: skip
+@click.option("--dataset", type=click.Path(), metavar="FILE",
+              help="Requests from a file instead of --shape: conversations (ShareGPT) or a trace (Mooncake).")  # fmt: skip
 @click.option("--concurrency", type=_Numbers(), metavar="C[,..]", help="Streams at a time.  [default: profile]")
 @click.option("--rate", "rates", type=_Rates(), metavar="R[,..]",
               help="Open loop: requests per second, sent when they are due.  [default: profile]")  # fmt: skip
 @click.option("--arrivals", metavar="PROCESS",
-              help="In open loop: poisson, constant, gamma:CV (bursts), ramp.  [default: poisson]")  # fmt: skip
+              help="poisson, constant, gamma:CV, ramp, or trace (the data set's times).  [default: poisson]")  # fmt: skip
 @click.option("--max-outstanding", type=int, metavar="N",
               help="Requests in flight at most in open loop; a point that reaches it is invalid.  [default: 512]")  # fmt: skip
 @click.option("--find-max", metavar="TIER",

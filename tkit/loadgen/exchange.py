@@ -29,7 +29,7 @@ class Exchange:
 
     index: int
     request: bytes
-    isl: int  # asked
+    isl: int | None  # asked; None where nobody can count the prompt's tokens before it is sent
     osl: int  # asked
     scheduled_ns: int = 0
     sent_ns: int = 0
@@ -72,8 +72,8 @@ class RequestRecord:
     first_token_ns: int | None
     last_token_ns: int | None
     end_ns: int
-    isl_asked: int
-    isl: int
+    isl_asked: int | None
+    isl: int | None
     osl_asked: int
     osl: int
     n_first: int | None

@@ -86,7 +86,7 @@ def summarise_import(imported: Imported, point: ImportedPoint, repeat: int, star
     such a point invalid."""
     ok = [record for record in point.records if record.is_ok]
     place = Place(
-        shape=Shape(isl=_middle(record.isl for record in ok or point.records), osl=_middle(record.osl for record in ok)),
+        shape=Shape(isl=_middle(record.isl or 0 for record in ok or point.records), osl=_middle(record.osl for record in ok)),
         concurrency=point.concurrency, rate=point.rate, repeat=repeat,
     )  # fmt: skip
     is_scheduled = point.rate is not None and all(record.scheduled_ns is not None for record in point.records)

@@ -160,7 +160,7 @@ class Rates:
     window_s: float
     output_tok_s: float
     output_tok_s_whole: float
-    input_tok_s: float
+    input_tok_s: float | None  # None where no input was counted
     requests_s: float
 
 
@@ -171,14 +171,14 @@ def rates(records: Sequence[RequestRecord], trace: LoadTrace) -> Rates:
     whole_s = (last - min((record.sent_ns for record in records), default=trace.start_ns)) / NS_PER_S
     start, end = trace.steady_start_ns, trace.steady_end_ns
     ended = sum(record.is_ok and start < record.end_ns <= end for record in records)
-    prefilled = sum(
+    prefilled = [
         record.isl for record in records if record.first_token_ns is not None and start < record.first_token_ns <= end
-    )
+    ]
     return Rates(
         window_s=window_s,
         output_tok_s=_per_second(tokens_between(records, start, end), window_s),
         output_tok_s_whole=_per_second(sum(record.osl for record in records), whole_s),
-        input_tok_s=_per_second(prefilled, window_s),
+        input_tok_s=None if None in prefilled else _per_second(sum(isl or 0 for isl in prefilled), window_s),
         requests_s=_per_second(ended, window_s),
     )
 

@@ -83,6 +83,7 @@ def summarise(
         shape=str(place.shape),
         isl=place.shape.isl,
         osl=place.shape.osl,
+        isl_unit=place.shape.unit,
         concurrency=place.concurrency,
         arrivals=arrivals if trace.is_open else None,
         rate=place.rate,
@@ -183,13 +184,15 @@ def _invalid_reasons(
     reasons = _failures("", measured, limits) + _failures("warm-up ", warmup, limits)
     if not ok:
         return reasons or ["no request was measured"]
-    for name, asked, got in (
-        ("output", place.shape.osl, np.mean([record.osl for record in ok])),
-        ("input", place.shape.isl, np.mean([record.isl for record in ok])),
-    ):
+    lengths = {
+        "output": [(record.osl, record.osl_asked) for record in ok],
+        "input": [(record.isl, record.isl_asked) for record in ok if record.isl is not None and record.isl_asked],
+    }
+    for name, pairs in lengths.items():
+        got, asked = np.mean(pairs, axis=0) if pairs else (1, 1)
         if abs(got / asked - 1) > limits.length_error:
             limit = f"limit {limits.length_error:.0%} off"
-            reasons.append(f"{got:.1f} {name} tokens per request, asked for {asked} ({limit})")
+            reasons.append(f"{got:.1f} {name} tokens per request, asked for {asked:.4g} ({limit})")
     if place.concurrency is not None:
         share = client["delivered_concurrency"] / place.concurrency
         if share < limits.delivered_concurrency:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +19,27 @@ MAX_SHAPE_TOKENS = 10_000_000  # above any model's context: a slip of the finger
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Shape:
+    """What the requests of a point look like; of a data set, their means."""
+
     isl: int  # input tokens, as the server's tokenizer counts them, special tokens included
     osl: int  # output tokens
+    unit: str = "tokens"  # of isl; "characters" where there is no tokenizer
+    prefix_share: float = 0.0  # of the input, from its beginning: the same in all requests
+    spread: float = 1.0  # lengths are drawn from this share of isl and osl up to them
+    dataset: str = ""  # the name of the file that the requests come from
 
     def __str__(self) -> str:
-        return f"{self.isl}/{self.osl}"
+        """`128/64`; `512c/64-shared50-spread0.8`; the data set's name."""
+        if self.dataset:
+            return re.sub(r"[^A-Za-z0-9._]+", "_", self.dataset)
+        text = f"{self.isl}{'c' * (self.unit == 'characters')}/{self.osl}"
+        text += f"-shared{100 * self.prefix_share:g}" if self.prefix_share else ""
+        return text + (f"-spread{self.spread:g}" if self.spread != 1 else "")
 
     @property
     def slug(self) -> str:
         """The shape in a file name: `128x64`."""
-        return f"{self.isl}x{self.osl}"
+        return str(self).replace("/", "x")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +151,7 @@ def resolve_profile(recipe: SweepRecipe) -> Profile:
             problems.append(f"{name} is empty, expected at least one")
     if recipe.shapes is not None:
         changes["shapes"] = tuple(shape for text in recipe.shapes if (shape := _shape(text, problems)))
+    changes["shapes"] = _varied(recipe, changes.get("shapes", profile.shapes), problems)
     if recipe.rates is not None:  # one way of loading unless both are asked for
         changes |= {"rates": recipe.rates, "concurrency": ()}
     if recipe.concurrency is not None:
@@ -150,8 +163,13 @@ def resolve_profile(recipe: SweepRecipe) -> Profile:
     changes |= _search(recipe, problems)
     if recipe.arrivals is not None:
         changes["arrivals"] = parse_arrivals(recipe.arrivals)
-        if changes["arrivals"].process == "trace":
+    if changes.get("arrivals", profile.arrivals).process == "trace":  # whole, unless a count or a duration is given
+        changes |= {"concurrency": recipe.concurrency or (), "min_duration_s": 0, "max_duration_s": None}
+        changes |= {"doubles_above": None, "open_shares": ()}
+        if recipe.dataset is None:
             problems.append("arrivals is trace, but there is no data set with timestamps")
+    elif recipe.arrivals and not (changes.get("rates") or changes.get("open_shares", profile.open_shares)):
+        problems.append(f"arrivals is {recipe.arrivals}, but there is no rate")
     for name in ("requests", "repeats", "max_outstanding"):
         if getattr(recipe, name) is not None:
             changes[name] = getattr(recipe, name)
@@ -165,6 +183,35 @@ def resolve_profile(recipe: SweepRecipe) -> Profile:
     if problems:
         raise InputError("impossible sweep", problems=problems)
     return dataclasses.replace(profile, **changes)
+
+
+def _varied(recipe: SweepRecipe, shapes: tuple[Shape, ...], problems: list[str]) -> tuple[Shape, ...]:
+    """The shapes with everything about them that the recipe says; a data set brings its own."""
+    shares, spread = recipe.prefix_shares, recipe.spread
+    if shares is not None and not all(0 <= share < 1 for share in shares):
+        problems.append(
+            f"prefix share is {', '.join(f'{share:g}' for share in shares)}, expected 0 to less than 1 each"
+        )
+    if spread is not None and not 0 < spread <= 1:
+        problems.append(f"spread is {spread:g}, expected more than 0, at most 1")
+    if recipe.dataset is not None:
+        given = {
+            "shapes": recipe.shapes,
+            "prefix shares": shares,
+            "spread": spread,
+            "isl_chars": recipe.isl_chars or None,
+        }
+        problems += [f"{name} given, but the data set tells its own lengths" for name, value in given.items() if value]
+    return tuple(
+        dataclasses.replace(
+            shape,
+            unit="characters" if recipe.isl_chars else shape.unit,
+            prefix_share=share,
+            spread=shape.spread if spread is None else spread,
+        )
+        for shape in shapes
+        for share in (shares if shares is not None else (shape.prefix_share,))
+    )
 
 
 def _search(recipe: SweepRecipe, problems: list[str]) -> dict[str, Any]:

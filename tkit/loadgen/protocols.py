@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tkit.errors import InputError, did_you_mean
 from tkit.loadgen.exchange import Answer, Exchange
+from tkit.loadgen.token_counts import TokenEnds
 
 DEFAULT_PROTOCOL = "triton-grpc"
 
@@ -68,9 +69,10 @@ def find_protocol(name: str) -> ProtocolRow:
 
 
 def make_client(
-    protocol: str, url: str, model: str | None, token_ends: Callable[[str], list[int]], api_key: str | None = None
+    protocol: str, url: str, model: str | None, token_ends: TokenEnds | None, api_key: str | None = None
 ) -> Client:
-    """`token_ends` gives the end of each token in a text, for servers that do not count tokens themselves."""
+    """`token_ends` gives the end of each token in a text, for servers that do not count tokens themselves;
+    without it each of their chunks counts as one."""
     row = find_protocol(protocol)
     module, _, name = row.client.partition(":")
     key = {"api_key": api_key} if row.has_api_key else {}

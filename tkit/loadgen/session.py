@@ -21,9 +21,9 @@ from tkit.loadgen.metrics import e2e_ms
 from tkit.loadgen.open_loop import OpenLoop, run_open_loop
 from tkit.loadgen.point import Place, summarise
 from tkit.loadgen.profiles import Profile, Shape
-from tkit.loadgen.prompts import PromptMaker
 from tkit.loadgen.protocols import find_protocol, make_client
 from tkit.loadgen.run_directory import utc_now
+from tkit.loadgen.workload import RequestSource
 from tkit.specs.client import ClientCalibration
 from tkit.specs.record import PointSummary
 from tkit.units import NS_PER_S
@@ -55,8 +55,9 @@ class Session:
         url: str,
         model: str | None,
         *,
-        prompts: PromptMaker,
+        prompts: RequestSource,
         profile: Profile,
+        timestamps: Sequence[float] = (),
         seed: int = 0,
         idle_timeout_s: float = 60.0,
         num_gpus: int | None = None,
@@ -68,6 +69,7 @@ class Session:
         self._url = url
         self._prompts = prompts
         self._profile = profile
+        self._timestamps = timestamps
         self._seed = seed
         self._idle_timeout_s = idle_timeout_s
         self._num_gpus = num_gpus
@@ -104,7 +106,9 @@ class Session:
 
     @property
     def token_source(self) -> str:
-        return self._client.token_source
+        """Where the server does not count and there is no tokenizer, each chunk is taken for a token."""
+        has_tokenizer = self._prompts.token_ends is not None
+        return "chunks" if self._client.token_source == "tokenizer" and not has_tokenizer else self._client.token_source
 
     def is_ready(self) -> bool:
         return self._runner.run(self._client.is_ready(min(OPEN_TIMEOUT_S, self._idle_timeout_s)))
@@ -127,9 +131,9 @@ class Session:
 
     def probe(self, shape: Shape) -> None:
         """Lone requests, before anything is measured or written. Raises ServerError when one fails."""
-        load = self._load(shape, concurrency=1, num_warmup=1, num_requests=1, spread_s=0.0)
         for index in range(2):  # the first may find the server cold; the second tells how long one takes
             exchange = self._exchange(index, shape, ("probe",))
+            load = self._load([exchange], concurrency=1, num_warmup=1, num_requests=1, spread_s=0.0)
             (record,) = self._run([exchange], load, lambda done, total: None)[1]
             if record.error is not None:
                 raise ServerError(
@@ -138,7 +142,7 @@ class Session:
                 )
             self._e2e_s[shape, 0] = (e2e_ms(record) or 0.0) / 1000
             if self._wraps_prompts:
-                self._template_tokens += max(record.isl - shape.isl, 0)
+                self._template_tokens += max((record.isl or 0) - (record.isl_asked or record.isl or 0), 0)
 
     def measure(self, place: Place, on_progress: Callable[[int, int], None]) -> Measurement:
         """Drives one point. Whatever the server does, it ends, and the failures are in the records."""
@@ -163,15 +167,16 @@ class Session:
     def _closed(self, place: Place) -> tuple[ClosedLoop, list[Exchange]]:
         profile, shape, concurrency = self._profile, place.shape, place.concurrency
         assert concurrency is not None
+        name = (shape.osl, concurrency, place.repeat)
+        exchanges = [self._exchange(i, shape, name) for i in range(self._num_exchanges(shape, concurrency))]
         load = self._load(
-            shape,
+            exchanges,
             concurrency=concurrency,
             num_warmup=profile.num_warmup(concurrency),
             num_requests=profile.num_requests(concurrency),
             spread_s=self._expected_e2e_s(shape, concurrency),
         )
-        name = (shape.osl, concurrency, place.repeat)
-        return load, [self._exchange(i, shape, name) for i in range(self._num_exchanges(load, shape))]
+        return load, exchanges
 
     def _open(self, place: Place) -> tuple[OpenLoop, list[Exchange]]:
         """The steady window holds the requests asked for, or lasts as long as the profile says; the schedule goes on for
@@ -182,14 +187,22 @@ class Session:
         num_warmup = profile.num_warmup(math.ceil(rate * e2e_s)) if profile.arrivals.is_steady else 0
         num_requests = profile.num_requests(1)
         duration_s = 0.0 if profile.requests else profile.min_duration_s or profile.max_duration_s or 0.0
+        if profile.arrivals.process == "trace" and not profile.requests:
+            num_requests = len(self._timestamps)
         most_s = profile.max_duration_s or math.inf
         name = (shape.osl, place.load.slug, place.repeat)
         times = arrival_times(
-            profile.arrivals, rate, f"{self._seed}/arrivals/{place.slug}", ramp_s=duration_s or 2 * num_requests / rate
+            profile.arrivals,
+            rate,
+            f"{self._seed}/arrivals/{place.slug}",
+            ramp_s=duration_s or 2 * num_requests / rate,
+            timestamps=self._timestamps,
         )
-        offsets = list(itertools.islice(times, num_warmup + num_requests + 1))
+        wanted = num_warmup + num_requests
+        offsets = list(itertools.islice(times, wanted + 1))
+        after_s = offsets[wanted] if len(offsets) > wanted else offsets[-1] + 1 / rate  # a trace has an end
         start_s = offsets[num_warmup] if num_warmup else 0.0
-        end_s = start_s + min(max(duration_s, offsets[-1] - start_s), most_s)
+        end_s = start_s + min(max(duration_s, after_s - start_s), most_s)
         last_s = end_s + SPARE * e2e_s
         offsets += itertools.takewhile(lambda offset: offset < last_s, itertools.islice(times, MAX_REQUESTS))
         exchanges = [self._exchange(i, shape, name) for i in range(len(offsets))]
@@ -200,12 +213,12 @@ class Session:
             steady_end_s=end_s,
             max_outstanding=profile.max_outstanding,
             idle_timeout_s=self._idle_timeout_s,
-            total_timeout_s=self._total_timeout_s(shape),
+            total_timeout_s=self._total_timeout_s(exchanges),
         )
         return load, exchanges
 
     def _load(
-        self, shape: Shape, *, concurrency: int, num_warmup: int, num_requests: int, spread_s: float
+        self, exchanges: Sequence[Exchange], *, concurrency: int, num_warmup: int, num_requests: int, spread_s: float
     ) -> ClosedLoop:
         return ClosedLoop(
             concurrency=concurrency,
@@ -215,30 +228,31 @@ class Session:
             max_duration_s=self._profile.max_duration_s,
             spread_s=spread_s,
             idle_timeout_s=self._idle_timeout_s,
-            total_timeout_s=self._total_timeout_s(shape),
+            total_timeout_s=self._total_timeout_s(exchanges),
         )
 
-    def _total_timeout_s(self, shape: Shape) -> float:
+    def _total_timeout_s(self, exchanges: Sequence[Exchange]) -> float:
         """With the default idle timeout a whole answer gets a second per token: slower is as good as hung."""
-        return self._idle_timeout_s * (1 + shape.osl / 60)
+        return self._idle_timeout_s * (1 + max(exchange.osl for exchange in exchanges) / 60)
 
     def _expected_e2e_s(self, shape: Shape, concurrency: int) -> float:
         """What is known of the same load or, else, of the next lighter one, where a request takes no longer."""
         return self._e2e_s[shape, max(known for of, known in self._e2e_s if of == shape and known <= concurrency)]
 
-    def _num_exchanges(self, load: ClosedLoop, shape: Shape) -> int:
+    def _num_exchanges(self, shape: Shape, concurrency: int) -> int:
         """Warm-up, measured, and those that reach over either edge of the steady window."""
-        measured = load.num_requests
-        if load.min_duration_s:
-            rate = load.concurrency / max(self._expected_e2e_s(shape, load.concurrency), 1e-3)
-            measured = max(measured, min(math.ceil(SPARE * rate * load.min_duration_s), MAX_REQUESTS))
-        return load.num_warmup + measured + 2 * load.concurrency
+        profile = self._profile
+        measured = profile.num_requests(concurrency)
+        if profile.min_duration_s:
+            rate = concurrency / max(self._expected_e2e_s(shape, concurrency), 1e-3)
+            measured = max(measured, min(math.ceil(SPARE * rate * profile.min_duration_s), MAX_REQUESTS))
+        return profile.num_warmup(concurrency) + measured + 2 * concurrency
 
     def _exchange(self, index: int, shape: Shape, name: tuple[object, ...]) -> Exchange:
-        prompt = self._prompts.prompt(shape.isl - self._template_tokens, *name, index)
+        ask = self._prompts.ask(shape, name, index, self._template_tokens)
         request_id = "-".join(map(str, (shape.slug, *name, index)))
-        request = self._client.request(request_id, prompt, shape.osl, self._seed)
-        return Exchange(index=index, request=request, isl=shape.isl, osl=shape.osl)
+        request = self._client.request(request_id, ask.prompt, ask.osl, self._seed)
+        return Exchange(index=index, request=request, isl=ask.isl, osl=ask.osl)
 
     def _run(
         self, exchanges: list[Exchange], load: ClosedLoop | OpenLoop, on_progress: Callable[[int, int], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from tkit.errors import ServerError
 from tkit.loadgen.exchange import Answer, Exchange
 from tkit.loadgen.http import HttpConnections, Reply, http_address
 from tkit.loadgen.sse import Event, sse_events
-from tkit.loadgen.token_counts import added_tokens, tokens_of_texts, tokens_of_total
+from tkit.loadgen.token_counts import TokenEnds, added_tokens, tokens_of_texts, tokens_of_total
 
 DONE = b"[DONE]"
 EVENT_START = b"data:"
@@ -47,7 +47,7 @@ class SseClient:
     text_key: ClassVar[bytes]  # as in `"text":"word"`
     ends_with_done: ClassVar[bool]  # whether an answer without `[DONE]` is cut short
 
-    def __init__(self, url: str, model: str | None, token_ends: Callable[[str], list[int]], api_key: str | None = None):
+    def __init__(self, url: str, model: str | None, token_ends: TokenEnds | None, api_key: str | None = None):
         self.model = model or ""
         self.token_source = "tokenizer"
         self.identity: dict[str, Any] = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+TokenEnds = Callable[[str], list[int]]  # the end, in characters, of each token of a text
+
 
 def added_tokens(counts: Sequence[int | None], osl: int) -> list[int]:
     """What each response adds. Some servers count the tokens of the response, some those so far."""
@@ -24,8 +26,13 @@ def _is_running_total(counts: list[int], osl: int) -> bool:
     return counts[-1] == osl or sum(counts) > osl or (len(steps) > 1 and min(steps) > 0)
 
 
-def tokens_of_texts(texts: Sequence[str], token_ends: Callable[[str], list[int]]) -> list[int]:
-    """A token belongs to the response that brought its last character. Servers send deltas or the text so far."""
+def tokens_of_texts(texts: Sequence[str], token_ends: TokenEnds | None) -> list[int]:
+    """A token belongs to the response that brought its last character. Servers send deltas or the text so far.
+
+    Without a tokenizer every text counts as one token.
+    """
+    if token_ends is None:
+        return [int(bool(text)) for text in texts]
     spoken = [text for text in texts if text]
     is_so_far = len(set(spoken)) > 2 and all(
         later.startswith(earlier) for earlier, later in zip(spoken, spoken[1:], strict=False)
@@ -44,7 +51,7 @@ def tokens_of_texts(texts: Sequence[str], token_ends: Callable[[str], list[int]]
     return added
 
 
-def tokens_of_total(texts: Sequence[str], total: int, token_ends: Callable[[str], list[int]]) -> list[int]:
+def tokens_of_total(texts: Sequence[str], total: int, token_ends: TokenEnds | None) -> list[int]:
     """Spreads a total over the chunks: a chunk without text gets none, one with text at least one where that is possible.
 
     Only where chunks and tokens do not match one to one does the tokenizer say which chunk is the longer.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from tritonclient.grpc import service_pb2 as pb
@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tkit.errors import ServerError
 from tkit.loadgen.exchange import Answer, Exchange
 from tkit.loadgen.http2 import GrpcConnections
-from tkit.loadgen.token_counts import added_tokens, tokens_of_texts
+from tkit.loadgen.token_counts import TokenEnds, added_tokens, tokens_of_texts
 from tkit.loadgen.triton import ensemble_inputs, refuse_unless_streaming, token_source
 
 SERVICE = "/inference.GRPCInferenceService/"
@@ -31,7 +31,7 @@ FORMATS = {"INT32": "<i", "BOOL": "<?", "FP32": "<f", "UINT64": "<Q"}
 
 
 class TritonGrpcClient:
-    def __init__(self, url: str, model: str, token_ends: Callable[[str], list[int]]):
+    def __init__(self, url: str, model: str, token_ends: TokenEnds | None):
         self.url = url
         self.model = model
         self.token_source = "tokenizer"

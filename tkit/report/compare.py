@@ -197,7 +197,7 @@ def _groups(runs: Mapping[str, Run], baseline: str | None, device: str, asked: C
     shapes = Counter((shape, arrivals) for shape, arrivals, _, _ in keys)
     groups = []
     for (shape, arrivals, token_source, definitions), points in sorted(
-        keys.items(), key=lambda item: (_tokens(item[0][0]), item[0][1] or "")
+        keys.items(), key=lambda item: (_lengths(item[1]), item[0][0], item[0][1] or "")
     ):
         note = None
         if shapes[shape, arrivals] > 1:
@@ -220,8 +220,9 @@ def _groups(runs: Mapping[str, Run], baseline: str | None, device: str, asked: C
     return tuple(groups)
 
 
-def _tokens(shape: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in shape.split("/"))
+def _lengths(points: Mapping[str, Sequence[Point]]) -> tuple[int, int]:
+    summary = next(iter(points.values()))[0].summary
+    return summary.isl, summary.osl
 
 
 def _levels(
@@ -351,7 +352,10 @@ def _asked(name: str, points: Sequence[Point]) -> Estimate | None:
             for frame in frames
         ]
     else:
-        reported = [float(getattr(point.summary, kind)) for point in points]
+        told = [getattr(point.summary, kind) for point in points]
+        if None in told:  # nobody counted the input
+            return None
+        reported = [float(value) for value in told]
         counted = [frame[detail] if detail else np.ones(len(frame)) for frame in frames]
     rows = [
         np.column_stack([np.asarray(count, dtype=float), frame["e2e"].to_numpy(dtype=float)])

@@ -293,7 +293,7 @@ def _position(summary: PointSummary, manifest: Manifest) -> tuple[int, bool, flo
 
 def _contradictions(point: Point, manifest: Manifest) -> list[str]:
     summary, problems = point.summary, []
-    if summary.shape != f"{summary.isl}/{summary.osl}":
+    if re.fullmatch(r"\d+/\d+", summary.shape) and summary.shape != f"{summary.isl}/{summary.osl}":
         problems.append(f'shape "{summary.shape}" with isl {summary.isl} and osl {summary.osl}')
     if summary.shape not in manifest.shapes:
         problems.append(f'shape "{summary.shape}" is not in {MANIFEST_FILE} ({", ".join(manifest.shapes)})')

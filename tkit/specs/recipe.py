@@ -76,6 +76,10 @@ class SweepRecipe:
     max_outstanding: int | None = None  # requests in flight, open loop
     find_max: str | None = None  # an SLO tier: the largest load that holds it is sought, instead of the grid
     slo_share: float | None = None  # of the requests, to hold it
+    isl_chars: bool = False  # the shapes' inputs are characters, so that no tokenizer is needed
+    prefix_shares: tuple[float, ...] | None = None  # of the input that all requests have in common
+    spread: float | None = None  # lengths are drawn from this share of the shape's up to them
+    dataset: str | None = None  # a file of conversations or a trace, instead of shapes
     requests: int | None = None  # measured, per point
     duration_s: float | None = None  # measured, per point; with `requests`: at most
     repeats: int | None = None

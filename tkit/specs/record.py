@@ -122,9 +122,10 @@ class PointSummary:
 
     schema: str = POINT_SCHEMA
     definitions: str = DEFINITIONS
-    shape: str  # "ISL/OSL"
-    isl: int
+    shape: str  # "ISL/OSL", or how it is called when it is more than that
+    isl: int  # asked, of a data set the mean; in `isl_unit`
     osl: int
+    isl_unit: str = "tokens"  # or "characters"
     concurrency: int | None = None  # requests in flight, closed loop; None in open loop
     arrivals: str | None = None  # open loop: poisson, constant, gamma:<CV>, ramp, trace
     rate: float | None = None  # open loop: requests/s asked
@@ -135,7 +136,7 @@ class PointSummary:
     window_s: float  # length of the steady window
     output_tok_s: float
     output_tok_s_whole: float  # over the whole run, beside the steady window
-    input_tok_s: float
+    input_tok_s: float | None  # None where nobody counted the input
     requests_s: float
     offered_requests_s: float | None = None  # open loop: scheduled in the steady window / its length
     tok_s_user: float | None

@@ -18,13 +18,14 @@ from tkit import __version__
 from tkit.backends.nvidia import visible_gpus
 from tkit.errors import InputError, ServerError
 from tkit.files import read_api_key, read_json, sha256_file
+from tkit.loadgen.arrivals import trace_rate
 from tkit.loadgen.grid import Grid
 from tkit.loadgen.http import http_address
 from tkit.loadgen.profiles import Profile, resolve_profile
-from tkit.loadgen.prompts import PromptMaker
 from tkit.loadgen.protocols import DEFAULT_PROTOCOL, find_protocol
 from tkit.loadgen.run_directory import RunDirectory, utc_now
 from tkit.loadgen.session import Session
+from tkit.loadgen.workload import Workload, make_workload
 from tkit.specs.client import ClientCalibration
 from tkit.specs.engine import CARD_FILE, EngineCard
 from tkit.specs.progress import Progress
@@ -93,8 +94,15 @@ def run_sweep(
     _check_options(target, name)
     api_key = read_api_key(target.api_key_file) if target.api_key_file is not None else None
     endpoint = _find_endpoint(target, engines_dir)
-    _check_shapes(profile, endpoint)
-    prompts = PromptMaker(_tokenizer_dir(target, endpoint), recipe.seed)
+    _check_shapes(recipe, profile, endpoint)
+    workload = make_workload(
+        profile.shapes,
+        Path(recipe.dataset) if recipe.dataset is not None else None,
+        _tokenizer_dir(recipe, target, endpoint),
+        recipe.seed,
+        endpoint.card.max_position_embeddings if endpoint.card else None,
+    )
+    profile = _with_workload(profile, workload)
     num_gpus = _num_gpus(target, endpoint)
     calibration = find_calibration(out, target.protocol)
     chosen = f", the newest of {endpoint.num_servers} running servers" if endpoint.num_servers > 1 else ""
@@ -103,8 +111,9 @@ def run_sweep(
         target.protocol,
         endpoint.url,
         endpoint.model,
-        prompts=prompts,
+        prompts=workload.source,
         profile=profile,
+        timestamps=workload.timestamps,
         seed=recipe.seed,
         idle_timeout_s=target.timeout_s,
         num_gpus=num_gpus,
@@ -133,7 +142,7 @@ def run_sweep(
             duration_s=recipe.duration_s,
             engine=dataclasses.asdict(endpoint.card) if endpoint.card else None,
             validation=_validation(endpoint),
-            identity=_identity(endpoint, session, prompts, num_gpus, calibration),
+            identity=_identity(endpoint, session, workload, num_gpus, calibration),
             host_speed=_host_speed(endpoint, session),
             command=sweep_command(recipe, target, out),
             started=utc_now(),
@@ -185,7 +194,11 @@ def _resumed(run: RunDirectory, typed: Manifest) -> tuple[Manifest, Mapping[str,
         problems = [problem for problem in problems if not problem.startswith(SAME["profile_digest"])]
     problems += [
         f"{what} is not the same: {manifest.identity.get(name)} then, {typed.identity.get(name)} now"
-        for name, what in (("engine_card_sha256", "the engine"), ("tokenizer_sha256", "the tokenizer"))
+        for name, what in (
+            ("engine_card_sha256", "the engine"),
+            ("tokenizer_sha256", "the tokenizer"),
+            ("dataset", "the data set"),
+        )
         if manifest.identity.get(name) != typed.identity.get(name)
     ]
     if problems:
@@ -261,12 +274,14 @@ def _refuse_stranger(endpoint: _Endpoint, identity: Mapping[str, Any]) -> None:
         )
 
 
-def _check_shapes(profile: Profile, endpoint: _Endpoint) -> None:
-    if endpoint.card is None:
+def _check_shapes(recipe: SweepRecipe, profile: Profile, endpoint: _Endpoint) -> None:
+    if endpoint.card is None or recipe.dataset is not None:
         return
     limit = endpoint.card.max_position_embeddings
     problems = [
-        f"{shape} needs {shape.isl + shape.osl} positions" for shape in profile.shapes if shape.isl + shape.osl > limit
+        f"{shape} needs {shape.isl + shape.osl} positions"
+        for shape in profile.shapes
+        if shape.unit == "tokens" and shape.isl + shape.osl > limit
     ]
     if problems:
         raise InputError(
@@ -276,14 +291,33 @@ def _check_shapes(profile: Profile, endpoint: _Endpoint) -> None:
         )
 
 
-def _tokenizer_dir(target: Target, endpoint: _Endpoint) -> Path:
+def _with_workload(profile: Profile, workload: Workload) -> Profile:
+    """What a data set brings: its mean shape, and the rate at which a trace was recorded."""
+    profile = dataclasses.replace(profile, shapes=workload.shapes)
+    if profile.arrivals.process != "trace":
+        return profile
+    if not workload.timestamps:
+        raise InputError(
+            "--arrivals is trace, but the data set has no timestamps", hint="give a trace, or another process"
+        )
+    if profile.rates:
+        return profile
+    return dataclasses.replace(profile, rates=(trace_rate(workload.timestamps),))
+
+
+def _tokenizer_dir(recipe: SweepRecipe, target: Target, endpoint: _Endpoint) -> Path | None:
+    """None where lengths are told in characters, or may be told by a data set."""
+    if recipe.isl_chars:
+        return None
     if target.tokenizer is not None:
         return target.tokenizer
     if endpoint.engine_dir is not None:
         return endpoint.engine_dir / "tokenizer"
+    if recipe.dataset is not None:
+        return None
     raise InputError(
         "prompts of an exact length need the served model's tokenizer",
-        hint="give its directory: --tokenizer DIR, or the engine: --engine DIR",
+        hint="give its directory: --tokenizer DIR, or the engine: --engine DIR; or count characters: --isl-chars",
     )
 
 
@@ -311,7 +345,7 @@ def _validation(endpoint: _Endpoint) -> Mapping[str, Any] | None:
 def _identity(
     endpoint: _Endpoint,
     session: Session,
-    prompts: PromptMaker,
+    workload: Workload,
     num_gpus: int | None,
     calibration: ClientCalibration | None,
 ) -> dict[str, Any]:
@@ -324,7 +358,7 @@ def _identity(
     return {
         "tkit": __version__,
         "engine_card_sha256": sha256_file(card_path) if card_path else None,
-        "tokenizer_sha256": prompts.digest,
+        **workload.identity,
         "token_source": session.token_source,
         "server": dict(session.identity),
         "hardware": _hardware(endpoint, session),
@@ -369,6 +403,10 @@ def sweep_command(recipe: SweepRecipe, target: Target, out: Path) -> str:
         "model": target.model,
         "shape": ",".join(recipe.shapes) if recipe.shapes else None,
         "concurrency": ",".join(map(str, recipe.concurrency)) if recipe.concurrency else None,
+        "isl-chars": "" if recipe.isl_chars else None,
+        "prefix-share": ",".join(f"{share:g}" for share in recipe.prefix_shares) if recipe.prefix_shares else None,
+        "spread": recipe.spread,
+        "dataset": recipe.dataset,
         "rate": ",".join(f"{rate:g}" for rate in recipe.rates) if recipe.rates else None,
         "arrivals": recipe.arrivals,
         "max-outstanding": recipe.max_outstanding,
@@ -386,5 +424,5 @@ def sweep_command(recipe: SweepRecipe, target: Target, out: Path) -> str:
         "reconnect": target.reconnect_s if target.reconnect_s != Target.reconnect_s else None,
         "out": out if out != REPORTS_DIR else None,
     }
-    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value)) if word]
     return shlex.join(["tkit", "sweep", recipe.profile, *words])

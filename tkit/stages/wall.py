@@ -6,6 +6,7 @@ The report knows files, the planner knows hardware; they meet here. Where a fact
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,16 +74,17 @@ def _completed(group: Group, cell: Cell, held: _Held, prices: Prices | None) -> 
             usd_per_million=Prediction(value=at.usd_per_million[0], low=low, high=high),
             joules_per_token=at.joules_per_token,
         )
-    return replace(cell, wall=held.walls.get(_place(group, cell)), cost=found)
+    place = _place(group, cell)
+    return replace(cell, wall=held.walls.get(place) if place is not None else None, cost=found)
 
 
 def _held(comparison: Comparison, run: RunFacts) -> _Held:
     places = {
-        _place(group, cell)
+        place
         for group in comparison.groups
         for level in group.levels
         for cell in level.cells
-        if cell.run == run.id and cell.load.concurrency is not None
+        if cell.run == run.id and (place := _place(group, cell)) is not None
     }
     try:
         if run.engine is None:
@@ -92,9 +94,12 @@ def _held(comparison: Comparison, run: RunFacts) -> _Held:
         return _Held(walls={}, hardware="; ".join((error.message, *error.problems)))
 
 
-def _place(group: Group, cell: Cell) -> Place:
-    isl, osl = map(int, group.shape.split("/"))
-    return isl, osl, cell.load.concurrency or 0
+def _place(group: Group, cell: Cell) -> Place | None:
+    """None for open loops, and unless all requests are alike in tokens: not characters, a data set, a common beginning."""
+    plain = re.fullmatch(r"(\d+)/(\d+)", group.shape)
+    if plain is None or cell.load.concurrency is None:
+        return None
+    return int(plain[1]), int(plain[2]), cell.load.concurrency
 
 
 def _against_hardware(run: RunFacts, card: EngineCard, places: set[Place]) -> _Held:
