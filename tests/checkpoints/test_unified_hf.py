@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,16 +117,44 @@ def test_awq_with_folded_norms_computes_what_the_other_checkpoint_computes(make_
     assert (found - expected).abs().mean() < 0.2 * quantization_error
 
 
-@pytest.mark.parametrize("quant", ["none", "fp8", "fp8_rowwise", "int4", "int4_awq"])
+ROUNDED_AGAIN = {"int4_awq": 0.01, "w4a8_awq": 0.03}  # folded norms are rounded to bfloat16, and FP8 inputs behind them
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8", "fp8_rowwise", "int4", "int4_awq", "w4a8_awq", "nvfp4"])
 def test_the_runtime_reads_either_checkpoint(make_llama, build, quant):
-    """FP8 holds the same numbers in both; AWQ's folded norms are rounded once more."""
     from tkit.runtime.load import load_model
 
-    trtllm, _ = load_model(build(make_llama(**WIDE), "--quant", quant), "cpu")
-    hf, _ = load_model(build(make_llama(**WIDE), "--quant", quant, "--format", "hf"), "cpu")
+    engine = build(make_llama(**WIDE), "--quant", quant, "--format", "both")
+    trtllm, _ = load_model(engine, "cpu")
+    shutil.rmtree(engine / "checkpoint")
+    hf, _ = load_model(engine, "cpu")
     with torch.no_grad():
         one, two = trtllm(TOKENS).logits, hf(TOKENS).logits
-    assert (one - two).abs().mean() <= (0.01 * one.abs().mean() if quant == "int4_awq" else 0)
+    assert (one - two).abs().mean() <= ROUNDED_AGAIN.get(quant, 0) * one.abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("quant", "algorithm", "weights", "inputs"),
+    [
+        ("w4a8_awq", {"quant_algo": "W4A8_AWQ", "group_size": 128, "has_zero_point": False, "pre_quant_scale": True},
+         {"num_bits": 4, "type": "int", "group_size": 128}, {"num_bits": 8, "type": "float"}),
+        ("nvfp4", {"quant_algo": "NVFP4", "group_size": 16},
+         {"num_bits": 4, "type": "float", "group_size": 16}, {"num_bits": 4, "type": "float", "group_size": 16}),
+    ],
+)  # fmt: skip
+def test_projections_that_readers_fuse_share_their_scales(make_llama, build, quant, algorithm, weights, inputs):
+    hf = build(make_llama(**WIDE), "--quant", quant, "--format", "hf") / "hf"
+    stored = load_file(hf / "model.safetensors")
+    for fused in (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]):
+        for part in ("weight_scale_2", "input_scale"):
+            values = [stored[f"model.layers.1.{name}.{part}"] for name in fused]
+            assert all(value.shape == () and value.dtype == torch.float32 for value in values)
+            assert len({value.item() for value in values}) == 1
+    config = json.loads((hf / "hf_quant_config.json").read_text())["quantization"]
+    assert config == {"kv_cache_quant_algo": None, "exclude_modules": ["lm_head"], **algorithm}
+    (group,) = json.loads((hf / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    assert group["weights"] == {"dynamic": False, **weights}
+    assert group["input_activations"] == {"dynamic": False, **inputs}
 
 
 def test_both_from_one_pass_are_what_each_is_alone(make_llama, build):
@@ -137,7 +166,14 @@ def test_both_from_one_pass_are_what_each_is_alone(make_llama, build):
             assert (both / directory / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_what_no_reader_knows_is_refused_by_name(tkit, make_llama):
-    result = tkit("build", make_llama(), "--quant", "int8", "--format", "hf")
+@pytest.mark.parametrize(
+    ("quant", "reason"),
+    [
+        ("int8", "int8 is quantized by trtllm-build itself"),
+        ("int8_sq", "no reader of this format knows int8_sq"),
+    ],
+)
+def test_what_no_reader_knows_is_refused_by_name(tkit, make_llama, quant, reason):
+    result = tkit("build", make_llama(), "--quant", quant, "--format", "hf")
     assert result.exit_code == 2
-    assert "int8 is quantized by trtllm-build itself" in result.stderr
+    assert reason in result.stderr

@@ -33,3 +33,25 @@ def test_gram_blocks_lie_along_the_diagonal_of_the_second_moments():
     for index, found in enumerate(block.gram):
         columns = slice(index * 128, (index + 1) * 128)
         torch.testing.assert_close(found, moments[columns, columns], rtol=1e-4, atol=1e-5)
+
+
+def test_folds_hold_their_own_tokens_and_the_maxima_of_the_others():
+    x = torch.randn(20, 100, 8, generator=torch.Generator().manual_seed(8))
+    inputs = InputStatistics(has_folds=True)
+    for batch in x.split(6):
+        inputs.update(batch)
+    folds = inputs.folds()
+    assert len(folds) == 16  # the last four sequences join the first four folds
+    for fold, (abs_max, tokens) in enumerate(folds):
+        others = torch.cat([x[other] for other in range(20) if other % 16 != fold])
+        assert torch.equal(abs_max, others.abs().amax(0))
+        assert torch.equal(tokens, x[fold][:64])
+
+
+def test_long_sequences_are_sampled_evenly_and_one_alone_is_its_own_fold():
+    x = torch.randn(1, 640, 8, generator=torch.Generator().manual_seed(8))
+    inputs = InputStatistics(has_folds=True)
+    inputs.update(x)
+    [(abs_max, tokens)] = inputs.folds()
+    assert torch.equal(abs_max, x[0].abs().amax(0))
+    assert torch.equal(tokens, x[0, ::10])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,6 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from tkit.quantize import int4, int8
 from tkit.runtime.load import load_model
+from tkit.specs.quantization import QUANT_FORMATS
+
+READER = Path(__file__).parents[2] / "benchmarks" / "trtllm_reader.py"
 
 TOKENS = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(7))
 SIZES = {
@@ -26,8 +32,8 @@ LLAMA3_ROPE = {
 
 @pytest.fixture
 def build(tkit, tmp_path):
-    def build(model_dir, quant, tp_size, pp_size=1):
-        result = tkit("build", model_dir, "--quant", quant, "--tp", tp_size, "--pp", pp_size)
+    def build(model_dir, quant, tp_size, pp_size=1, *options):
+        result = tkit("build", model_dir, "--quant", quant, "--tp", tp_size, "--pp", pp_size, *options)
         assert result.exit_code == 0, result.output
         return tmp_path / result.stdout.splitlines()[-1]
 
@@ -98,13 +104,24 @@ def test_int4_awq_runs_the_stored_codes(make_llama, build, tp_size):
     torch.testing.assert_close(logits(load_model(engine, "cpu")[0]), logits(source), rtol=1e-5, atol=1e-5)
 
 
-def test_shards_dequantize_to_what_one_rank_holds(make_llama, build):
-    model_dir = make_llama(**SIZES)
-    for quant in ("fp8", "fp8_rowwise", "int4", "int4_awq"):
-        whole, _ = load_model(build(model_dir, quant, 1), "cpu")
-        split, _ = load_model(build(model_dir, quant, 2), "cpu")
-        for (name, one), (_, two) in zip(whole.named_parameters(), split.named_parameters(), strict=True):
-            assert torch.equal(one, two), (quant, name)
+WIDE = SIZES | {"hidden_size": 512, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 1}
+STORED = [name for name, format in QUANT_FORMATS.items() if not format.is_stored_plain and name != "int4_gptq"]
+
+
+@pytest.mark.parametrize("quant", ["int8", *STORED])
+def test_every_format_computes_what_another_reader_makes_of_it_on_any_number_of_ranks(make_llama, build, quant):
+    """The benchmarks' reader shares no code with tkit."""
+    model_dir = make_llama(**WIDE)
+    engines = [build(model_dir, quant, tp_size, 1, "--calib-samples", 2, "--calib-len", 32) for tp_size in (1, 2, 4)]
+    models = [load_model(engine, "cpu")[0] for engine in engines]
+    for split in models[1:]:
+        for (name, one), (_, two) in zip(models[0].named_parameters(), split.named_parameters(), strict=True):
+            assert torch.equal(one, two), name
+        assert torch.equal(logits(models[0]), logits(split))  # the rounding of inputs included
+    other = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    runpy.run_path(str(READER))["load"](other, engines[0] / "checkpoint")
+    found, expected = logits(models[0]), logits(other)
+    assert (found - expected).abs().mean() < 1e-3 * expected.abs().mean()  # a rounded input may fall on the other side
 
 
 def test_fp8_rounds_weights_and_inputs(make_llama, build):

@@ -150,22 +150,22 @@ def _layer_formats(moves: Sequence[Move]) -> tuple[dict[str, QuantFormat], list[
 def _algorithm(format: QuantFormat) -> dict[str, Any]:
     entry: dict[str, Any] = {"quant_algo": format.algo}
     if format.group_size is not None:
-        entry |= {
-            "group_size": format.group_size,
-            "has_zero_point": False,
-            "pre_quant_scale": format.has_prequant_scale,
-        }
+        entry["group_size"] = format.group_size
+        if not format.has_float_weights:
+            entry |= {"has_zero_point": False, "pre_quant_scale": format.has_prequant_scale}
     return entry
 
 
 def _group(format: QuantFormat, targets: list[str]) -> dict[str, Any]:
-    weights: dict[str, Any] = {"dynamic": False, "num_bits": format.weight_bits, "type": "int"}
+    kind = "float" if format.has_float_weights else "int"
+    weights: dict[str, Any] = {"dynamic": False, "num_bits": format.weight_bits, "type": kind}
     group: dict[str, Any] = {"weights": weights, "targets": targets}
     if format.group_size is not None:
         weights["group_size"] = format.group_size
-    if format.name.startswith("fp8"):
-        weights["type"] = "float"
+    if format.has_float_weights:
         group["input_activations"] = weights | {"dynamic": format.name == "fp8_rowwise"}
+    elif format.name == "w4a8_awq":
+        group["input_activations"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     return group
 
 
@@ -175,6 +175,10 @@ def _check(moves: Sequence[Move], spec: ModelSpec) -> None:
     problems += sorted(
         f"{name} is quantized by trtllm-build itself; no reader of this format does that"
         for name in {move.build_format.name for move in moves if move.build_format is not None}
+    )
+    problems += sorted(
+        f"no reader of this format knows {name}"
+        for name in {move.format.name for move in moves if move.format is not None and not move.format.has_hf_form}
     )
     if any(move.kv_cache == "int8" for move in moves):
         problems.append("int8 is no KV cache of the readers of this format; they know fp8")

@@ -41,29 +41,23 @@ def _tensors(*rows: tuple[str, str, tuple[int, int] | None, tuple[int, int] | No
 
 _SCALE = "weights_scaling_factor"
 _INT8_CHANNEL = _tensors(("weight", "I8", (0, 1), (1, 1)), (_SCALE, "model", (0, 1), None))
-_INT4_GROUP = _tensors(("weight", "U8", (0, 2), (1, 1)), (_SCALE, "F32", (0, 1), (1, 128)))
-_FP4_GROUP16 = _tensors(
-    ("weight", "U8", (0, 1), (1, 2)), (_SCALE, "F8_E4M3", (0, 1), (1, 16)),
-    ("weights_scaling_factor_2", "F32", None, None), ("activation_scaling_factor", "F32", None, None),
-)  # fmt: skip
 _FP4_GROUP32 = _tensors(("weight", "U8", (0, 1), (1, 2)), (_SCALE, "F8_E8M0", (0, 1), (1, 32)))
 _FP8_BLOCK = _tensors(("weight", "F8_E4M3", (0, 1), (1, 1)), (_SCALE, "F32", (0, 128), (1, 128)))
-_FP8_CHANNEL = _tensors(("weight", "F8_E4M3", (0, 1), (1, 1)), (_SCALE, "F32", (0, 1), None))
 
 # fmt: off
 # name -> (weight bits, math, min_sm, native_sm, tensors where QUANT_FORMATS has no row)
 _ROWS: dict[str, tuple[int, str, int, int, tuple[StoredTensor, ...]]] = {
     "none":        (16, "fp16", 70, 70,  ()),
     "fp8":         (8,  "fp8",  89, 89,  ()),
-    "fp8_rowwise": (8,  "fp8",  89, 89,  _FP8_CHANNEL),
+    "fp8_rowwise": (8,  "fp8",  89, 89,  ()),
     "fp8_block":   (8,  "fp8",  89, 89,  _FP8_BLOCK),
     "int8":        (8,  "fp16", 70, 70,  ()),
-    "int8_sq":     (8,  "int8", 75, 75,  _INT8_CHANNEL),
-    "int4":        (4,  "fp16", 75, 75,  _INT4_GROUP),
-    "int4_awq":    (4,  "fp16", 75, 75,  _INT4_GROUP),
-    "int4_gptq":   (4,  "fp16", 75, 75,  _INT4_GROUP),
-    "w4a8_awq":    (4,  "fp8",  89, 89,  _INT4_GROUP),
-    "nvfp4":       (4,  "fp4",  100, 100, _FP4_GROUP16),
+    "int8_sq":     (8,  "int8", 75, 75,  ()),
+    "int4":        (4,  "fp16", 75, 75,  ()),
+    "int4_awq":    (4,  "fp16", 75, 75,  ()),
+    "int4_gptq":   (4,  "fp16", 75, 75,  ()),
+    "w4a8_awq":    (4,  "fp8",  89, 89,  ()),
+    "nvfp4":       (4,  "fp4",  100, 100, ()),
     "mxfp4":       (4,  "fp4",  80, 100, _FP4_GROUP32),
 }
 KV_DTYPES = {"fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nvfp4": 0.5625}  # bytes per value

@@ -54,8 +54,7 @@ def _quantized(
     weight: torch.Tensor, inputs: InputStatistics, prequant: torch.Tensor, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     factor = prequant.float()
-    blocks = factor.reshape(len(inputs.gram), -1)
-    gram = inputs.gram * blocks[:, :, None] * blocks[:, None, :]  # of what the kernel multiplies by
+    gram = scaled_gram(inputs.gram, factor)
     scaled = weight.float() / factor
     scale, _ = int4.clipped_scale(scaled, int4.GROUP_SIZE, dtype, inputs.square_mean * factor.square())
     codes = int4.nearest_codes(compensated(scaled, scale, gram, int4.rounded), scale)
@@ -65,6 +64,12 @@ def _quantized(
 def dequantize(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The weight that multiplies the *unscaled* input: (out, in) float32."""
     return int4.dequantize_groups(stored) * stored["prequant_scaling_factor"].float()
+
+
+def scaled_gram(gram: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """That of x * factor, (blocks, size, size)."""
+    blocks = factor.reshape(len(gram), -1)
+    return gram * blocks[:, :, None] * blocks[:, None, :]
 
 
 def search_prequant(weights: Mapping[str, torch.Tensor], inputs: InputStatistics, dtype: torch.dtype) -> torch.Tensor:

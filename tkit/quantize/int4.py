@@ -54,9 +54,14 @@ def _scale(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
+def nearest(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Codes as floats."""
+    return (values / scale).round_().clamp_(-8, 7)
+
+
 def rounded(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The nearest values of the grid; both of one shape."""
-    return (values / scale).round_().clamp_(-8, 7).mul_(scale)
+    """The nearest values of the grid."""
+    return nearest(values, scale).mul_(scale)
 
 
 def nearest_codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -64,7 +69,7 @@ def nearest_codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     codes = torch.empty_like(weight, dtype=torch.int8)
     for block, block_scale, block_codes in row_blocks(weight, scale, codes):
         groups = block.reshape(*block_scale.shape, -1)
-        block_codes.copy_((groups / block_scale[..., None]).round_().clamp_(-8, 7).reshape(block.shape))
+        block_codes.copy_(nearest(groups, block_scale[..., None]).reshape(block.shape))
     return codes
 
 

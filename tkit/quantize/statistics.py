@@ -1,4 +1,5 @@
-"""What calibration keeps of the activations that enter a linear layer. Memory: three vectors, and the Gram blocks."""
+"""What calibration keeps of the activations that enter a linear layer. Memory: three vectors; the Gram blocks and about a
+thousand tokens where a format asks for them."""
 
 from __future__ import annotations
 
@@ -7,17 +8,24 @@ import math
 import torch
 
 GRAM_BLOCK = 128  # channels
+NUM_FOLDS = 16
+SAMPLED_SEQUENCES, SAMPLED_TOKENS = 16, 64  # the first sequences, and evenly spread tokens of each
 
 
 class InputStatistics:
     """Per input channel of x (tokens, in): absolute maximum, mean of |x|, mean of x^2; all (in,) float32.
 
-    `gram` asks for the mean of x x^T as well, over the whole "input" or within each "block" of neighbouring channels.
+    `gram` asks for the mean of x x^T as well, over the whole "input" or within each "block" of neighbouring channels;
+    `has_folds` for tokens that a scale can be tried on, each with the maxima of the sequences it is not part of.
     Sums per channel are kept in float64, so that the result does not depend on how the tokens are batched.
     """
 
-    def __init__(self, gram: str | None = None) -> None:
+    def __init__(self, gram: str | None = None, has_folds: bool = False) -> None:
         self._gram_kind = gram
+        self._has_folds = has_folds
+        self._num_sequences = 0
+        self._fold_max: list[torch.Tensor] = []
+        self._samples: list[list[torch.Tensor]] = []
         self.num_tokens = 0
         self.abs_max = torch.zeros(0)
         self._abs_sum = torch.zeros(0)
@@ -25,6 +33,10 @@ class InputStatistics:
         self._gram_sum = torch.zeros(0)
 
     def update(self, x: torch.Tensor) -> None:
+        """x (tokens, in) is one sequence, (sequences, tokens, in) are several."""
+        if self._has_folds:
+            for sequence in x.reshape(-1, *x.shape[-2:]).float():
+                self._update_fold(sequence)
         x = x.reshape(-1, x.shape[-1]).float()  # (tokens, in)
         magnitude = x.abs()
         abs_max = magnitude.amax(dim=0)
@@ -43,6 +55,27 @@ class InputStatistics:
             if not len(self._gram_sum):
                 self._gram_sum = x.new_zeros(len(blocks), size, size)
             self._gram_sum.baddbmm_(blocks.mT, blocks)
+
+    def _update_fold(self, sequence: torch.Tensor) -> None:
+        fold, abs_max = self._num_sequences % NUM_FOLDS, sequence.abs().amax(dim=0)
+        if fold == len(self._fold_max):
+            self._fold_max.append(abs_max)
+            self._samples.append([])
+        self._fold_max[fold] = torch.maximum(self._fold_max[fold], abs_max)
+        if self._num_sequences < SAMPLED_SEQUENCES:
+            self._samples[fold].append(sequence[:: max(len(sequence) // SAMPLED_TOKENS, 1)][:SAMPLED_TOKENS].clone())
+        self._num_sequences += 1
+
+    def folds(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each fold the absolute maxima (in,) of all others, and tokens (tokens, in) of its own.
+
+        A fold that is alone gets its own maxima.
+        """
+        if len(self._fold_max) == 1:
+            return [(self._fold_max[0], torch.cat(self._samples[0]))]
+        maxima = torch.stack(self._fold_max)  # (folds, in)
+        others = [torch.cat((maxima[:fold], maxima[fold + 1 :])).amax(dim=0) for fold in range(len(maxima))]
+        return list(zip(others, map(torch.cat, self._samples), strict=True))
 
     @property
     def abs_mean(self) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from tkit.quantize import awq, fp8, int4
+from tkit.quantize import awq, fp8, int4, nvfp4, smoothquant, w4a8
 from tkit.quantize.statistics import InputStatistics
 from tkit.specs.quantization import QuantFormat
 
@@ -34,6 +34,7 @@ class Quantizer(NamedTuple):
     kernel_input: Callable[[torch.Tensor, Stored], torch.Tensor] | None = None
     quantize_experts: ExpertQuantizer | None = None
     gram: str | None = None  # how far `quantize` compensates rounding errors: within a "block", over the whole "input"
+    has_folds: bool = False  # it tries scales on tokens that they have not seen
 
 
 # fmt: off
@@ -46,8 +47,17 @@ QUANTIZERS: dict[str, Quantizer] = {
     "int4":        Quantizer(None, int4.dequantize_groups),
     "int4_awq":    Quantizer(awq.quantize, awq.dequantize, quantize_experts=awq.quantize_experts, gram="block"),
     "int4_gptq":   Quantizer(awq.quantize, awq.dequantize, gram="input"),
+    "w4a8_awq":    Quantizer(w4a8.quantize, w4a8.dequantize, w4a8.kernel_input, gram="block"),
+    "nvfp4":       Quantizer(nvfp4.quantize, nvfp4.dequantize, nvfp4.kernel_input, gram="block"),
+    "int8_sq":     Quantizer(smoothquant.quantize, smoothquant.dequantize, smoothquant.kernel_input, has_folds=True),
 }
 # fmt: on
+
+
+def input_statistics(format_name: str) -> InputStatistics:
+    """What the format's quantizer asks of the activations, still empty."""
+    quantizer = QUANTIZERS[format_name]
+    return InputStatistics(quantizer.gram, quantizer.has_folds)
 
 
 def dequantize_experts(format: QuantFormat, stored: Stored, num_experts: int) -> torch.Tensor:

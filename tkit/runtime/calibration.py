@@ -33,7 +33,7 @@ from tkit.files import read_jsonl_texts
 from tkit.quantize import kv_cache
 from tkit.quantize.kv_cache import KvStatistics
 from tkit.quantize.statistics import InputStatistics
-from tkit.quantize.table import QUANTIZERS, Quantizer
+from tkit.quantize.table import QUANTIZERS, Quantizer, input_statistics
 from tkit.runtime.bits import to_raw, to_torch
 from tkit.runtime.data_free import quantize_rows
 from tkit.runtime.experts import experts_by_name, run_experts
@@ -162,7 +162,7 @@ class CalibratedQuantizer:
             if move.input in statistics:  # modules with the same input see the same activations
                 continue
             assert move.format is not None
-            seen = statistics[move.input] = Seen(QUANTIZERS[move.format.name].gram)
+            seen = statistics[move.input] = Seen(move.format.name)
             if not move.num_experts:
                 linear = layer.get_submodule(move.sources[0].removeprefix(prefix).removesuffix(".weight"))
                 hooks.append(
@@ -209,14 +209,14 @@ class CalibratedQuantizer:
 class Seen:
     """The statistics of one input: of all tokens, and, where experts share them, of each expert's own."""
 
-    def __init__(self, gram: str | None) -> None:
-        self._gram = gram
-        self.of_all = InputStatistics(gram)
+    def __init__(self, format_name: str) -> None:
+        self._format_name = format_name
+        self.of_all = input_statistics(format_name)
         self.experts: dict[int, InputStatistics] = {}
 
     def update_expert(self, expert: int, x: torch.Tensor) -> None:
         self.of_all.update(x)
-        self.experts.setdefault(expert, InputStatistics(self._gram)).update(x)
+        self.experts.setdefault(expert, input_statistics(self._format_name)).update(x)
 
 
 def _load(layer: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

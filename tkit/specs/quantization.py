@@ -63,6 +63,15 @@ class QuantFormat:
         """The checkpoint holds the model's own weights (W8A16 is quantized by trtllm-build on the target GPU)."""
         return [tensor.dtype for tensor in self.tensors] == ["model"]
 
+    @property
+    def has_float_weights(self) -> bool:
+        return self.tensors[0].dtype in ("F8_E4M3", "U8")
+
+    @property
+    def has_hf_form(self) -> bool:
+        """The unified Hugging Face checkpoint has names for its tensors."""
+        return all(tensor.hf_name is not None for tensor in self.tensors)
+
 
 _PLAIN = (StoredTensor(name="weight", dtype="model", out_axis=(0, 1), in_axis=(1, 1)),)
 _FP8 = (
@@ -73,6 +82,12 @@ _FP8 = (
 _FP8_ROWWISE = (
     StoredTensor(name="weight", dtype="F8_E4M3", out_axis=(0, 1), in_axis=(1, 1), hf_name="weight"),
     StoredTensor(name="per_channel_scale", dtype="F32", out_axis=(0, 1), hf_name="weight_scale"),
+)
+_INT8_SQ = (  # the PyTorch backend has no reader for it
+    StoredTensor(name="weight", dtype="I8", out_axis=(0, 1), in_axis=(1, 1)),
+    StoredTensor(name="weights_scaling_factor", dtype="F32", out_axis=(0, 1)),
+    StoredTensor(name="prequant_scaling_factor", dtype="model", in_axis=(0, 1)),
+    StoredTensor(name="activation_scaling_factor", dtype="F32"),
 )
 
 
@@ -116,6 +131,20 @@ def int4_format(
     )
 
 
+_W4A8 = (
+    *int4_format("", has_prequant_scale=True).tensors,
+    StoredTensor(name="weights_scaling_factor_2", dtype="F32", hf_name="weight_scale_2"),
+    StoredTensor(name="activation_scaling_factor", dtype="F32", hf_name="input_scale"),
+)
+_NVFP4 = (
+    StoredTensor(name="weight", dtype="U8", out_axis=(0, 1), in_axis=(1, 2), hf_name="weight"),
+    StoredTensor(
+        name="weights_scaling_factor", dtype="F8_E4M3", out_axis=(0, 1), in_axis=(1, 16), hf_name="weight_scale"
+    ),
+    StoredTensor(name="weights_scaling_factor_2", dtype="F32", hf_name="weight_scale_2"),
+    StoredTensor(name="activation_scaling_factor", dtype="F32", hf_name="input_scale"),
+)
+
 # fmt: off
 QUANT_FORMATS: dict[str, QuantFormat] = {format.name: format for format in (
     QuantFormat(name="none",     algo=None,         weight_bits=16, tensors=_PLAIN, has_experts=True),
@@ -124,10 +153,15 @@ QUANT_FORMATS: dict[str, QuantFormat] = {format.name: format for format in (
     QuantFormat(name="fp8",      algo="FP8",        weight_bits=8,  tensors=_FP8, needs_calibration=True,
                 has_experts=True),
     QuantFormat(name="fp8_rowwise", algo="FP8_PER_CHANNEL_PER_TOKEN", weight_bits=8, tensors=_FP8_ROWWISE),
+    QuantFormat(name="int8_sq",  algo="W8A8_SQ_PER_CHANNEL", weight_bits=8, tensors=_INT8_SQ, needs_calibration=True),
     int4_format("int4"),
     int4_format("int4_awq",  has_prequant_scale=True, needs_calibration=True),
     # experts would each need the products of all pairs of input channels: gigabytes a layer
     int4_format("int4_gptq", has_prequant_scale=True, needs_calibration=True, has_experts=False),
+    QuantFormat(name="w4a8_awq", algo="W4A8_AWQ",   weight_bits=4,  tensors=_W4A8,
+                needs_calibration=True, group_size=128, has_prequant_scale=True, size_multiple=128),
+    QuantFormat(name="nvfp4",    algo="NVFP4",      weight_bits=4,  tensors=_NVFP4,
+                needs_calibration=True, group_size=16, size_multiple=16),
 )}
 # fmt: on
 
