@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from tkit import demo
+from tkit.runtime.load import load_model
 
 
 @pytest.fixture
@@ -26,6 +27,8 @@ def test_plain_build_agrees_with_its_source_exactly(tkit, built):
     engine = built("--tp", "2")
     record = json.loads(tkit("validate", "--windows", "2", "--json").stdout)
     assert (record["kl"], record["top1"], record["ppl_ratio"]) == (0.0, 1.0, 1.0)
+    assert record["layer_snr_db"] == [None] * 4
+    assert all(sample["source"] == sample["engine"] for sample in record["samples"])
     assert record == json.loads((engine / "validation.json").read_text())
 
 
@@ -49,6 +52,49 @@ def test_coarser_formats_lie_further_from_the_source(tkit, built):
         engine = built("--quant", quant)
         kl[quant] = json.loads(tkit("validate", engine, "--windows", "4", "--json").stdout)["kl"]
     assert 0 < kl["int8"] < kl["fp8"] < kl["int4_awq"] < 0.05
+
+
+def test_each_layer_has_the_noise_that_it_makes_itself(tkit, built):
+    """Against the source with one quantized layer put into it: nothing else differs then."""
+    engine = built("--quant", "int8", "--kv-cache", "fp8")
+    record = json.loads(tkit("validate", "--windows", "3", "--json").stdout)
+    quantized, _ = load_model(engine, "cpu")
+    ids = Tokenizer.from_file(str(demo.MODEL_DIR / "tokenizer.json"))
+    ids = ids.encode(demo.HELD_OUT.read_text(), add_special_tokens=False).ids
+    windows = torch.tensor([ids[i * (len(ids) // 3) : i * (len(ids) // 3) + 512] for i in range(2)])
+    source = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = source.model(windows, output_hidden_states=True).hidden_states
+        for index in range(3):  # what follows the last layer is behind the final norm
+            mixed = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, dtype=torch.float32)
+            mixed.model.layers[index] = quantized.model.layers[index]
+            found = mixed.model(windows, output_hidden_states=True).hidden_states[index + 1]
+            signal, noise = expected[index + 1].square().sum(), (expected[index + 1] - found).square().sum()
+            assert record["layer_snr_db"][index] == pytest.approx(10 * math.log10(signal / noise), abs=0.1)
+    text = tkit("validate", "--windows", "3").stdout
+    worst = min(range(4), key=lambda layer: record["layer_snr_db"][layer])
+    assert f"least signal to noise: layer {worst} {record['layer_snr_db'][worst]:.1f} dB" in text
+
+
+def test_samples_are_what_either_model_goes_on_with(tkit, built):
+    engine = built("--quant", "int4")
+    record = json.loads(tkit("validate", "--windows", "2", "--json").stdout)
+    tokenizer = Tokenizer.from_file(str(demo.MODEL_DIR / "tokenizer.json"))
+    ids = tokenizer.encode(demo.HELD_OUT.read_text(), add_special_tokens=False).ids
+    prompt = torch.tensor([ids[len(ids) // 2 :][:32]])
+    sample = record["samples"][1]
+    assert sample["prompt"] == tokenizer.decode(prompt[0].tolist())
+    source = AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR, dtype=torch.float32)
+    went_on = []
+    for model, name in ((source, "source"), (load_model(engine, "cpu")[0], "engine")):
+        tokens = prompt
+        for _ in range(32):  # without a cache
+            with torch.inference_mode():
+                tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+        went_on.append(tokens[0, 32:].tolist())
+        assert sample[name] == tokenizer.decode(went_on[-1])
+    same = next((i for i, pair in enumerate(zip(*went_on, strict=True)) if pair[0] != pair[1]), 32)
+    assert sample["same_tokens"] == same
 
 
 def test_gates_exit_3_and_name_the_threshold(tkit, built):

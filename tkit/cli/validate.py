@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tkit.cli.output import Output, output_options
+
+if TYPE_CHECKING:  # a command imports what it needs when it runs
+    from tkit.stages.validate import ValidationRecord
 
 
 @click.command("validate")
@@ -35,9 +39,31 @@ def command(
     from tkit.stages.validate import check_gates, validate
 
     record = validate(find_engine(engine), output, source=source, text=text, num_windows=windows, device=device)
-    output.record(
-        record,
-        f"{record.engine}: perplexity {record.ppl:.3f} (source {record.ppl_source:.3f}, ratio {record.ppl_ratio:.4f}), "
-        f"KL {record.kl:.2e} nats/token, top-1 agreement {record.top1:.2%} over {record.tokens} tokens",
-    )
+    output.record(record, _text(record))
     check_gates(record, max_kl=max_kl, max_ppl_ratio=max_ppl_ratio)
+
+
+WORST_LAYERS = 3
+
+
+def _text(record: ValidationRecord) -> str:
+    lines = [
+        f"{record.engine}: perplexity {record.ppl:.3f} (source {record.ppl_source:.3f}, ratio {record.ppl_ratio:.4f}), "
+        f"KL {record.kl:.2e} nats/token, top-1 agreement {record.top1:.2%} over {record.tokens} tokens"
+    ]
+    ranked = sorted((snr, layer) for layer, snr in enumerate(record.layer_snr_db) if snr is not None)
+    if ranked:
+        worst = ", ".join(f"layer {layer} {snr:.1f} dB" for snr, layer in ranked[:WORST_LAYERS])
+        lines.append(f"least signal to noise: {worst}")
+    for sample in record.samples:
+        lines += [
+            f"prompt: {_one_line(sample.prompt)}",
+            f"  source: {_one_line(sample.source)}",
+            f"  engine: {_one_line(sample.engine)}"
+            + ("" if sample.same_tokens == sample.tokens else f"  (differs from token {sample.same_tokens + 1})"),
+        ]
+    return "\n".join(lines)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -2,16 +2,24 @@
 
 Per predicted token t with context c: KL = sum_v p(v|c) (log p(v|c) - log q(v|c)), p the reference, q the candidate;
 perplexity = exp(mean of -log p(t|c)); top-1 agreement = share of positions where both rank the same token first.
+Per decoder layer, both get the input that the reference's layer has: signal-to-noise = 10 log10(sum h^2 / sum (h - h')^2) of
+what they make of it, so that a layer's figure holds its own error and not that of the layers before.
 Memory: logits of one window for both models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+
+from tkit.runtime.kv_cache import CACHE_ARGUMENTS, CacheStandIn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +60,50 @@ def compare_models(
         top1=same / tokens,
         tokens=tokens,
     )
+
+
+@torch.inference_mode()
+def layer_snr_db(
+    source: PreTrainedModel, candidate: PreTrainedModel, layers: Sequence[str], windows: torch.Tensor
+) -> tuple[float | None, ...]:
+    """The signal-to-noise ratio of each of the decoder `layers`, in dB; None where they agree bit by bit."""
+    sums = torch.zeros(len(layers), 2, dtype=torch.float64)  # of the signal's squares, of the noise's
+    hooks = []
+    for index, name in enumerate(layers):
+        layer = candidate.get_submodule(name)
+        hook = functools.partial(_measure, layer, inspect.signature(layer.forward), sums[index])
+        hooks.append(source.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+    try:
+        for window in windows.split(1):
+            source(window.to(source.device), use_cache=False)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return tuple(10 * math.log10(signal / noise) if noise else None for signal, noise in sums.tolist())
+
+
+def _measure(
+    layer: torch.nn.Module,
+    signature: inspect.Signature,
+    sums: torch.Tensor,
+    _: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> None:
+    call = signature.bind(*args, **kwargs)
+    for name in CACHE_ARGUMENTS:
+        if name in signature.parameters:  # rounded keys and values are read from a cache, so there must be one
+            call.arguments[name] = CacheStandIn(lambda keys, values: (keys, values))
+    expected, found = (h[0] if isinstance(h, tuple) else h for h in (output, layer(*call.args, **call.kwargs)))
+    sums += torch.stack([x.double().square().sum().cpu() for x in (expected, expected - found)])
+
+
+@torch.inference_mode()
+def continued(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> list[int]:
+    """The likeliest token, `num_tokens` times, behind `prompt` (tokens,)."""
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=num_tokens, pad_token_id=0, use_cache=True)
+    ids = prompt[None].to(model.device)
+    output = cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens

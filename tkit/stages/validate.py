@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tkit import demo
+from tkit.architectures.table import ARCHITECTURES
 from tkit.errors import GateFailed, InputError
 from tkit.files import sha256_file, write_json
 from tkit.specs.progress import Progress
@@ -17,12 +19,33 @@ from tkit.specs.record import VALIDATION_FILE, VALIDATION_SCHEMA
 from tkit.stages.engines import read_card, verify_files
 from tkit.stages.models import fetch_model, find_recipe
 
+if TYPE_CHECKING:  # torch only where it computes
+    from tokenizers import Tokenizer
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
 WINDOW_TOKENS = 512
+SNR_WINDOWS = 2  # a layer's figure moves by less than 0.5 dB with more
+NUM_SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 32, 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Greedy continuations of one prompt; `same_tokens` is how far they agree."""
+
+    prompt: str
+    source: str
+    engine: str
+    same_tokens: int
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationRecord:
-    """`validation.json`. KL in nats per token; `text` names the held-out text and its digest."""
+    """`validation.json`. KL in nats per token; `text` names the held-out text and its digest.
+
+    `layer_snr_db` is each decoder layer's own signal-to-noise ratio, null where it computes what the source's does.
+    """
 
     schema: str = VALIDATION_SCHEMA
     engine: str
@@ -33,6 +56,8 @@ class ValidationRecord:
     kl: float
     kl_max: float
     top1: float
+    layer_snr_db: tuple[float | None, ...]
+    samples: tuple[Sample, ...]
     tokens: int
     windows: int
     window_tokens: int
@@ -55,7 +80,7 @@ def validate(
     import torch
     from tokenizers import Tokenizer
 
-    from tkit.runtime.evaluate import compare_models
+    from tkit.runtime.evaluate import compare_models, layer_snr_db
     from tkit.runtime.load import load_model, load_source, pick_device
 
     card = read_card(engine_dir)
@@ -73,13 +98,18 @@ def validate(
     stride = len(ids) // windows  # spread over the whole text
     tokens = torch.tensor([ids[i * stride : i * stride + length] for i in range(windows)], dtype=torch.int64)
     device = pick_device(device)
-    candidate, _ = load_model(engine_dir, device)
+    candidate, spec = load_model(engine_dir, device)
     original = load_source(source_dir, device)
     result = compare_models(original, candidate, tokens, lambda done: progress.step("validate", done, windows))
+    prefix = ARCHITECTURES[spec.architecture].layer_prefix.removesuffix(".")
+    layers = [prefix.format(layer=index) for index in range(spec.num_layers)]
+    snr = layer_snr_db(original, candidate, layers, tokens[:SNR_WINDOWS])
     record = ValidationRecord(
         engine=card.name,
         key=card.key,
         **dataclasses.asdict(result),
+        layer_snr_db=tuple(None if value is None else round(value, 2) for value in snr),
+        samples=tuple(_sample(original, candidate, tokenizer, window) for window in tokens[:NUM_SAMPLES]),
         ppl_ratio=result.ppl / result.ppl_source,
         windows=windows,
         window_tokens=length,
@@ -90,6 +120,22 @@ def validate(
     )
     write_json(engine_dir / VALIDATION_FILE, record)
     return record
+
+
+def _sample(source: PreTrainedModel, candidate: PreTrainedModel, tokenizer: Tokenizer, window: Tensor) -> Sample:
+    from tkit.runtime.evaluate import continued
+
+    prompt = window[: min(PROMPT_TOKENS, len(window) // 2)]
+    num_tokens = min(SAMPLE_TOKENS, len(window) - len(prompt))
+    expected, found = (continued(model, prompt, num_tokens) for model in (source, candidate))
+    pairs = zip(expected, found, strict=False)  # either may end early
+    return Sample(
+        prompt=tokenizer.decode(prompt.tolist()),
+        source=tokenizer.decode(expected),
+        engine=tokenizer.decode(found),
+        same_tokens=sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)),
+        tokens=len(expected),
+    )
 
 
 def check_gates(record: ValidationRecord, *, max_kl: float | None, max_ppl_ratio: float | None) -> None:
