@@ -19,6 +19,7 @@ from tkit.errors import InputError
 from tkit.files import from_mapping, read_json, sync_directory, write_atomic, write_json
 from tkit.loadgen.exchange import RequestRecord
 from tkit.loadgen.metrics import chunk_gaps
+from tkit.loadgen.parquet import ParquetWriter
 from tkit.loadgen.point import Place
 from tkit.specs.record import (
     CHUNK_COLUMNS,
@@ -48,6 +49,7 @@ class RunDirectory:
 
     def __init__(self, path: Path):
         self.path = path
+        self._parquet = ParquetWriter()
 
     @classmethod
     def create(cls, out: Path, name: str, *, is_fixed: bool) -> RunDirectory:
@@ -98,6 +100,7 @@ class RunDirectory:
     def close(self) -> None:
         """Lets another process resume it."""
         os.close(self._journal_file)
+        self._parquet.close()
 
     def _events(self) -> list[dict[str, Any]]:
         """The journal's whole lines; the last may have been cut off."""
@@ -152,9 +155,9 @@ class RunDirectory:
         temporary = points / f".{place.slug}.{os.getpid()}.tmp"
         temporary.mkdir()
         try:
-            _write_parquet(temporary / "requests.parquet", _request_columns(records), REQUEST_COLUMNS)
+            self._parquet.write(temporary / "requests.parquet", _request_columns(records), REQUEST_COLUMNS)
             measured = [record for record in records if record.phase == "measured" and record.is_ok]
-            _write_parquet(temporary / "chunks.parquet", chunk_gaps(measured), CHUNK_COLUMNS)
+            self._parquet.write(temporary / "chunks.parquet", chunk_gaps(measured), CHUNK_COLUMNS)
             write_json(temporary / POINT_FILE, summary)
             if self.has_point(place):  # a hole
                 shutil.rmtree(points / place.slug)
@@ -229,11 +232,3 @@ def _cell(value: Any) -> Any:
 
 def _request_columns(records: Sequence[RequestRecord]) -> dict[str, list[Any]]:
     return {name: [getattr(record, name) for record in records] for name in REQUEST_COLUMNS}
-
-
-def _write_parquet(path: Path, columns: Mapping[str, Any], types: Mapping[str, str]) -> None:
-    import pyarrow as pa  # 0.2 s to import: after the first point, not before the first request
-    import pyarrow.parquet as pq
-
-    schema = pa.schema([(name, pa.type_for_alias(alias)) for name, alias in types.items()])
-    pq.write_table(pa.table(dict(columns), schema=schema), path, compression="zstd")

@@ -1,0 +1,258 @@
+"""What the load generator adds to the numbers, against a mock server whose first token is due after 50 ms and the others
+every 10 ms. Yardsticks against the same server: a plain aiohttp client, and AIPerf where its command is given.
+
+    python -m benchmarks.client [--streams 256] [--rounds 1] [--aiperf VENV/bin/aiperf]
+
+Every client is a process of its own, started for the row. `of ideal`: output tokens per second over those of the schedule, in
+the steady window; `server late`: the mock server's own delay, which every client sees. CPU is that of the client's process
+over its output tokens while it measures (whole: from start to end), RSS that of tkit's client when it has measured, peak that
+of all processes together, with the one that writes Parquet afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from tkit import demo
+from tkit.loadgen.mock_server import DEFAULT_ITL_MS, DEFAULT_TTFT_MS, running_mock
+
+ISL, OSL = 64, 64
+E2E_S = (DEFAULT_TTFT_MS + (OSL - 1) * DEFAULT_ITL_MS) / 1000
+ROUNDS_PER_STREAM = 5
+TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+COLUMNS = (
+    "client",
+    "C",
+    "TTFT p50",
+    "p99",
+    "ITL p50",
+    "of ideal",
+    "us/token",
+    "whole",
+    "RSS MB",
+    "start s",
+    "server late p50",
+    "p99",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Milliseconds; `cpu_us` while it measured, where the client tells."""
+
+    ttft_p50: float
+    ttft_p99: float
+    itl_p50: float
+    tok_s: float
+    cpu_us: float | None = None
+    rss_bytes: float | None = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--aiperf", type=Path, help="AIPerf's command, in an environment of its own")
+    parser.add_argument("--plain", metavar="URL", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.plain:
+        asyncio.run(plain_aiohttp(arguments.plain, arguments.streams))
+        return
+    streams = arguments.streams
+    rows: list[tuple[str, int, Callable[[str, int, Path], tuple[list[str], Callable[[str], Figures]]]]] = [
+        ("tkit SSE", streams, tkit_openai),
+        ("tkit SSE", 2 * streams, tkit_openai),
+        ("tkit gRPC", streams, tkit_grpc),
+        ("aiohttp", streams, aiohttp_client),
+    ]
+    if arguments.aiperf:
+        rows.append(("AIPerf", streams, lambda url, streams, work: aiperf_client(arguments.aiperf, url, streams, work)))
+    print("  ".join(f"{name:>9s}" for name in COLUMNS))
+    for _ in range(arguments.rounds):
+        for name, count, prepare in rows:
+            print("  ".join(f"{cell:>9s}" for cell in measure(name, count, prepare)), flush=True)
+
+
+def measure(name: str, streams: int, prepare: Callable[..., Any]) -> list[str]:
+    """One row."""
+    with tempfile.TemporaryDirectory() as work, running_mock() as url:
+        command, read = prepare(url, streams, Path(work))
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": f"{work}/hf"}
+        cpu_before, started_ns = children_cpu_s(), time.monotonic_ns()
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        ) as process:
+            peak = PeakMemory(process.pid)
+            output = process.stdout.read() if process.stdout else ""
+        if process.wait() != 0:
+            return [name, str(streams), "failed"]
+        cpu_s = children_cpu_s() - cpu_before
+        with urllib.request.urlopen(f"http://{url}/record", timeout=60) as reply:
+            record = json.load(reply)
+        figures: Figures = read(output)
+    late = np.concatenate([np.array(line["sent_ns"]) - np.array(line["due_ns"]) for line in record]) / 1e6
+    start_s = (min(line["arrived_ns"] for line in record) - started_ns) / 1e9
+    tokens = sum(sum(line["tokens"]) for line in record)
+    return [
+        name, str(streams), f"{figures.ttft_p50:.1f}", f"{figures.ttft_p99:.1f}", f"{figures.itl_p50:.2f}",
+        f"{figures.tok_s / (streams * OSL / E2E_S):.1%}", "-" if figures.cpu_us is None else f"{figures.cpu_us:.1f}",
+        f"{cpu_s / tokens * 1e6:.1f}", "-" if figures.rss_bytes is None else f"{figures.rss_bytes / 1e6:.0f}",
+        f"{peak.bytes / 1e6:.0f}", f"{start_s:.2f}",
+        f"{np.percentile(late, 50):.2f}", f"{np.percentile(late, 99):.1f}",
+    ]  # fmt: skip
+
+
+def children_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+class PeakMemory:
+    """The largest sum of a process and its descendants, looked at every 0.2 s until it ends."""
+
+    def __init__(self, pid: int):
+        self.bytes = 0
+        self._root = psutil.Process(pid)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                family = [self._root, *self._root.children(recursive=True)]
+                self.bytes = max(self.bytes, sum(process.memory_info().rss for process in family))
+            except psutil.Error:
+                return
+            time.sleep(0.2)
+
+
+def tkit_openai(url: str, streams: int, work: Path) -> tuple[list[str], Callable[[str], Figures]]:
+    return tkit_sweep("openai", url, streams, work)
+
+
+def tkit_grpc(url: str, streams: int, work: Path) -> tuple[list[str], Callable[[str], Figures]]:
+    return tkit_sweep("triton-grpc", url, streams, work)
+
+
+def tkit_sweep(protocol: str, url: str, streams: int, work: Path) -> tuple[list[str], Callable[[str], Figures]]:
+    command = [
+        sys.executable, "-m", "tkit", "sweep", "standard", "--repeats", "1", "--protocol", protocol, "--url", url,
+        "--model", "exact", "--shape", f"{ISL}/{OSL}", "--concurrency", str(streams),
+        "--requests", str(ROUNDS_PER_STREAM * streams), "--tokenizer", str(demo.MODEL_DIR), "--out", str(work), "--name", "run",
+    ]  # fmt: skip
+
+    def read(output: str) -> Figures:
+        (path,) = (work / "run/points").iterdir()
+        point = json.loads((path / "point.json").read_text())
+        return Figures(
+            ttft_p50=point["ttft"]["p50"],
+            ttft_p99=point["ttft"]["p99"] or point["ttft"]["max"],
+            itl_p50=point["chunk_gap"]["p50"],
+            tok_s=point["output_tok_s"],
+            cpu_us=point["client"]["cpu_share"] / point["output_tok_s"] * 1e6,
+            rss_bytes=point["client"]["rss_bytes"],
+        )
+
+    return command, read
+
+
+def aiohttp_client(url: str, streams: int, work: Path) -> tuple[list[str], Callable[[str], Figures]]:
+    command = [sys.executable, "-m", "benchmarks.client", "--plain", url, "--streams", str(streams)]
+    return command, lambda output: Figures(**json.loads(output))
+
+
+async def plain_aiohttp(url: str, streams: int) -> None:
+    """As one would write it: a session, a task per stream, a line at a time, JSON at once."""
+    import aiohttp
+
+    ttfts: list[float] = []
+    gaps: list[float] = []
+    arrivals: list[tuple[float, bool]] = []
+    body = {"model": "exact", "prompt": "word " * ISL, "max_tokens": OSL, "stream": True}
+
+    async def stream(session: aiohttp.ClientSession, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        for _ in range(ROUNDS_PER_STREAM + 2):
+            sent, last = time.monotonic(), None
+            async with session.post(f"http://{url}/v1/completions", json=body) as response:
+                async for line in response.content:
+                    if not line.startswith(b"data: {"):
+                        continue
+                    now = time.monotonic()
+                    choices = json.loads(line[6:])["choices"]
+                    if not choices or not choices[0]["text"]:
+                        continue
+                    if last is None:
+                        ttfts.append((now - sent) * 1000)
+                    else:
+                        gaps.append((now - last) * 1000)
+                    last = now
+                    arrivals.append((now, True))
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        await asyncio.gather(*(stream(session, E2E_S * i / streams) for i in range(streams)))
+    times = np.array([when for when, _ in arrivals])
+    low, high = times[0] + 2 * E2E_S, times[-1] - 2 * E2E_S  # the steady window
+    tok_s = float(((times > low) & (times < high)).sum() / (high - low))
+    figures = {
+        "ttft_p50": np.percentile(ttfts, 50),
+        "ttft_p99": np.percentile(ttfts, 99),
+        "itl_p50": np.percentile(gaps, 50),
+    }
+    print(json.dumps({**{name: float(value) for name, value in figures.items()}, "tok_s": tok_s}))
+
+
+def aiperf_client(aiperf: Path, url: str, streams: int, work: Path) -> tuple[list[str], Callable[[str], Figures]]:
+    """Its tokenizer must be one of the hub, so the demo model's is laid out as if it had been fetched from there."""
+    revision = "0" * 40
+    repository = work / "hf/hub/models--demo--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(revision)
+    snapshot = repository / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        shutil.copy(demo.MODEL_DIR / name, snapshot)
+    config = json.loads((snapshot / "tokenizer_config.json").read_text())
+    config = {name: value for name, value in config.items() if name != "backend"}
+    (snapshot / "tokenizer_config.json").write_text(
+        json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    settings = {
+        "model": "exact", "url": f"http://{url}", "endpoint-type": "completions", "tokenizer": "demo/model",
+        "concurrency": streams, "request-count": ROUNDS_PER_STREAM * streams, "warmup-request-count": streams,
+        "synthetic-input-tokens-mean": ISL, "synthetic-input-tokens-stddev": 0, "output-tokens-mean": OSL,
+        "output-tokens-stddev": 0, "artifact-dir": work / "out", "ui-type": "none",
+    }  # fmt: skip
+    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    command = [str(aiperf), "profile", "--streaming", *options]
+
+    def read(output: str) -> Figures:
+        told = json.loads((work / "out/profile_export_aiperf.json").read_text())
+        ttft = told["time_to_first_token"]
+        tok_s = told["output_token_throughput"]["avg"]
+        return Figures(
+            ttft_p50=ttft["p50"], ttft_p99=ttft["p99"], itl_p50=told["inter_token_latency"]["p50"], tok_s=tok_s
+        )
+
+    return command, read
+
+
+if __name__ == "__main__":
+    main()
