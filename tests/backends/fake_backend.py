@@ -58,7 +58,11 @@ class Hanging(Fake):
     first_line = "time.sleep(3600)"
 
 
-ROWS = {backend.__name__.lower(): f"{__name__}:{backend.__name__}" for backend in (Fake, Failing, Hanging)}
+class Mute(Fake):
+    first_line = 'FakeEngine._step = lambda self, one: self._emit(one, "", (), "error", error="no kernel") or True'
+
+
+ROWS = {backend.__name__.lower(): f"{__name__}:{backend.__name__}" for backend in (Fake, Failing, Hanging, Mute)}
 
 
 def write_engine(directory: Path, *, created: str = "2026-01-01T00:00:00Z", **changes: Any) -> EngineCard:

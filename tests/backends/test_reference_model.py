@@ -269,16 +269,17 @@ def test_management_interfaces_are_closed(server: ServerRecord) -> None:
 
 
 def test_a_stranger_is_not_taken_for_the_server(server: ServerRecord) -> None:
-    with pytest.raises(ServerError, match=r"HTTP port \d+ is answered by another server: instance .*, not mine"):
-        probe.check_instance("127.0.0.1", server.http_port, server.grpc_port, "mine", 30)
+    with pytest.raises(ServerError, match=r"gRPC port \d+ is answered by another server: instance .*, not mine"):
+        probe.generate("127.0.0.1", server.grpc_port, "x y", 3, 1, instance="mine")
 
 
 def test_the_smoke_generation_reports_the_servers_words(server: ServerRecord) -> None:
-    assert probe.generate("127.0.0.1", server.grpc_port, "x y", 3, 30) == "x y x "
+    port, own = server.grpc_port, probe.http_instance("127.0.0.1", server.http_port, 30)
+    assert probe.generate("127.0.0.1", port, "x y", 3, 30, instance=own) == "x y x "
     with pytest.raises(ServerError, match="the first request failed: the fake engine was asked to fail"):
-        probe.generate("127.0.0.1", server.grpc_port, "!error", 3, 30)
+        probe.generate("127.0.0.1", port, "!error", 3, 30)
     with pytest.raises(ServerError, match="Deadline|no answer"):
-        probe.generate("127.0.0.1", server.grpc_port, "!silent", 3, 0.3)
+        probe.generate("127.0.0.1", port, "!silent", 3, 0.3)
 
 
 def test_idle_server_holds_one_region_of_its_own_name(server: ServerRecord) -> None:

@@ -1,5 +1,4 @@
-"""The inputs that each kind of model gets, by a stand-in that answers as TensorRT-LLM's LLM API model does: with all of
-the text so far, and with a finish reason."""
+"""What a model of an older container gets and gives, by a stand-in: no inputs and outputs for counts, no seed."""
 
 from __future__ import annotations
 
@@ -14,13 +13,13 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from tkit.gateway.errors import ApiError
-from tkit.gateway.triton import LLM_API, Piece, TritonModel
+from tkit.gateway.triton import INPUTS, Piece, TritonModel
 from tkit.specs.generation import GenerationRequest
 
-TEXTS = ["a", "a b", "a b c", "a b c"]
+MISSING = {"seed", "count_input", "count_output", "min_tokens", "return_log_probs"}
 
 
-class LlmApiServer(service_pb2_grpc.GRPCInferenceServiceServicer):
+class OldServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self) -> None:
         self.requests: list[dict[str, tuple[str, list[int], bytes]]] = []
 
@@ -34,33 +33,30 @@ class LlmApiServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:
         response = pb.ModelMetadataResponse()
-        for name, data_type in LLM_API.values():
-            response.inputs.add(name=name, datatype=data_type, shape=[-1])
+        for what, (name, data_type) in INPUTS.items():
+            if what not in MISSING:
+                response.inputs.add(name=name, datatype=data_type, shape=[-1, -1])
         return response
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         async for request in requests:
             raw = zip(request.inputs, request.raw_input_contents, strict=True)
             self.requests.append({tensor.name: (tensor.datatype, list(tensor.shape), data) for tensor, data in raw})
-        for index, text in enumerate(TEXTS):
+        for text in ("a", " b", None):  # its end comes alone, without outputs
             response = pb.ModelStreamInferResponse()
-            add_text(response, "text_output", text)
-            if index == len(TEXTS) - 1:
-                add_text(response, "finish_reason", "stop")
+            response.infer_response.parameters["triton_final_response"].bool_param = text is None
+            if text is not None:
+                response.infer_response.outputs.add(name="text_output", datatype="BYTES", shape=[1, 1])
+                response.infer_response.raw_output_contents.append(bytes_tensor(text))
             yield response
-
-
-def add_text(response: Any, name: str, text: str) -> None:
-    response.infer_response.outputs.add(name=name, datatype="BYTES", shape=[1])
-    response.infer_response.raw_output_contents.append(bytes_tensor(text))
 
 
 def bytes_tensor(text: str) -> bytes:
     return struct.pack("<I", len(text)) + text.encode()
 
 
-async def generate(request: GenerationRequest) -> tuple[list[Piece], LlmApiServer]:
-    servicer, server = LlmApiServer(), grpc.aio.server()
+async def generate(request: GenerationRequest) -> tuple[list[Piece], OldServer]:
+    servicer, server = OldServer(), grpc.aio.server()
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
     model = TritonModel(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", "ensemble", "mine")
     await server.start()
@@ -72,23 +68,20 @@ async def generate(request: GenerationRequest) -> tuple[list[Piece], LlmApiServe
         await server.stop(0)
 
 
-def test_a_model_of_the_llm_api() -> None:
+def test_responses_count_as_tokens_where_the_model_does_not_count() -> None:
     request = GenerationRequest(prompt="x", max_tokens=9, temperature=0.5, top_p=0.9, seed=3, stop_words=("u", "vw"))
     pieces, servicer = asyncio.run(generate(request))
-    assert [(piece.text, piece.num_tokens, piece.finish_reason) for piece in pieces] == [
-        ("a", 1, None), (" b", 1, None), (" c", 1, None), ("", 0, "stop"),
-    ]  # fmt: skip
+    told = [(piece.text, piece.num_tokens, piece.finish_reason) for piece in pieces]
+    assert told == [("a", 1, None), (" b", 1, None), ("", 0, "stop")]
     assert servicer.requests == [
         {
-            "text_input": ("BYTES", [1], bytes_tensor("x")),
-            "streaming": ("BOOL", [1], b"\1"),
-            "sampling_param_max_tokens": ("INT32", [1], struct.pack("<i", 9)),
-            "sampling_param_temperature": ("FP32", [1], struct.pack("<f", 0.5)),
-            "sampling_param_top_p": ("FP32", [1], struct.pack("<f", 0.9)),
-            "sampling_param_seed": ("UINT64", [1], struct.pack("<Q", 3)),
-            "sampling_param_stop": ("BYTES", [2], bytes_tensor("u") + bytes_tensor("vw")),
-            "sampling_param_exclude_input_from_output": ("BOOL", [1], b"\1"),
-            "return_finish_reason": ("BOOL", [1], b"\1"),
+            "text_input": ("BYTES", [1, 1], bytes_tensor("x")),
+            "stream": ("BOOL", [1, 1], b"\1"),
+            "max_tokens": ("INT32", [1, 1], struct.pack("<i", 9)),
+            "temperature": ("FP32", [1, 1], struct.pack("<f", 0.5)),
+            "top_p": ("FP32", [1, 1], struct.pack("<f", 0.9)),
+            "stop_words": ("BYTES", [1, 2], bytes_tensor("u") + bytes_tensor("vw")),
+            "exclude_input_in_output": ("BOOL", [1, 1], b"\1"),
         }
     ]
 

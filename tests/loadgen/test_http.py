@@ -549,7 +549,8 @@ def test_triton_http_finds_the_running_servers_port(tkit: Tkit, fake: Any, token
     lock = ServerLock(files)
     record = ServerRecord(
         engine=str(engine), pid=os.getpid(), host="127.0.0.1", http_port=int(fake.url.rpartition(":")[2]), grpc_port=1,
-        metrics_port=2, openai_port=3, openai_pid=4, api_key_file=None, started="2026-01-01T00:00:00Z", log=str(files.log),
+        metrics_port=2, openai_port=3, model_pids=(), openai_pid=4, api_key_file=None,
+        started="2026-01-01T00:00:00Z", log=str(files.log),
     )  # fmt: skip
     write_json(files.record, record)
     try:

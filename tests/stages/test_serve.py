@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,7 +26,7 @@ from tkit.backends.table import BACKENDS
 from tkit.cli.main import cli
 from tkit.errors import InputError, ServerError
 from tkit.specs.progress import Progress
-from tkit.specs.server import ServeOptions
+from tkit.specs.server import ServeOptions, ServerRecord
 from tkit.stages.serve import running_server, serve_detached, stop_server
 from tkit.stages.servers import running_servers, server_files
 from tkit.triton import launcher, probe
@@ -89,6 +91,10 @@ class Foreground:
 def processes_of(pid: int) -> list[psutil.Process]:
     server = psutil.Process(pid)
     return [server, *server.children(recursive=True)]
+
+
+def child_names(pid: int | None) -> list[str]:
+    return [process.name() for process in psutil.Process(pid).children()] if pid else []
 
 
 def is_running(process: psutil.Process) -> bool:
@@ -159,11 +165,46 @@ def test_detached_server_is_stopped_by_name(engine: Path) -> None:
     assert (again.exit_code, again.stderr) == (1, "error: no server is running\nhint: start one: tkit serve\n")
 
 
+def status() -> tuple[int, dict[str, Any]]:
+    result = tkit("status", "--json")
+    [told] = json.loads(result.stdout)
+    return result.exit_code, told
+
+
+def test_status_tells_how_a_server_is_and_how_it_died(engine: Path) -> None:
+    assert tkit("status").stdout == "no server is running\n"
+    record = serve_detached(engine, FREE)
+    code, told = status()
+    assert (code, told["state"], told["problem"], told["record"]["pid"]) == (0, "serving", None, record.pid)
+    assert told["requests"] == {"length": 1, "running": 0, "waiting": 0}  # the one that proved that it generates
+    text = tkit("status", "tiny").stdout.splitlines()
+    assert text[0] == f"tiny: serving; since {record.started[:19].replace('T', ' ')} UTC, pid {record.pid}"
+    assert text[1].startswith(
+        f"  127.0.0.1: HTTP {record.http_port}, gRPC {record.grpc_port}, OpenAI {record.openai_port}"
+    )
+    unknown = tkit("status", "tinny")
+    assert (unknown.exit_code, unknown.stderr.splitlines()[0]) == (
+        1, 'error: no server is running for "tinny" (did you mean "tiny"?)',
+    )  # fmt: skip
+
+    os.kill(record.openai_pid, signal.SIGKILL)
+    assert wait_for(lambda: status()[1]["state"] == "failing")
+    assert status()[1]["problem"] == "the OpenAI front has died"
+    [model] = record.model_pids
+    os.kill(model, signal.SIGKILL)
+    assert wait_for(lambda: status()[1]["problem"] == "the model's process has died")
+    assert status()[0] == 1
+    os.kill(record.pid, signal.SIGKILL)
+    assert wait_for(lambda: status()[1]["state"] == "dead")
+    assert "tiny: dead, it ended without tkit stop: killed, or crashed\n" in tkit("status").stdout
+
+
 def test_stop_cleans_up_after_a_crash(engine: Path) -> None:
     record = serve_detached(engine, FREE)
     processes = processes_of(record.pid)
     os.kill(record.pid, signal.SIGKILL)
     assert wait_for(lambda: not any(map(is_running, processes)))
+    assert status()[1]["state"] == "dead"
     assert list(Path("/dev/shm").glob(f"tkit{record.pid}_*"))
     assert running_servers() == []
     assert tkit("stop").stdout == "tiny: had ended already; removed what it left behind\n"
@@ -193,6 +234,15 @@ def test_a_model_that_fails_to_load_is_told_with_its_reason(engine: Path) -> Non
     assert [path.name for path in (engine.parent / ".servers").iterdir()] == ["tiny.log"]
 
 
+def test_a_model_that_cannot_generate_never_opens_a_port(engine: Path) -> None:
+    write_engine(engine, backend="mute")
+    result = tkit("serve", *FREE_PORTS)
+    assert result.exit_code == 1
+    assert "RuntimeError: the engine gave no first token: no kernel" in result.stderr
+    log = (engine.parent / ".servers" / "tiny.log").read_text()
+    assert "Started HTTPService" not in log
+
+
 def test_a_model_that_hangs_ends_within_the_timeout(engine: Path) -> None:
     write_engine(engine, backend="hanging")
     before = set(psutil.pids())
@@ -218,7 +268,7 @@ def test_an_interrupt_during_the_start_leaves_nothing(engine: Path) -> None:
     write_engine(engine, backend="hanging")
     starting = subprocess.Popen([sys.executable, "-c", TKIT, "serve", "--quiet", *FREE_PORTS], stderr=subprocess.PIPE)
     files = server_files("tiny")
-    assert wait_for(lambda: files.pid() is not None and len(psutil.Process(files.pid()).children()) == 2, 60)
+    assert wait_for(lambda: any("stub" in name for name in child_names(files.pid())), 60), child_names(files.pid())
     pid = files.pid() or 0
     processes = processes_of(pid)
     starting.send_signal(signal.SIGINT)
@@ -274,6 +324,87 @@ def test_a_server_dies_with_a_killed_foreground_and_the_next_one_starts(engine: 
     with running_server(engine, FREE) as record:
         assert not list(Path("/dev/shm").glob(f"tkit{serving.record['pid']}_*"))
     assert_nothing_left(engine, record.pid)
+
+
+class Traffic:
+    """Short requests to the OpenAI port, each over a connection of its own, until the block ends.
+
+    As every client does, it tries again when a connection is closed before its request has come in.
+    """
+
+    def __init__(self, record: ServerRecord):
+        self.failures: list[str] = []
+        self.num_answers = 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(record.openai_port,))
+
+    def __enter__(self) -> Traffic:
+        self._thread.start()
+        assert wait_for(lambda: self.num_answers >= 4)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        before = self.num_answers
+        wait_for(lambda: self.num_answers >= before + 4)
+        self._is_over.set()
+        self._thread.join()
+
+    def _run(self, port: int) -> None:
+        while not self._is_over.is_set():
+            for _ in range(2):
+                try:
+                    status, answer = ask(
+                        port, "/v1/completions", {"prompt": "a b", "max_tokens": 2, "model": "ensemble"}
+                    )
+                    break
+                except ConnectionError as error:
+                    status, answer = 0, repr(error)
+            if status != 200 or "a b " not in answer:
+                self.failures.append(f"{status} {answer}")
+            self.num_answers += 1
+
+
+def ask(port: int, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST" if body else "GET", path, json.dumps(body) if body else None)
+    response = connection.getresponse()
+    told = response.status, response.read().decode()
+    connection.close()
+    return told
+
+
+def test_a_server_is_replaced_on_its_ports_without_a_gap(engine: Path) -> None:
+    write_engine(engine.parent / "next")
+    old = serve_detached(engine, FREE)
+    processes = processes_of(old.pid)
+    with Traffic(old) as traffic:
+        result = tkit("serve", "next", "--replace", "--detach", "--json")
+        assert result.exit_code == 0, result.output
+    try:
+        assert traffic.failures == []
+        new = json.loads(result.stdout)
+        assert "tiny: replaced\n" in result.stderr
+        shared = ("host", "http_port", "grpc_port", "openai_port")
+        assert [new[name] for name in shared] == [getattr(old, name) for name in shared]
+        assert [record.pid for record in running_servers()] == [new["pid"]]
+        assert json.loads(ask(old.openai_port, "/v1/models")[1])["data"][0]["root"] == "next"
+        assert probe.generate("127.0.0.1", old.grpc_port, "x y", 2, 30) == "x y "
+    finally:
+        assert tkit("stop", "next").exit_code == 0
+    (engine.parent / ".servers" / "next.log").unlink()
+    assert_nothing_left(engine, old.pid, processes)
+
+
+def test_an_engine_that_does_not_generate_replaces_nothing(engine: Path) -> None:
+    none = tkit("serve", "--replace")
+    assert (none.exit_code, none.stderr.splitlines()[0]) == (1, "error: no server is running that could be replaced")
+    write_engine(engine.parent / "next", backend="mute")
+    with running_server(engine, FREE) as old:
+        with Traffic(old) as traffic:
+            result = tkit("serve", "next", "--replace", "--detach")
+        assert (result.exit_code, "the engine gave no first token: no kernel" in result.stderr) == (1, True)
+        assert traffic.failures == []
+        assert running_servers() == [old]
 
 
 def test_a_place_that_cannot_be_written_is_told(engine: Path) -> None:

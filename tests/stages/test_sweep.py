@@ -63,7 +63,8 @@ def served(tmp_path: Path, tokenizer_dir: Path) -> Iterator[Path]:
     with servers.fake_server(str(engine)) as url:
         record = ServerRecord(
             engine=str(engine), pid=os.getpid(), host="127.0.0.1", http_port=1, grpc_port=int(url.rpartition(":")[2]),
-            metrics_port=2, openai_port=3, openai_pid=4, api_key_file=None, started="2026-01-01T00:00:00Z", log=str(files.log),
+            metrics_port=2, openai_port=3, model_pids=(), openai_pid=4, api_key_file=None,
+        started="2026-01-01T00:00:00Z", log=str(files.log),
         )  # fmt: skip
         write_json(files.record, record)
         yield engine
@@ -189,7 +190,7 @@ def test_a_record_without_a_living_server_is_no_server(tkit: Tkit, tmp_path: Pat
     engine = write_engine(tmp_path / "engines/toy", tokenizer_dir)
     record = ServerRecord(
         engine=str(engine), pid=os.getpid(), host="127.0.0.1", http_port=1, grpc_port=9, metrics_port=2,
-        openai_port=3, openai_pid=4, api_key_file=None, started="2026-01-01T00:00:00Z", log="log",
+        openai_port=3, model_pids=(), openai_pid=4, api_key_file=None, started="2026-01-01T00:00:00Z", log="log",
     )  # fmt: skip
     files = server_files("toy", tmp_path / "engines")
     write_json(files.record, record)

@@ -180,7 +180,7 @@ def test_triton_loads_the_five_models_and_streams_through_the_ensemble(tmp_path:
             process.check_alive()
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.2)
-        probe.check_instance("127.0.0.1", http_port, grpc_port, "abc", 30)
-        assert probe.generate("127.0.0.1", grpc_port, "ab c", 200, 60) == "ab c" * 50
+        assert probe.http_instance("127.0.0.1", http_port, 30) == "abc"
+        assert probe.generate("127.0.0.1", grpc_port, "ab c", 200, 60, instance="abc") == "ab c" * 50
     finally:
         process.kill()

@@ -20,7 +20,7 @@ from tkit.triton.launcher import LaunchSpec, describe_exit, last_lines, server_c
 
 SPEC = LaunchSpec(
     repository=Path("/run/repository"), host="127.0.0.1", http_port=8000, grpc_port=8001, metrics_port=8002,
-    exit_timeout_s=10, backends=Path("/run/backends"),
+    exit_timeout_s=10, backends=Path("/run/backends"), shares_ports=True,
 )  # fmt: skip
 
 
@@ -44,6 +44,8 @@ def test_command_line() -> None:
         "--allow-gpu-metrics=false",
         "--pinned-memory-pool-byte-size=0",
         "--exit-timeout-secs=10",
+        "--reuse-http-port=true",
+        "--reuse-grpc-port=true",
     ]
 
 

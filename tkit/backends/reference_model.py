@@ -23,7 +23,7 @@ import triton_python_backend_utils as pb_utils
 
 from tkit.backends.requests import Answer, EnsembleRequest, read_request
 from tkit.errors import InputError
-from tkit.specs.generation import EngineStats, GenerationChunk
+from tkit.specs.generation import EngineStats, GenerationChunk, GenerationRequest
 from tkit.units import NS_PER_S
 
 CANCEL_PERIOD_S = 0.1  # TensorRT-LLM's cancellation_check_period_ms
@@ -39,6 +39,7 @@ class TritonPythonModel:
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         self._metrics = _Metrics(server_pid)
         self._engine, self._queue_full = self.load_engine(parameters)
+        _check_that_it_generates(self._engine)
         self._chunks: queue.SimpleQueue[tuple[_Stream, GenerationChunk | None] | None] = queue.SimpleQueue()
         self._delivery = threading.Thread(target=self._deliver, name="delivery", daemon=True)
         self._delivery.start()
@@ -162,6 +163,16 @@ class _Stream:
         if arrays is None:
             return None
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()])
+
+
+def _check_that_it_generates(engine: Any) -> None:
+    """Fails the load of an engine that cannot generate: the server then never opens a port."""
+    chunks: queue.SimpleQueue[GenerationChunk] = queue.SimpleQueue()
+    engine.submit(GenerationRequest(prompt="Hello", max_tokens=1, top_k=1), chunks.put)
+    while (chunk := chunks.get()).finish_reason is None:
+        pass
+    if chunk.finish_reason == "error":
+        raise RuntimeError(f"the engine gave no first token: {chunk.error}")
 
 
 def _die_with_server(server_pid: int) -> None:

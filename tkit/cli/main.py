@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect":  ("tkit.cli.inspect",  "Show what is in an engine: its card, sizes, tensors."),
     "verify":   ("tkit.cli.verify",   "Hash an engine again, and check that TensorRT-LLM would load it."),
     "serve":    ("tkit.cli.serve",    "Serve an engine with Triton Inference Server."),
+    "status":   ("tkit.cli.status",   "Show the servers that run: ports, health, requests."),
     "stop":     ("tkit.cli.stop",     "Stop a running server."),
     "sweep":    ("tkit.cli.sweep",    "Measure latency and throughput of a running server."),
     "import":   ("tkit.cli.import_",  "Make a run of another load generator's results."),

@@ -37,6 +37,12 @@ def _option(name: str, default: Any, text: str, **more: Any) -> Callable[[Callab
 @_option("--kv-cache-fraction", ServeOptions.kv_cache_fraction,
          "Of the GPU memory that is free once the engine is loaded; TensorRT-LLM's backends.")  # fmt: skip
 @_option("--timeout", ServeOptions.timeout_s, "Seconds until the server must have generated a first token.")
+@click.option(
+    "--replace",
+    "replaces",
+    is_flag=True,
+    help="Take the place of the server that runs, on its ports; it goes on until this one has generated.",
+)
 @click.option("--detach", is_flag=True, help="Return when it is ready; end it with tkit stop.")
 @click.option("--render", type=click.Choice(RENDER_TARGETS),
               help="Write and print the launch of NVIDIA's container, instead of serving.")  # fmt: skip
@@ -46,6 +52,7 @@ def command(
     output: Output,
     engine: str | None,
     detach: bool,
+    replaces: bool,
     timeout: float,
     render: str | None,
     out: Path | None,
@@ -68,7 +75,7 @@ def command(
         output.record(launch, launch.text())
         return
     if detach:
-        record = serve_detached(engine_dir, serve_options, progress=output)
+        record = serve_detached(engine_dir, serve_options, replaces=replaces, progress=output)
         output.close()
         output.record(record, _summary(record, is_detached=True))
         return
@@ -77,7 +84,7 @@ def command(
         output.close()
         output.record(record, _summary(record, is_detached=False))
 
-    serve(engine_dir, serve_options, announce, progress=output)
+    serve(engine_dir, serve_options, announce, replaces=replaces, progress=output)
     output.note("the server was stopped")
 
 

@@ -1,5 +1,5 @@
 """Generating on Triton over gRPC: one channel, one ModelStreamInfer per request. Knows the inputs of TensorRT-LLM's
-`ensemble` and of its LLM API model; nothing of HTTP.
+`ensemble`; nothing of HTTP.
 
 Every request streams, also when its client wants one answer: only so does a client that leaves end it early.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +36,9 @@ STATUSES = {
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.CANCELLED: 503,  # not by us: the server gave it up to end
 }
-# What a request says -> the input of either model. None: it has no such input.
+# What a request says -> the model's input and its type.
 # fmt: off
-ENSEMBLE = {
+INPUTS = {
     "prompt":             ("text_input",               "BYTES"),
     "stream":             ("stream",                   "BOOL"),
     "max_tokens":         ("max_tokens",               "INT32"),
@@ -55,21 +55,9 @@ ENSEMBLE = {
     "count_input":        ("return_num_input_tokens",  "BOOL"),
     "count_output":       ("return_num_output_tokens", "BOOL"),
 }
-LLM_API = {
-    "prompt":             ("text_input",                                "BYTES"),
-    "stream":             ("streaming",                                 "BOOL"),
-    "max_tokens":         ("sampling_param_max_tokens",                 "INT32"),
-    "temperature":        ("sampling_param_temperature",                "FP32"),
-    "top_k":              ("sampling_param_top_k",                      "INT32"),
-    "top_p":              ("sampling_param_top_p",                      "FP32"),
-    "seed":               ("sampling_param_seed",                       "UINT64"),
-    "stop_words":         ("sampling_param_stop",                       "BYTES"),
-    "exclude_input":      ("sampling_param_exclude_input_from_output",  "BOOL"),
-    "finish_reason":      ("return_finish_reason",                      "BOOL"),
-}
 # fmt: on
 # Sent where the model has them; the others must be there when a request uses them.
-HELPFUL = {"stream", "seed", "exclude_input", "count_input", "count_output", "finish_reason"}
+HELPFUL = {"seed", "count_input", "count_output"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +79,6 @@ class TritonModel:
         self._address = address
         self._instance = instance
         self._inputs: dict[str, int] = {}  # -> rank
-        self._surface: Mapping[str, tuple[str, str]] = ENSEMBLE
 
     async def connect(self) -> None:
         """Waits until the model of this instance is ready. Another server may hold the same port for a while."""
@@ -121,7 +108,6 @@ class TritonModel:
         except grpc.aio.AioRpcError:
             return False
         self._inputs = {tensor.name: len(tensor.shape) for tensor in metadata.inputs}
-        self._surface = LLM_API if LLM_API["max_tokens"][0] in self._inputs else ENSEMBLE
         return True
 
     async def _ask(self, method: str, timeout_s: float) -> Any:
@@ -134,7 +120,7 @@ class TritonModel:
         message = pb.ModelInferRequest(model_name=self.name, id=request_id)
         missing = []
         for what, value in _values(request).items():
-            tensor, data_type = self._surface.get(what, (None, ""))
+            tensor, data_type = INPUTS[what]
             if tensor in self._inputs:
                 rank = self._inputs[tensor]
                 items = value if isinstance(value, tuple) else (value,)
@@ -145,19 +131,17 @@ class TritonModel:
         if missing:
             raise ApiError(400, f"the served model cannot do {', '.join(missing)}")
         call = self._stream(message.SerializeToString(), metadata=AS_STATUS)
-        return Generation(call, request.max_tokens, is_cumulative=self._surface is LLM_API)
+        return Generation(call, request.max_tokens)
 
 
 class Generation:
     """The pieces of one answer; the last one has a finish reason."""
 
-    def __init__(self, call: Any, max_tokens: int, *, is_cumulative: bool):
+    def __init__(self, call: Any, max_tokens: int):
         self.is_cancelled = False
         self._call = call
         self._max_tokens = max_tokens
-        self._is_cumulative = is_cumulative
         self._num_tokens = 0
-        self._text = ""
 
     def cancel(self) -> None:
         """Ends the request on the server; the iteration ends without a last piece."""
@@ -187,25 +171,21 @@ class Generation:
     def _piece(self, response: Any) -> Piece:
         raw = {tensor.name: data for tensor, data in zip(response.outputs, response.raw_output_contents, strict=False)}
         text = _first_text(raw.get("text_output", b""))
-        if self._is_cumulative and text.startswith(self._text):
-            text, self._text = text[len(self._text) :], text
         counted = _ints(raw.get("num_output_tokens", b""))
         num_tokens = counted[0] if counted else int(bool(text))
         self._num_tokens += num_tokens
         log_probs = _floats(raw.get("output_log_probs", b""))
-        reason = _first_text(raw.get("finish_reason", b"")) or None
-        if reason is None and response.parameters[FINAL].bool_param:
-            reason = self._reason()
+        is_final = response.parameters[FINAL].bool_param
         return Piece(
             text=text,
             num_tokens=num_tokens,
             num_input_tokens=next(iter(_ints(raw.get("num_input_tokens", b""))), None),
             log_probs=log_probs[-num_tokens:] if num_tokens else (),
-            finish_reason=reason,
+            finish_reason=self._reason() if is_final else None,
         )
 
     def _reason(self) -> str:
-        """For a server that does not say: what is shorter than allowed was stopped."""
+        """The outputs do not say: what is shorter than allowed was stopped."""
         return "length" if self._num_tokens >= self._max_tokens else "stop"
 
 
@@ -218,7 +198,6 @@ def _values(request: GenerationRequest) -> dict[str, Any]:
         "exclude_input": True,
         "count_input": True,
         "count_output": True,
-        "finish_reason": True,
     }
     if request.is_greedy:
         values["top_k"] = 1  # some releases refuse a temperature of 0

@@ -25,7 +25,8 @@ class ServerRecord:
     grpc_port: int
     metrics_port: int
     openai_port: int
-    openai_pid: int  # of the OpenAI front, a child of the server
+    model_pids: tuple[int, ...]  # the server's children that run the model
+    openai_pid: int  # the child that is the OpenAI front
     api_key_file: str | None  # absolute path; the key itself is written nowhere
     started: str  # UTC, ISO 8601
     log: str  # absolute path

@@ -32,12 +32,13 @@ from tkit.triton.install import (
     find_install,
     free_ports,
     has_nvidia_driver,
+    held_ports,
     install_problems,
     link_backends,
     port_problems,
     shared_memory_problems,
 )
-from tkit.triton.launcher import GRACE_S, LaunchSpec, ServerProcess, describe_exit, kill_group, stop_group
+from tkit.triton.launcher import GRACE_S, LaunchSpec, ServerProcess, describe_exit, end_member, kill_group, stop_group
 from tkit.triton.repository import write_repository
 
 SMOKE_PROMPT = "Hello"
@@ -78,12 +79,19 @@ def serve(
     options: ServeOptions,
     announce: Callable[[ServerRecord], None],
     *,
+    replaces: bool = False,
     engines_dir: Path = ENGINES_DIR,
     progress: Progress | None = None,
 ) -> None:
-    """Serves in the foreground: `announce` when ready; returns when someone stops the server, raises when it dies."""
-    server = _start(engine_dir, options, engines_dir, progress or Progress(), is_detached=False)
+    """Serves in the foreground: `announce` when ready; returns when someone stops the server, raises when it dies.
+
+    `replaces` the one server that runs: on its ports, beside it until this one has generated; then the old one ends.
+    """
+    progress = progress or Progress()
+    old = _server_to_replace(engines_dir) if replaces else None
+    server = _start(engine_dir, options, engines_dir, progress, is_detached=False, old=old)
     try:
+        _end_replaced(old, engines_dir, progress)
         announce(server.record)
         server.watch()
     finally:
@@ -94,12 +102,16 @@ def serve_detached(
     engine_dir: Path,
     options: ServeOptions,
     *,
+    replaces: bool = False,
     engines_dir: Path = ENGINES_DIR,
     progress: Progress | None = None,
 ) -> ServerRecord:
-    """Leaves a server behind that answers; `stop_server` ends it."""
-    server = _start(engine_dir, options, engines_dir, progress or Progress(), is_detached=True)
+    """Leaves a server behind that answers; `stop_server` ends it. `replaces` as in `serve`."""
+    progress = progress or Progress()
+    old = _server_to_replace(engines_dir) if replaces else None
+    server = _start(engine_dir, options, engines_dir, progress, is_detached=True, old=old)
     server.leave()
+    _end_replaced(old, engines_dir, progress)
     return server.record
 
 
@@ -128,6 +140,7 @@ def _stop(files: ServerFiles) -> StoppedServer:
         raise ServerError(f"{files.name}: its server is about to be started", hint="end that tkit serve")
     try:
         if pid is not None and was_running:
+            _end_front(files.read_record())
             was_killed = stop_group(pid, ServeOptions.exit_timeout_s + GRACE_S)
         elif pid is not None and files.is_locked():
             kill_group(pid)
@@ -136,6 +149,45 @@ def _stop(files: ServerFiles) -> StoppedServer:
         if not files.is_locked():
             files.lock.unlink(missing_ok=True)
     return StoppedServer(engine=files.name, pid=pid, was_running=was_running, was_killed=was_killed)
+
+
+def _server_to_replace(engines_dir: Path) -> ServerRecord:
+    running = running_servers(engines_dir)
+    if len(running) > 1:
+        names = [Path(record.engine).name for record in running]
+        raise InputError(
+            "several servers are running", problems=names, hint="stop all but the one to replace: tkit stop"
+        )
+    if not running:
+        raise ServerError("no server is running that could be replaced", hint="start one: tkit serve")
+    return running[0]
+
+
+def _end_replaced(old: ServerRecord | None, engines_dir: Path, progress: Progress) -> None:
+    """Requests that it is answering finish, within its exit timeout; new ones come to the new server already."""
+    if old is not None:
+        name = Path(old.engine).name
+        stopped = _stop(server_files(name, engines_dir))
+        progress.note(f"{name}: {'killed, it did not end in time' if stopped.was_killed else 'replaced'}")
+
+
+def _on_the_ports_of(old: ServerRecord, options: ServeOptions) -> ServeOptions:
+    """Triton cannot share the metrics port, so that one is new. The key is never dropped on the way."""
+    return replace(
+        options,
+        host=old.host,
+        http_port=old.http_port,
+        grpc_port=old.grpc_port,
+        openai_port=old.openai_port,
+        metrics_port=0,
+        api_key_file=options.api_key_file or (Path(old.api_key_file) if old.api_key_file else None),
+    )
+
+
+def _end_front(record: ServerRecord | None) -> None:
+    """First, so that nobody comes in through it while the server ends; it waits for the answers under way."""
+    if record is not None:
+        end_member(record.pid, record.openai_pid, ServeOptions.exit_timeout_s)
 
 
 @dataclass(frozen=True)
@@ -159,7 +211,7 @@ class _Server:
         self.record = record
         self._process = process
         self._launch = launch
-        self._child_pids = process.child_pids()
+        self._child_pids = {*record.model_pids, record.openai_pid}
 
     def watch(self) -> None:
         """Returns when the server has ended because someone asked it to; raises when it or a child of it died."""
@@ -180,6 +232,7 @@ class _Server:
 
     def close(self) -> None:
         try:
+            _end_front(self.record)
             self._process.stop()
         finally:
             self._launch.files.remove_leftovers()
@@ -187,10 +240,18 @@ class _Server:
 
 
 def _start(
-    engine_dir: Path, options: ServeOptions, engines_dir: Path, progress: Progress, *, is_detached: bool
+    engine_dir: Path,
+    options: ServeOptions,
+    engines_dir: Path,
+    progress: Progress,
+    *,
+    is_detached: bool,
+    old: ServerRecord | None = None,
 ) -> _Server:
     """Cheap checks first, all reported at once; then the hashes; then the process. An error leaves nothing behind."""
     engine_dir = engine_dir.resolve()
+    if old is not None:
+        options = _on_the_ports_of(old, options)
     card = read_card(engine_dir)
     backend = find_backend(card.backend)
     files = server_files(engine_dir.name, engines_dir)
@@ -198,7 +259,7 @@ def _start(
     try:
         if options.api_key_file is not None:
             read_api_key(options.api_key_file)
-        install = _checked_install(engine_dir, backend, options, engines_dir)
+        install = _checked_install(engine_dir, backend, options, engines_dir, old)
         progress.note(f"{install.binary} ({install.origin})")
         _warn_about_host(options, install, progress)
         verify_files(engine_dir, card, progress)
@@ -218,6 +279,7 @@ def _start(
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
         openai_port=options.openai_port,
+        model_pids=tuple(sorted(process.child_pids() - {openai_pid})),
         openai_pid=openai_pid,
         api_key_file=_absolute(options.api_key_file),
         started=datetime.now(UTC).isoformat(timespec="microseconds"),
@@ -233,9 +295,13 @@ def _start(
     return server
 
 
-def _checked_install(engine_dir: Path, backend: Backend, options: ServeOptions, engines_dir: Path) -> TritonInstall:
+def _checked_install(
+    engine_dir: Path, backend: Backend, options: ServeOptions, engines_dir: Path, old: ServerRecord | None
+) -> TritonInstall:
     install = find_install()
     ports = {f"--{name.replace('_', '-')}": port for name, port in zip(PORTS, options.ports, strict=True)}
+    if old is not None:
+        ports = {}  # the old server's
     missing = missing_packages()
     problems = [
         *install_problems(install),
@@ -285,8 +351,9 @@ def _launch_until_it_generates(launch: _Launch, options: ServeOptions) -> tuple[
         fixed, instance = _with_ports(options), secrets.token_hex(8)
         process = _launch(launch, fixed, instance)
         try:
-            _wait_until_it_generates(process, fixed, instance, launch.progress)
-            return process, fixed, _wait_for_the_front(process, fixed, instance)
+            with held_ports(fixed.host, (fixed.http_port, fixed.grpc_port, fixed.openai_port)):
+                _wait_until_it_generates(process, fixed, instance, launch.progress)
+                return process, fixed, _wait_for_the_front(process, fixed, instance)
         except BaseException as error:
             is_port_lost = isinstance(error, ServerError) and process.log_contains("already in use")
             process.kill()
@@ -320,6 +387,7 @@ def _launch(launch: _Launch, options: ServeOptions, instance: str) -> ServerProc
         backends=backends,
         has_gpu_metrics=options.device != "cpu" and has_nvidia_driver(),
         is_own_python=launch.backend.is_own_python,
+        shares_ports=True,
         num_ranks=launch.backend.num_ranks(launch.engine_dir),
         rank_model=ENGINE_MODEL,
     )
@@ -377,18 +445,18 @@ def _wait_until_it_generates(process: ServerProcess, options: ServeOptions, inst
     """Within `timeout_s`, or ServerError with the exit code or the time, and the last lines of the log."""
     deadline = time.monotonic() + options.timeout_s
     progress.step("starting Triton", 0, 2)
-    while not probe.is_http_ready(options.host, options.http_port, timeout_s=1.0):
+    while (found := probe.http_instance(options.host, options.http_port, timeout_s=1.0)) != instance:
         process.check_alive()
         if process.log_contains(MISSING_LIBRARY):
             raise process.failure("the model's process lacks a library")
         if time.monotonic() > deadline:
-            raise process.failure(f"the server was not ready within {options.timeout_s:.0f} s")
+            other = "; another server answers on its HTTP port" if found is not None else ""
+            raise process.failure(f"the server was not ready within {options.timeout_s:.0f} s{other}")
         time.sleep(0.1)
     progress.step("starting Triton", 1, 2)
     remaining_s = max(deadline - time.monotonic(), 1.0)
     try:
-        probe.check_instance(options.host, options.http_port, options.grpc_port, instance, remaining_s)
-        probe.generate(options.host, options.grpc_port, SMOKE_PROMPT, 1, remaining_s)
+        probe.generate(options.host, options.grpc_port, SMOKE_PROMPT, 1, remaining_s, instance=instance)
     except ServerError as error:
         process.check_alive()
         raise process.failure(error.message) from error

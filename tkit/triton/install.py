@@ -7,6 +7,7 @@ gets ready, and the first request with text aborts it); libpython as a shared li
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.metadata
 import importlib.util
@@ -16,7 +17,7 @@ import shutil
 import socket
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +135,19 @@ def free_ports(host: str, count: int) -> list[int]:
     for bound in sockets:
         bound.close()
     return ports
+
+
+@contextlib.contextmanager
+def held_ports(host: str, ports: Iterable[int]) -> Iterator[None]:
+    """Keeps others from taking these ports until servers listen on them that share theirs (SO_REUSEPORT), as ours do."""
+    with contextlib.ExitStack() as held:
+        for port in ports:
+            bound = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            with contextlib.suppress(OSError):  # taken: the server will say by whom it was refused
+                bound.bind((host, port))
+        yield
 
 
 def port_problems(host: str, ports: Mapping[str, int]) -> list[str]:

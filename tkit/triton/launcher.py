@@ -48,6 +48,7 @@ class LaunchSpec:
     backends: Path | None = None  # None = the server's own
     has_gpu_metrics: bool = False
     is_own_python: bool = True  # the models' Python is tkit's, not the first on PATH
+    shares_ports: bool = False  # with the server that is to replace this one; the metrics port cannot be shared
     num_ranks: int = 1  # processes of one engine, one per GPU, under mpirun
     rank_model: str | None = None  # the only model that ranks after the first load
 
@@ -85,6 +86,7 @@ def _rank_command(binary: Path, spec: LaunchSpec, key: str, rank: int) -> list[s
         f"--allow-gpu-metrics={str(spec.has_gpu_metrics).lower()}",
         "--pinned-memory-pool-byte-size=0",
         f"--exit-timeout-secs={spec.exit_timeout_s}",
+        *(["--reuse-http-port=true", "--reuse-grpc-port=true"] if spec.shares_ports and not rank else []),
     ]
 
 
@@ -215,6 +217,14 @@ class ServerProcess:
     def leave(self) -> None:
         """The server outlives this object, which is what Popen would otherwise warn about."""
         self._popen.returncode = 0
+
+
+def end_member(group: int, pid: int, patience_s: float) -> None:
+    """SIGTERM to one process of a server's group, before the server itself, and a bounded wait for its end."""
+    with contextlib.suppress(ProcessLookupError):
+        if os.getpgid(pid) == group:
+            os.kill(pid, signal.SIGTERM)
+            _wait_for_none(lambda: [pid] if is_running(pid) else [], patience_s)
 
 
 def stop_group(pid: int, patience_s: float) -> bool:

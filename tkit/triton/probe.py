@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import queue
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,8 +18,10 @@ from tkit.errors import ServerError
 from tkit.specs.server import MODEL_NAME
 
 INSTANCE_PARAMETER = "instance"  # a nonce in config.pbtxt: a stranger on the same port cannot know it
-# The servers are this machine's own; a proxy from the environment has no business in between.
-NO_PROXY = [("grpc.enable_http_proxy", 0)]
+RETRY_S = 0.1
+# The servers are this machine's own; a proxy from the environment has no business in between. A client that is made anew
+# connects anew.
+CHANNEL = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
 
 
 def connect_host(host: str) -> str:
@@ -29,18 +34,16 @@ def is_http_ready(host: str, port: int, timeout_s: float) -> bool:
     return status == 200
 
 
-def check_instance(host: str, http_port: int, grpc_port: int, instance: str, timeout_s: float) -> None:
-    """Both ports answer with the model of this start, not with some other server's."""
-    _, body = _http_get(host, http_port, f"/v2/models/{MODEL_NAME}/config", timeout_s)
-    with _grpc_client(host, grpc_port) as client:
-        try:
-            config = client.get_model_config(MODEL_NAME, client_timeout=timeout_s, as_json=True)["config"]
-        except InferenceServerException as error:
-            raise ServerError(f"gRPC port {grpc_port} does not answer: {_message(error)}") from error
-    for what, port, answer in (("HTTP", http_port, body), ("gRPC", grpc_port, config)):
-        found = answer.get("parameters", {}).get(INSTANCE_PARAMETER, {}).get("string_value")
-        if found != instance:
-            raise ServerError(f"{what} port {port} is answered by another server: instance {found}, not {instance}")
+def http_instance(host: str, port: int, timeout_s: float) -> str | None:
+    """The start that the ready model on this HTTP port belongs to, "" when it does not say; None while none is ready."""
+    if not is_http_ready(host, port, timeout_s):
+        return None
+    _, config = _http_get(host, port, f"/v2/models/{MODEL_NAME}/config", timeout_s)
+    return _instance(config)
+
+
+def _instance(config: Any) -> str:
+    return str(config.get("parameters", {}).get(INSTANCE_PARAMETER, {}).get("string_value", ""))
 
 
 def front_instance(host: str, port: int, timeout_s: float) -> str | None:
@@ -63,19 +66,20 @@ def _http_get(host: str, port: int, path: str, timeout_s: float) -> tuple[int, A
         connection.close()
 
 
-def _grpc_client(host: str, port: int) -> tritonclient.grpc.InferenceServerClient:
-    return tritonclient.grpc.InferenceServerClient(f"{connect_host(host)}:{port}", channel_args=NO_PROXY)
+def generate(
+    host: str, grpc_port: int, prompt: str, max_tokens: int, timeout_s: float, *, instance: str | None = None
+) -> str:
+    """The text generated for one streamed gRPC request by the server of that start, or by any.
 
-
-def generate(host: str, grpc_port: int, prompt: str, max_tokens: int, timeout_s: float) -> str:
-    """The text generated for one streamed gRPC request; raises ServerError with the server's own message."""
+    Raises ServerError with the server's own message, or when only others answer on the port for `timeout_s`.
+    """
     responses: queue.SimpleQueue[Any] = queue.SimpleQueue()
     inputs = [
         _input("text_input", np.array([[prompt.encode()]], dtype=np.object_)),
         _input("max_tokens", np.array([[max_tokens]], dtype=np.int32)),
         _input("stream", np.array([[True]])),
     ]
-    with _grpc_client(host, grpc_port) as client:
+    with _connected(host, grpc_port, instance, timeout_s) as client:
         client.start_stream(lambda result, error: responses.put((result, error)), stream_timeout=timeout_s)
         client.async_stream_infer(MODEL_NAME, inputs, enable_empty_final_response=True)
         try:
@@ -87,6 +91,27 @@ def generate(host: str, grpc_port: int, prompt: str, max_tokens: int, timeout_s:
         # they were to end, until the exit timeout.
         client.stop_stream()
         return "".join(texts)
+
+
+@contextlib.contextmanager
+def _connected(
+    host: str, port: int, instance: str | None, timeout_s: float
+) -> Iterator[tritonclient.grpc.InferenceServerClient]:
+    """A connection to the server of that start. It may share the port with the one that it is to replace."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with tritonclient.grpc.InferenceServerClient(f"{connect_host(host)}:{port}", channel_args=CHANNEL) as client:
+            try:
+                config = client.get_model_config(MODEL_NAME, client_timeout=timeout_s, as_json=True)["config"]
+                problem = f"is answered by another server: instance {_instance(config)}, not {instance}"
+            except InferenceServerException as error:
+                config, problem = {}, f"does not answer: {_message(error)}"
+            if config and instance in (_instance(config), None):
+                yield client
+                return
+        if time.monotonic() > deadline:
+            raise ServerError(f"gRPC port {port} {problem}")
+        time.sleep(RETRY_S)
 
 
 def _input(name: str, array: np.ndarray) -> tritonclient.grpc.InferInput:
