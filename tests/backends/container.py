@@ -128,7 +128,7 @@ class TritonPythonModel:
 }  # fmt: skip
 
 MPIRUN = r"""
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 
 words, blocks = sys.argv[1:], [[]]
 assert words.pop(0) == "--allow-run-as-root"
@@ -139,7 +139,14 @@ for rank, block in enumerate(blocks):
     assert block[:2] == ["-n", "1"], block
     environment = {**os.environ, "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": str(len(blocks))}
     ranks.append(subprocess.Popen(block[2:], env=environment))
-signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in ranks])
+def end(*_):
+    for process in ranks:
+        process.terminate()
+    time.sleep(1)
+    for process in ranks:
+        process.kill()
+
+signal.signal(signal.SIGTERM, end)
 code = ranks[0].wait()
 for process in ranks[1:]:
     process.kill()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +35,8 @@ def engine(tkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     assert built.exit_code == 0, built.output
     yield Path(built.stdout.strip())
     files = server_files("compiled")
-    if files.is_running():
-        launcher.stop_group(files.pid() or 0, 0)
+    if (pid := files.pid()) is not None:
+        launcher.kill_group(pid)
     files.remove_leftovers()
 
 
@@ -61,6 +63,20 @@ def test_a_compiled_engine_is_served_on_both_its_ranks_and_keeps_others_off_its_
         assert "GPU GPU-10000000: --kv-cache-fraction 0.9 beside 0.9 of compiled is more than all its memory" in message
     assert not [process for process in processes if launcher.is_running(process.pid)]
     assert not list(Path("/dev/shm").glob(f"tkit{record.pid}_*"))
+
+
+def test_a_killed_foreground_leaves_no_rank_behind(engine: Path) -> None:
+    ports = [word for port in ("http", "grpc", "metrics", "openai") for word in (f"--{port}-port", "0")]
+    command = [sys.executable, "-m", "tkit", "serve", "compiled", "--json", *ports]
+    serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert serving.stdout is not None
+    record = json.loads("".join(iter(serving.stdout.readline, "}\n")) + "}")
+    leader = psutil.Process(record["pid"])
+    processes = [leader, *leader.children(recursive=True)]
+    serving.kill()
+    serving.communicate()
+    _, left = psutil.wait_procs(processes, timeout=30)
+    assert not [process for process in left if launcher.is_running(process.pid)]
 
 
 def refused(tkit, name: str) -> str:

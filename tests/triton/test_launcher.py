@@ -61,7 +61,7 @@ def test_environment_has_this_python_first_and_no_tokens() -> None:
 
 
 def start_child(*command: str, **settings: object) -> subprocess.Popen[str]:
-    settings = {"parent_pid": None, "stack_bytes": 64 * 2**20, "beside": [], **settings}
+    settings = {"parent_pid": None, "death_signal": 9, "stack_bytes": 64 * 2**20, "beside": [], **settings}
     arguments = [sys.executable, "-I", "-S", child.__file__, json.dumps(settings), *command]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -85,7 +85,7 @@ def test_a_command_beside_the_server_is_its_child_and_of_its_group() -> None:
 def test_the_server_process_dies_with_the_process_that_started_it() -> None:
     starter = (
         "import json, os, subprocess, sys, time\n"
-        "settings = json.dumps({'parent_pid': os.getpid(), 'stack_bytes': 8 * 2**20, 'beside': []})\n"
+        "settings = json.dumps({'parent_pid': os.getpid(), 'death_signal': 9, 'stack_bytes': 8 * 2**20, 'beside': []})\n"
         f"command = [sys.executable, '-I', '-S', {child.__file__!r}, settings, '/bin/sleep', '60']\n"
         "print(subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True).pid, flush=True)\n"
         "time.sleep(60)\n"

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tkit.triton.install import others_path
+
 CONTAINERS = Path(__file__).with_name("data") / "containers.csv"
 IMAGE = "nvcr.io/nvidia/tritonserver:{release}-trtllm-python-py3"
 RELEASE_VARIABLE = "NVIDIA_TRITON_SERVER_VERSION"  # set inside NVIDIA's containers
@@ -107,7 +109,7 @@ def tensorrt_llm_version(build: Path | None, environment: Mapping[str, str] = os
 
     Asked of that Python, since tkit may live in another; from the package's metadata, since importing it takes a minute.
     """
-    python = (_interpreter(build) if build else None) or shutil.which("python3", path=environment.get("PATH"))
+    python = (_interpreter(build) if build else None) or shutil.which("python3", path=others_path(environment))
     if python is None:
         return None
     code = "from importlib.metadata import version; print(version('tensorrt_llm'))"

@@ -19,14 +19,13 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """SETTINGS is JSON: {"parent_pid": int | null, "stack_bytes": int, "beside": [command]}.
+    """SETTINGS is JSON: {"parent_pid": int | null, "death_signal": int, "stack_bytes": int, "beside": [command]}.
 
     `{pid}` in either command is this process's id.
     """
     settings = json.loads(sys.argv[1])
     if settings["parent_pid"] is not None:
-        # SIGKILL: with SIGTERM the server would wait for its clients, with nobody left to end the wait.
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, settings["death_signal"])
         if os.getppid() != settings["parent_pid"]:
             sys.exit(1)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and an ignored signal stays so after exec

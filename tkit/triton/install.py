@@ -101,6 +101,12 @@ def _python_problems() -> list[str]:
     return problems
 
 
+def others_path(environment: Mapping[str, str]) -> str:
+    """PATH without the virtual environment that tkit may live in: there the container's own programs come first."""
+    own, paths = str(Path(sys.executable).parent), environment.get("PATH", os.defpath).split(os.pathsep)
+    return os.pathsep.join(path for path in paths if path != own or sys.prefix == sys.base_prefix)
+
+
 def has_nvidia_driver() -> bool:
     return NVIDIA_DRIVER.exists()
 

@@ -19,7 +19,7 @@ import psutil
 
 from tkit.errors import ServerError
 from tkit.triton import child
-from tkit.triton.install import SHARED_MEMORY, TritonInstall, library_directory
+from tkit.triton.install import SHARED_MEMORY, TritonInstall, library_directory, others_path
 
 # The HTTP server takes 16 bytes of stack for every piece in which a body arrives: with the default 8 MB, half a million
 # pieces (600 thousand chunks of one byte; a few megabytes over a slow network) kill it. 64 MB took 3 million.
@@ -97,11 +97,10 @@ def server_environment(
     interpreter; or, for models of the container, the container's, also when tkit lives in a virtual environment."""
     values = {name: value for name, value in environment.items() if name not in SECRETS}
     values |= OFFLINE
-    own, others = str(Path(sys.executable).parent), values.get("PATH", os.defpath).split(os.pathsep)
     if is_own_python:
-        values["PATH"] = os.pathsep.join([own, *others])
-    elif sys.prefix != sys.base_prefix:
-        values["PATH"] = os.pathsep.join(path for path in others if path != own)
+        values["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), values.get("PATH", os.defpath)])
+    else:
+        values["PATH"] = others_path(environment)
     library = library_directory()
     if install.is_wheel and library is not None:
         libraries = [str(library), *filter(None, [values.get("LD_LIBRARY_PATH")])]
@@ -135,6 +134,9 @@ class ServerProcess:
         """
         settings = {
             "parent_pid": os.getpid() if dies_with_parent else None,
+            # With SIGTERM a server would wait for its clients, with nobody left to end the wait. mpirun waits a second for
+            # its ranks and kills them; killed itself, it might leave them running.
+            "death_signal": int(signal.SIGKILL if spec.num_ranks == 1 else signal.SIGTERM),
             "stack_bytes": STACK_BYTES,
             "beside": [*beside],
         }
