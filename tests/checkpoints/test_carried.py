@@ -22,6 +22,7 @@ SIZES = {
     "num_key_value_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.1, "tie_word_embeddings": False,
     "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}
 TOKENS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(7))
 MakeSource = Callable[..., Source]
 
@@ -34,9 +35,11 @@ def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     def make(family: str) -> Path:
         if family not in made:
             directory = tmp_path_factory.mktemp(family)
-            model_class = {"llama": transformers.LlamaForCausalLM, "qwen2": transformers.Qwen2ForCausalLM}[family]
+            model_class = getattr(transformers, CLASSES[family])
             torch.manual_seed(3)
-            model = model_class(model_class.config_class(**SIZES))
+            model = model_class(
+                model_class.config_class(**SIZES, **({"num_local_experts": 2} if family == "mixtral" else {}))
+            )
             for parameter in model.parameters():
                 if parameter.dim() == 1:  # biases of zero would hide one that is lost
                     parameter.data += 0.3 * torch.randn_like(parameter)
@@ -227,6 +230,61 @@ def test_an_fp8_engine_is_its_source(quantized, build, kind):
         assert torch.equal(logits(engine), expected)
     else:  # q, k and v have inputs of their own in the source, and the largest scale of the three in the engine
         assert (logits(engine) - expected).abs().mean() < 0.05 * expected.std()
+
+
+# --- experts ---
+
+
+@pytest.mark.parametrize("kind", ["gptq-asymmetric", "compressed", "compressed-fp8"])
+def test_experts_keep_their_codes(quantized, build, kind):
+    """fc holds [up; gate] of every expert, proj w2; each rank has a half of each."""
+    source = quantized(kind, "mixtral")
+    engine = build(source.directory, "--tp", 2)
+    for rank in range(2):
+        stored = load_file(engine / "checkpoint" / f"rank{rank}.safetensors")
+        for index in range(2):
+            experts = [f"model.layers.{index}.block_sparse_moe.experts.{expert}." for expert in range(2)]
+            for module, parts in (("mlp.fc", ("w3", "w1")), ("mlp.proj", ("w2",))):
+                name = f"transformer.layers.{index}.{module}."
+                cut = "attention.dense" if module == "mlp.proj" else module
+                found = {part: stored[name + part] for part in ("weight", "weights_scaling_factor")}
+                for expert, prefix in enumerate(experts):
+                    layers = [source.layers[prefix + part] for part in parts]
+                    if kind == "compressed-fp8":
+                        largest = max(layer.s.float() for layer in layers)
+                        codes = [
+                            layer.codes if layer.s.float() == largest else
+                            (layer.codes.float() * layer.s.float() / largest).to(torch.float8_e4m3fn)
+                            for layer in layers
+                        ]  # fmt: skip
+                        assert torch.equal(bits(found["weight"][expert]), bits(shard(codes, cut, 2, rank)))
+                        assert torch.equal(found["weights_scaling_factor"][expert], largest)
+                        continue
+                    q = shard([torch.from_numpy(layer.u - 8) for layer in layers], cut, 2, rank)
+                    packed = ((q[0::2] & 15) | (q[1::2] & 15) << 4).to(torch.uint8)
+                    assert torch.equal(bits(found["weight"][expert]), bits(packed)), name
+                    s = shard([layer.s for layer in layers], cut, 2, rank).float()
+                    assert torch.equal(found["weights_scaling_factor"][expert], s)
+                    if kind == "gptq-asymmetric":
+                        z = shard([torch.from_numpy(layer.z) for layer in layers], cut, 2, rank)
+                        assert torch.equal(stored[name + "zero"][expert], ((8 - z) * s).to(torch.bfloat16).T)
+                if kind == "compressed-fp8":
+                    inputs = [source.layers[prefix + part].input_scale for prefix in experts for part in parts]
+                    assert torch.equal(stored[name + "activation_scaling_factor"], max(inputs).reshape(1))
+    found, expected = logits(load_model(engine, "cpu")[0]), logits(load_source(source.directory, "cpu"))
+    if kind == "compressed":
+        assert torch.equal(found, expected)
+    elif kind == "gptq-asymmetric":  # zero points are rounded once more
+        assert (found - expected).abs().mean() < 0.02 * expected.std()
+
+
+def test_experts_in_blocks_are_copied(quantized, build):
+    source = quantized("fp8-blocks", "mixtral")
+    engine = build(source.directory, "--format", "hf")
+    expected, found = (load_file(path / "model.safetensors") for path in (source.directory, engine / "hf"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(bits(found[name]), bits(expected[name])) for name in expected)
+    assert torch.equal(logits(load_model(engine, "cpu")[0]), logits(load_source(source.directory, "cpu")))
 
 
 # --- the Hugging Face checkpoint ---

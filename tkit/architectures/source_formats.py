@@ -288,12 +288,8 @@ def carried_moves(moves: Sequence[Move], format: SourceFormat, forms: Forms) -> 
     """`moves` with the tensors of `format` as the sources of every layer that the checkpoint does not hold in 16 bits.
 
     Each layer is unpacked by itself. TensorRT-LLM's tensors are cut from all of a module's layers stacked, those of the
-    Hugging Face checkpoint are one layer's parts, or the source's own tensors where that is unified already. Raises
-    InputError for experts, whose scales would have to be joined.
+    Hugging Face checkpoint are one layer's parts, or the source's own tensors where that is unified already.
     """
-    experts = [move.module for move in moves if move.num_experts and not _is_plain(move.sources[0], forms)]
-    if experts:
-        raise InputError("experts that are quantized already are not carried over", problems=experts)
     return [
         _carried_move(move, format, forms)
         if move.input is not None and not _is_plain(move.sources[0], forms)

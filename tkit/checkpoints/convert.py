@@ -208,7 +208,10 @@ def _quantized_chunks(
         return iter([sources[move.sources[output.source]][0]])
     raw, dtype = quantized[move.module][output.part]
     chunks = take([raw], output, dtype)
-    return iter([np.concatenate(list(chunks)).T]) if output.is_transposed else chunks
+    if not output.is_transposed:
+        return chunks
+    whole = np.concatenate(list(chunks))
+    return iter([whole.reshape(*output.shape[:-2], -1, whole.shape[-1]).swapaxes(-1, -2)])  # of each expert
 
 
 def _prequant(input_name: str, moves: Sequence[Move], quantized: Mapping[str, Mapping[str, Raw]]) -> Raw:

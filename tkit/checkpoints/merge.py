@@ -53,7 +53,7 @@ def _whole(files: TensorFiles, move: Move, part: str) -> tuple[np.ndarray, str]:
     whole = np.empty(shape, raw_dtype(dtype))
     for output in outputs:
         raw, position = files.read(f"{output.rank}/{output.name}"), 0
-        raw = raw.T if output.is_transposed else raw
+        raw = raw.swapaxes(-1, -2) if output.is_transposed else raw
         # experts lie behind one another
         raw = raw.reshape(-1) if output.columns is None else raw.reshape(-1, raw.shape[-1])
         for start, stop in output.rows:

@@ -93,8 +93,10 @@ def check_carried(source: TensorFiles, moves: Sequence[Move], format: SourceForm
         factors = [layer["pre_quant_scale"][0].tobytes() for layer in layers.values() if "pre_quant_scale" in layer]
         if len(set(factors)) > 1 or len(factors) not in (0, len(layers)):
             problems.append(f"{', '.join(layers)} share one input, but have a pre_quant_scale of their own")
-        scales = {float(_scale(layer, "weight_scale")[0]) for layer in layers.values() if "weight_scale" in layer}
-        num_rescaled += len(scales) > 1 and any(output.rank is not None for output in move.outputs)
+        scales = [float(_scale(layer, "weight_scale")[0]) for layer in layers.values() if "weight_scale" in layer]
+        per_expert = len(layers) // max(move.num_experts, 1)
+        are_apart = any(scale != scales[index - index % per_expert] for index, scale in enumerate(scales))
+        num_rescaled += are_apart and any(output.rank is not None for output in move.outputs)
     if problems:
         raise InputError(f"{source.directory}: {format}, but not in a form that can be carried over", problems=problems)
     notes = [f"carried over from {format}"]
@@ -151,29 +153,39 @@ def _stacked(layers: Sequence[Parts], move: Move) -> Parts:
     assert move.format is not None
     if len(layers) == 1:
         return dict(layers[0])
+    per_expert = len(layers) // max(move.num_experts, 1)
     if move.format.name == "fp8":
-        layers = _with_one_scale(layers)
+        layers = _with_one_scale(layers, per_expert)
     stacked = {}
     for tensor in move.format.tensors:
         raws = [layer[tensor.name] for layer in layers]
-        is_shared = tensor.out_axis is None
-        stacked[tensor.name] = raws[0] if is_shared else (np.concatenate([raw for raw, _ in raws]), raws[0][1])
+        if tensor.is_per_expert and move.num_experts:
+            raws = raws[::per_expert]
+        elif tensor.out_axis is None:
+            raws = raws[:1]
+        stacked[tensor.name] = np.concatenate([raw for raw, _ in raws]), raws[0][1]
     return stacked
 
 
-def _with_one_scale(layers: Sequence[Parts]) -> list[Parts]:
-    """FP8 layers under the largest of their scales; those that have it keep every bit."""
-    largest = {
-        part: max(to_float32(*layer[part])[0] for layer in layers)
-        for part in ("weights_scaling_factor", "activation_scaling_factor")
-    }
+def _with_one_scale(layers: Sequence[Parts], per_expert: int) -> list[Parts]:
+    """FP8 layers under the largest of their scales, those of each expert under its own; layers that have it keep every
+    bit. The inputs of all have one scale."""
+    inputs = max(layer["activation_scaling_factor"][0].view(np.float32)[0] for layer in layers)
     common = []
-    for layer in layers:
-        codes, scale = layer["weight"][0], to_float32(*layer["weights_scaling_factor"])[0]
-        if scale != largest["weights_scaling_factor"]:
-            codes = fp8_bits(FP8_VALUES * scale / largest["weights_scaling_factor"])[codes]
-        shared = {part: (np.array([value]).view(np.uint32), "F32") for part, value in largest.items()}
-        common.append({"weight": (codes, "F8_E4M3"), **shared})
+    for start in range(0, len(layers), per_expert):
+        fused = layers[start : start + per_expert]
+        scales = [layer["weights_scaling_factor"][0].view(np.float32)[0] for layer in fused]
+        for layer, scale in zip(fused, scales, strict=True):
+            codes = layer["weight"][0]
+            if scale != max(scales):
+                codes = fp8_bits(FP8_VALUES * scale / max(scales))[codes]
+            common.append(
+                {
+                    "weight": (codes, "F8_E4M3"),
+                    "weights_scaling_factor": (np.array([max(scales)]).view(np.uint32), "F32"),
+                    "activation_scaling_factor": (np.array([inputs]).view(np.uint32), "F32"),
+                }
+            )
     return common
 
 
