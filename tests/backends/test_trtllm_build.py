@@ -146,6 +146,14 @@ def test_limits_of_the_recipe_win_and_a_prompt_fits_one_step_without_chunks() ->
         arguments_of("llama bf16 tp1", max_seq_len=99999)
 
 
+def test_fp8_attention_is_off_where_the_cache_is_int8() -> None:
+    config = config_of("llama fp8 tp2")
+    config["quantization"]["kv_cache_quant_algo"] = "INT8"
+    paths = {"checkpoint_dir": Path("c"), "output_dir": Path("t")}
+    arguments = build_arguments(config, EngineRecipe(), sm=90, num_gpus=2, **paths)
+    assert (arguments.use_paged_context_fmha, arguments.use_fp8_context_fmha) == ("disable", "disable")
+
+
 def test_the_table_and_the_stand_in_agree() -> None:
     """Two readings of the same program."""
     table = json.loads(TABLE.read_text())["arguments"]

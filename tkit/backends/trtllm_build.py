@@ -100,7 +100,8 @@ def build_arguments(
         low_latency_gemm_plugin="fp8" if is_latency_fp8 and is_hopper else None,
         gemm_swiglu_plugin="fp8" if is_latency_fp8 and is_hopper and facts["hidden_act"] == "silu" else None,
         use_paged_context_fmha="enable" if has_paged_context else "disable",
-        use_fp8_context_fmha="enable" if algo in FP8_ALGOS else None,
+        # On by default, and of use where weights and cache are FP8; it cannot read an INT8 cache.
+        use_fp8_context_fmha={"FP8": "enable", "INT8": "disable"}.get(kv_algo) if algo == "FP8" else None,
         reduce_fusion="enable" if has_fused_reduction else None,
         user_buffer="enable"
         if is_latency_fp8 and has_fused_reduction and facts["architecture"] == "LlamaForCausalLM"
