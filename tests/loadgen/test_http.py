@@ -70,7 +70,7 @@ def measure(
             session.probe(SHAPE)
         else:
             session._e2e_s[SHAPE, 0] = 0.01
-        return session.measure(Place(shape=SHAPE, concurrency=concurrency, repeat=1), lambda done, total: None)
+        return session.measure(Place(shape=SHAPE, concurrency=concurrency, repeat=1), lambda live: None)
 
 
 def check_times(point: Measurement, sent: dict[str, dict[str, Any]]) -> None:
@@ -343,7 +343,7 @@ def test_a_server_that_goes_away_ends_the_point(tokenizer_dir: Path, tmp_path: P
             )
             session.probe(SHAPE)
             assert session.is_ready()
-        point = session.measure(Place(shape=SHAPE, concurrency=1, repeat=1), lambda done, total: None)
+        point = session.measure(Place(shape=SHAPE, concurrency=1, repeat=1), lambda live: None)
         assert not session.is_ready()
     assert {record.error for record in point.records} == {"refused"}
     assert len(point.records) == 3, "given up, not run through"

@@ -40,7 +40,7 @@ def measure(url: str, model: str, tokenizer_dir: Path, rate: float, **changes: A
     profile: Profile = dataclasses.replace(QUICK, **{"max_duration_s": None, **changes})
     with Session("openai", url, model, prompts=PromptMaker(tokenizer_dir, 0), profile=profile) as session:
         session.probe(SHAPE)
-        return session.measure(Place(shape=SHAPE, rate=rate, repeat=1), lambda done, total: None)
+        return session.measure(Place(shape=SHAPE, rate=rate, repeat=1), lambda live: None)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_a_server_that_dies_ends_the_point(tokenizer_dir: Path) -> None:
         with Session("openai", url, "exact", prompts=PromptMaker(tokenizer_dir, 0), profile=profile) as session:
             session.probe(SHAPE)
             place = Place(shape=SHAPE, rate=30.0, repeat=1)
-            point = session.measure(place, lambda done, total: server.close() if done else None)
+            point = session.measure(place, lambda live: server.close() if live.done else None)
     assert len(point.records) < 1500
     assert not point.summary.is_valid
     assert set(point.summary.errors) <= {"refused", "disconnected"}

@@ -34,7 +34,7 @@ def measure(
         "triton-grpc", url, model, prompts=PromptMaker(tokenizer_dir, 0), profile=used, idle_timeout_s=timeout_s
     ) as session:
         session.probe(used.shapes[0])
-        return session.measure(Place(shape=used.shapes[0], concurrency=concurrency, repeat=1), lambda done, total: None)
+        return session.measure(Place(shape=used.shapes[0], concurrency=concurrency, repeat=1), lambda live: None)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_duration_ends_a_point(fake_url: str, tokenizer_dir: Path) -> None:
         session.probe(SHAPE)
         for concurrency, repeat in ((1, 1), (64, 1), (1, 2)):
             place = Place(shape=SHAPE, concurrency=concurrency, repeat=repeat)
-            summary = session.measure(place, lambda done, total: None).summary
+            summary = session.measure(place, lambda live: None).summary
             assert 0.6 <= summary.window_s < 3
             assert summary.requests > 0
 
@@ -210,7 +210,7 @@ def test_a_server_that_dies_ends_the_point(dying_url: str, tokenizer_dir: Path) 
         "triton-grpc", dying_url, "dying", prompts=PromptMaker(tokenizer_dir, 0), profile=used, idle_timeout_s=5.0
     ) as session:
         session.probe(SHAPE)
-        point = session.measure(Place(shape=SHAPE, concurrency=2, repeat=1), lambda done, total: None)
+        point = session.measure(Place(shape=SHAPE, concurrency=2, repeat=1), lambda live: None)
         assert not session.is_ready()
     errors = [record.error for record in point.records if record.error]
     assert set(errors) <= {"disconnected", "refused"}

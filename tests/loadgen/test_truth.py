@@ -74,7 +74,7 @@ def measure(
     take_record(url)
     with Session(protocol, url, model, prompts=PromptMaker(tokenizer_dir, 0), profile=profile) as session:
         session.probe(shape)
-        point = session.measure(Place(shape=shape, concurrency=STREAMS, repeat=1), lambda done, total: None)
+        point = session.measure(Place(shape=shape, concurrency=STREAMS, repeat=1), lambda live: None)
     assert point.failures == []
     did = take_record(url)
     return point, [Pair(seen=record, did=did[f"16x{osl}-{osl}-{STREAMS}-1-{record.id}"]) for record in point.records]
@@ -168,7 +168,7 @@ def test_what_users_wait_when_more_come_than_there_is_room_for(mock: str, tokeni
     take_record(mock)
     with Session("openai", mock, "slots", prompts=PromptMaker(tokenizer_dir, 0), profile=profile) as session:
         session.probe(shape)
-        point = session.measure(Place(shape=shape, rate=12, repeat=1), lambda done, total: None)
+        point = session.measure(Place(shape=shape, rate=12, repeat=1), lambda live: None)
     assert point.failures == []
     did = {id: line for id, line in take_record(mock).items() if "probe" not in id}
     assert len(did) == len(point.records)

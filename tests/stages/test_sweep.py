@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -347,3 +349,22 @@ assert not heavy & set(sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_terminal_shows_the_moment(fake_url: str, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Bar and numbers on the terminal; without one (every other test here) nothing but whole lines."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "tkit", "sweep", "--url", fake_url, "--tokenizer", str(tokenizer_dir), "--shape",
+               "16/8", "--concurrency", "2", "--requests", "80"]  # fmt: skip
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed when the process ends
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    assert process.wait(60) == 0
+    text = shown.decode()
+    assert re.search(r"\d+ tok/s, (TTFT|first bytes) \d+ ms, 2 in flight, 0 errors, [\d.]+ m?s left", text), text
+    assert re.search(r"\d+/80", text)

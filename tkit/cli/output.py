@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ import click
 
 from tkit.files import to_json
 from tkit.specs.progress import Progress
+
+PLAIN_LINE_EVERY_S = 10.0  # without a terminal, of a step that tells details
 
 
 class Output(Progress):
@@ -21,7 +24,7 @@ class Output(Progress):
         self.quiet = quiet
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
-        self._announced: set[str] = set()
+        self._announced: dict[str, float] = {}  # when the step was last told of
 
     def record(self, record: Any, text: str, last_line: str | None = None) -> None:
         """`--json` prints the record as it is stored; otherwise the text, and `last_line` for scripts on stdout."""
@@ -33,14 +36,17 @@ class Output(Progress):
         if last_line is not None:
             click.echo(last_line)
 
-    def step(self, what: str, done: int, total: int) -> None:
+    def step(self, what: str, done: int, total: int, detail: str = "") -> None:
         if self.quiet:
             return
         if sys.stderr.isatty():
-            self._draw(what, done, total)
+            self._draw(what, done, total, detail)
         elif what not in self._announced:
-            self._announced.add(what)
+            self._announced[what] = time.monotonic()
             click.echo(f"{what} ...", err=True)
+        elif detail and time.monotonic() - self._announced[what] >= PLAIN_LINE_EVERY_S:
+            self._announced[what] = time.monotonic()
+            click.echo(f"{what}: {done}/{total}, {detail}", err=True)
 
     def note(self, text: str) -> None:
         if self.quiet:
@@ -56,10 +62,11 @@ class Output(Progress):
             self._bar = None
             self._tasks.clear()
 
-    def _draw(self, what: str, done: int, total: int) -> None:
+    def _draw(self, what: str, done: int, total: int, detail: str) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bars
+
+        from tkit.cli.bars import Bars
 
         if self._bar is None:
             # few redraws: while a sweep runs, this process is the one that measures
@@ -67,7 +74,10 @@ class Output(Progress):
             self._bar = Bars(*columns, console=Console(stderr=True), refresh_per_second=4)
             self._bar.start()
         if what not in self._tasks:
+            if self._bar.detail:  # a line with its result stands above: a bar per point would fill the screen
+                self._bar.update(list(self._tasks.values())[-1], visible=False)
             self._tasks[what] = self._bar.add_task(what, total=total)
+        self._bar.detail = detail
         self._bar.update(self._tasks[what], completed=done, total=total)
 
 

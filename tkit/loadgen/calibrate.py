@@ -107,7 +107,7 @@ async def _measure(protocol: str, url: str, streams: int) -> Load:
             idle_timeout_s=TIMEOUT_S,
             total_timeout_s=TIMEOUT_S,
         )
-        trace = await run_closed_loop(client, exchanges, load, lambda done, total: None)
+        trace = await run_closed_loop(client, exchanges, load, lambda live: None)
         records = [request_record(exchange, client.answer(exchange)) for exchange in trace.sent]
         did = {line["id"]: line for line in await _record(url)}
     finally:

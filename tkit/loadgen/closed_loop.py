@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tkit.loadgen.exchange import Exchange
+from tkit.loadgen.live import Live, LiveCounter
 from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.monitor import Monitor, quiet_interpreter, rss_bytes
 from tkit.loadgen.protocols import Client
@@ -41,23 +42,24 @@ class ClosedLoop:
 
 
 async def run_closed_loop(
-    client: Client, exchanges: Sequence[Exchange], load: ClosedLoop, on_progress: Callable[[int, int], None]
+    client: Client, exchanges: Sequence[Exchange], load: ClosedLoop, on_progress: Callable[[Live], None]
 ) -> LoadTrace:
-    """Sends from `exchanges` in order until the load is complete or they are used up. `on_progress(done, total)` is
-    called some times a second. Ends within `total_timeout_s` after the last request was sent."""
+    """Sends from `exchanges` in order until the load is complete or they are used up. `on_progress` is called
+    some times a second. Ends within `total_timeout_s` after the last request was sent."""
     with quiet_interpreter():
         return await _Run(client, exchanges, load, on_progress).run()
 
 
 class _Run:
     def __init__(
-        self, client: Client, exchanges: Sequence[Exchange], load: ClosedLoop, on_progress: Callable[[int, int], None]
+        self, client: Client, exchanges: Sequence[Exchange], load: ClosedLoop, on_progress: Callable[[Live], None]
     ):
         self.client = client
         self.exchanges = exchanges
         self.load = load
         self.on_progress = on_progress
         self.monitor = Monitor(load.idle_timeout_s, load.total_timeout_s, self._report)
+        self.counter = LiveCounter()
         self.next = 0
         self.num_started = 0
         self.num_ended = 0
@@ -116,6 +118,7 @@ class _Run:
     def _ended(self, exchange: Exchange) -> None:
         load, now = self.load, exchange.end_ns
         self.num_ended += 1
+        self.counter.ended(exchange)
         self.failures_in_a_row = self.failures_in_a_row + 1 if exchange.error else 0
         self.gave_up = self.failures_in_a_row >= max(load.concurrency, MIN_FAILURES)
         if self.gave_up:
@@ -137,8 +140,15 @@ class _Run:
             self.cpu_end_ns = time.process_time_ns()
 
     def _report(self) -> None:
-        if self.load.min_duration_s and self.steady_start_ns is not None:
-            elapsed_s = (time.monotonic_ns() - self.steady_start_ns) / NS_PER_S
-            self.on_progress(min(int(elapsed_s), int(self.load.min_duration_s)), int(self.load.min_duration_s))
-        elif not self.load.min_duration_s:
-            self.on_progress(min(self.num_measured, self.load.num_requests), self.load.num_requests)
+        load, left_s = self.load, None
+        begun_ns = time.monotonic_ns() if self.steady_start_ns is None else self.steady_start_ns
+        elapsed_s = (time.monotonic_ns() - begun_ns) / NS_PER_S
+        if self.num_measured:
+            by_count_s = elapsed_s * max(load.num_requests / self.num_measured - 1, 0.0)
+            left_s = max(by_count_s, load.min_duration_s - elapsed_s, 0.0)
+            if load.max_duration_s is not None:
+                left_s = min(left_s, max(load.max_duration_s - elapsed_s, 0.0))
+        done, total = self.num_measured, load.num_requests
+        if load.min_duration_s:
+            done, total = int(elapsed_s), int(load.min_duration_s)
+        self.on_progress(self.counter.live(self.monitor.in_flight, min(done, total), total, left_s))

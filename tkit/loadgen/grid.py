@@ -8,7 +8,6 @@ A hole is a point during which the server stopped answering: what came until the
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 
 from tkit import __version__
@@ -88,7 +87,9 @@ class Grid:
     def _measure(self, place: Place) -> None:
         what = f"{place.shape} {place.load}" + (f" #{place.repeat}" if self._profile.repeats > 1 else "")
         self._progress.step(what, 0, self._profile.num_requests(place.concurrency or 1))
-        measurement = self._session.measure(place, functools.partial(self._progress.step, what))
+        measurement = self._session.measure(
+            place, lambda live: self._progress.step(what, live.done, live.total, str(live))
+        )
         lost = _why_lost(self._session, measurement)
         if lost is not None:
             measurement = _marked(measurement)

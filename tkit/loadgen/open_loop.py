@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tkit.loadgen.exchange import Exchange
+from tkit.loadgen.live import Live, LiveCounter
 from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.monitor import Monitor, quiet_interpreter, rss_bytes
 from tkit.loadgen.protocols import Client
@@ -42,11 +43,11 @@ class OpenLoop:
 
 
 async def run_open_loop(
-    client: Client, exchanges: Sequence[Exchange], load: OpenLoop, on_progress: Callable[[int, int], None]
+    client: Client, exchanges: Sequence[Exchange], load: OpenLoop, on_progress: Callable[[Live], None]
 ) -> LoadTrace:
     """Sends `exchanges`, ordered by schedule, until all that are measured have ended or nothing but failures comes back.
 
-    Ends within `total_timeout_s` after the steady window. `on_progress(done, total)` is called some times a second.
+    Ends within `total_timeout_s` after the steady window. `on_progress` is called some times a second.
     """
     with quiet_interpreter():
         return await _Run(client, exchanges, load, on_progress).run()
@@ -54,7 +55,7 @@ async def run_open_loop(
 
 class _Run:
     def __init__(
-        self, client: Client, exchanges: Sequence[Exchange], load: OpenLoop, on_progress: Callable[[int, int], None]
+        self, client: Client, exchanges: Sequence[Exchange], load: OpenLoop, on_progress: Callable[[Live], None]
     ):
         self.client = client
         self.exchanges = exchanges
@@ -66,6 +67,7 @@ class _Run:
         self.monitor = Monitor(load.idle_timeout_s, load.total_timeout_s, self._report)
         self.tasks: set[asyncio.Task[None]] = set()
         self.slot_is_free = asyncio.Event()
+        self.counter = LiveCounter()
         self.num_sent = 0
         self.num_measured_ended = 0
         self.num_held_back = 0
@@ -157,6 +159,7 @@ class _Run:
         await self.client.perform(exchange)
         self.monitor.in_flight.discard(exchange)
         self.num_measured_ended += is_measured
+        self.counter.ended(exchange)
         is_failing = exchange.error is not None and exchange.error != "overloaded"
         self.failures_in_a_row = self.failures_in_a_row + 1 if is_failing else 0
         if self.failures_in_a_row >= MIN_FAILURES and self.gave_up_ns is None:
@@ -167,4 +170,8 @@ class _Run:
         self.slot_is_free.set()
 
     def _report(self) -> None:
-        self.on_progress(self.num_measured_ended, self.num_measured)
+        since_start_ns = time.monotonic_ns() - self.start_ns
+        left_s = max(self.end_offset_ns - since_start_ns, 0) / NS_PER_S
+        told_s = left_s if since_start_ns >= self.start_offset_ns else None
+        live = self.counter.live(self.monitor.in_flight, self.num_measured_ended, self.num_measured, told_s)
+        self.on_progress(live)

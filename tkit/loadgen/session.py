@@ -16,6 +16,7 @@ from tkit.errors import ServerError
 from tkit.loadgen.arrivals import arrival_times
 from tkit.loadgen.closed_loop import ClosedLoop, run_closed_loop
 from tkit.loadgen.exchange import ERRORS, Exchange, RequestRecord, request_record
+from tkit.loadgen.live import Live
 from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.metrics import e2e_ms
 from tkit.loadgen.open_loop import OpenLoop, run_open_loop
@@ -134,7 +135,7 @@ class Session:
         for index in range(2):  # the first may find the server cold; the second tells how long one takes
             exchange = self._exchange(index, shape, ("probe",))
             load = self._load([exchange], concurrency=1, num_warmup=1, num_requests=1, spread_s=0.0)
-            (record,) = self._run([exchange], load, lambda done, total: None)[1]
+            (record,) = self._run([exchange], load, lambda live: None)[1]
             if record.error is not None:
                 raise ServerError(
                     f"{self._url}: the first request ({shape}) failed: {ERRORS[record.error]}: {record.detail}",
@@ -144,7 +145,7 @@ class Session:
             if self._wraps_prompts:
                 self._template_tokens += max((record.isl or 0) - (record.isl_asked or record.isl or 0), 0)
 
-    def measure(self, place: Place, on_progress: Callable[[int, int], None]) -> Measurement:
+    def measure(self, place: Place, on_progress: Callable[[Live], None]) -> Measurement:
         """Drives one point. Whatever the server does, it ends, and the failures are in the records."""
         load, exchanges = self._closed(place) if place.concurrency is not None else self._open(place)
         started = utc_now()
@@ -255,7 +256,7 @@ class Session:
         return Exchange(index=index, request=request, isl=ask.isl, osl=ask.osl)
 
     def _run(
-        self, exchanges: list[Exchange], load: ClosedLoop | OpenLoop, on_progress: Callable[[int, int], None]
+        self, exchanges: list[Exchange], load: ClosedLoop | OpenLoop, on_progress: Callable[[Live], None]
     ) -> tuple[LoadTrace, list[RequestRecord]]:
         if isinstance(load, ClosedLoop):
             trace = self._runner.run(run_closed_loop(self._client, exchanges, load, on_progress))

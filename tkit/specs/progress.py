@@ -4,8 +4,11 @@ from __future__ import annotations
 
 
 class Progress:
-    def step(self, what: str, done: int, total: int) -> None:
-        """`what` is done up to `done` of `total` units; called again and again with growing `done`."""
+    def step(self, what: str, done: int, total: int, detail: str = "") -> None:
+        """`what` is done up to `done` of `total` units; called again and again with growing `done`.
+
+        `detail` is what else there is to say of it at the moment.
+        """
 
     def note(self, text: str) -> None:
         """One line worth keeping on the screen."""
