@@ -10,6 +10,7 @@ from tkit.architectures.formats import (
     trtllm_quant_cfg,
     trtllm_quantization,
 )
+from tkit.architectures.moves import fitted_precision
 from tkit.errors import InputError
 from tkit.specs.model import ModelSpec
 from tkit.specs.parallel import Parallel
@@ -161,3 +162,27 @@ def test_the_config_files_tell_the_same_formats(spec, precision, pp_size):
     config = {"quantization": trtllm_quantization(spec, precision, parallel)}
     read = precision_from_trtllm(config, trtllm_quant_cfg(spec, precision, parallel), spec, parallel)
     assert module_formats(spec, read) == module_formats(spec, precision)
+
+
+def test_groups_are_halved_where_a_rank_holds_half_a_group():
+    fits = dataclasses.replace(SPEC, intermediate_size=384)  # 3 x 128: not on two ranks
+    for quant in ("int4", "int4_awq", "int4_gptq"):
+        assert fitted_precision(fits, Precision.of(quant), Parallel()) == (Precision.of(quant), [])
+        precision, notes = fitted_precision(fits, Precision.of(quant), Parallel(tp_size=2))
+        assert precision.default.group_size == 64 and precision.default.name == quant
+        assert precision.default.needs_calibration == Precision.of(quant).default.needs_calibration
+        problem = "mlp.fc: out size 384 is not a multiple of 256 (128 x tp 2)"
+        assert notes == [f"{quant} in groups of 64: {problem}, as {quant} kernels need"]
+        assert trtllm_quantization(fits, precision, Parallel(tp_size=2))["group_size"] == 64
+    for quant, spec in (("w4a8_awq", fits), ("int4", dataclasses.replace(SPEC, intermediate_size=352))):
+        assert fitted_precision(spec, Precision.of(quant), Parallel(tp_size=2)) == (Precision.of(quant), [])
+
+
+def test_only_the_format_that_does_not_fit_changes():
+    fits = dataclasses.replace(SPEC, intermediate_size=384)
+    precision = Precision.of("int8", {"mlp": "int4_awq", "attention": "int4"})
+    precision, notes = fitted_precision(fits, precision, Parallel(tp_size=2))
+    layers = trtllm_quant_cfg(fits, precision, Parallel(tp_size=2))["quantized_layers"]
+    assert layers["transformer.layers.0.mlp.fc"]["group_size"] == 64
+    assert layers["transformer.layers.0.attention.qkv"]["group_size"] == 128
+    assert len(notes) == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tkit.quantize import int8
@@ -154,3 +155,47 @@ def test_what_cannot_be_is_refused_before_anything_is_written(make_llama, tkit, 
     assert result.exit_code == 2, result.output
     assert problem in result.stderr
     assert not Path("engines").exists()
+
+
+@pytest.mark.parametrize("quant", ["int4", "int4_awq"])
+def test_groups_of_64_where_128_do_not_divide(make_llama, build, quant):
+    """320 = 5 x 64."""
+    model_dir = make_llama(**{**WIDE, "num_hidden_layers": 1, "intermediate_size": 320})
+    engine = build(model_dir, "--quant", quant, "--calib-samples", "4")
+    card = json.loads((engine / "engine.json").read_text())
+    assert any(note.startswith(f"{quant} in groups of 64: mlp.fc: out size 320") for note in card["notes"])
+    stored = load_file(engine / "checkpoint" / "rank0.safetensors")
+    assert stored["transformer.layers.0.mlp.proj.weights_scaling_factor"].shape == (256, 5)
+    source = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model, _ = load_model(engine, "cpu")
+    for name, parameter in model.model.layers.named_parameters():
+        if parameter.dim() > 1:
+            original = source.model.layers.get_parameter(name)
+            assert (parameter - original).abs().mean() < 0.15 * original.abs().mean(), name
+            if quant == "int4":
+                groups = original.reshape(len(original), -1, 64)
+                scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16().float()
+                assert torch.equal(parameter, ((groups / scale).round().clamp(-8, 7) * scale).reshape(original.shape))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--quant", "fp8", "--gpu", "A30"], "--quant fp8 needs SM 89, A30 has SM 80"),
+        (["--quant", "int8", "--quant-override", "mlp=nvfp4", "--gpu", "H100-SXM"], "--quant nvfp4 needs SM 100"),
+        (["--quant", "int8", "--kv-cache", "fp8", "--gpu", "A100-SXM-80"], "--kv-cache fp8 needs SM 89"),
+    ],
+)
+def test_a_format_without_kernels_on_the_gpu_is_named(tkit, options, problem):
+    result = tkit("build", *options, "--dry-run")
+    assert result.exit_code == 2 and problem in result.stderr
+    assert tkit("build", *options[:-1], "B200", "--dry-run").exit_code == 0
+
+
+def test_a_calibration_that_the_model_cannot_read_is_named(tkit, make_llama):
+    result = tkit("build", make_llama(), "--quant", "fp8", "--calib-len", "513")
+    assert result.exit_code == 2 and "--calib-len 513: the model has 512 positions" in result.stderr
+    Path("empty.txt").write_text("")
+    result = tkit("build", make_llama(), "--quant", "fp8", "--calib", "empty.txt")
+    assert result.exit_code == 2 and "empty.txt: 0 tokens, 16 samples of 256 need at least 272" in result.stderr
+    assert not list(Path("engines").glob("*"))

@@ -6,6 +6,7 @@ ranks, repeating KV heads, swapping fused halves and undoing interleaved q/k/v a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
@@ -16,7 +17,7 @@ from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move, Output, Range
 from tkit.specs.parallel import Parallel
 from tkit.specs.precision import UNQUANTIZED, Precision
-from tkit.specs.quantization import QUANT_FORMATS, QuantFormat, StoredTensor
+from tkit.specs.quantization import QUANT_FORMATS, QuantFormat, StoredTensor, smaller_groups
 
 _BIAS = (StoredTensor(name="bias", dtype="model", out_axis=(0, 1)),)
 
@@ -50,6 +51,27 @@ def plan_moves(spec: ModelSpec, precision: Precision, parallel: Parallel) -> lis
         lm_head = Module(row.lm_head.name, (tied,), row.lm_head.in_)
     moves += planner.outside(lm_head, last)
     return moves
+
+
+def fitted_precision(spec: ModelSpec, precision: Precision, parallel: Parallel) -> tuple[Precision, list[str]]:
+    """`precision` with groups of 64 where a rank's share of some layer does not divide into its groups of 128, and a line
+    for each format that this happens to. All layers of a format change together: config.json has one group size."""
+    row = ARCHITECTURES[spec.architecture]
+    formats = module_formats(spec, precision)
+    smaller: dict[str, QuantFormat] = {}
+    notes = []
+    for format in {format.name: format for format in formats.values()}.values():
+        its_own = {name: its for name, its in formats.items() if its.name == format.name}
+        violations = list(_module_violations(row, spec, its_own, parallel))
+        candidate = smaller_groups(format)
+        if violations and candidate is not None:
+            changed = dict.fromkeys(its_own, candidate)
+            if not list(_module_violations(row, spec, changed, parallel)):
+                smaller[format.name] = candidate
+                notes.append(f"{format.name} in groups of {candidate.group_size}: {violations[0]}")
+    changed_overrides = tuple((pattern, smaller.get(its.name, its)) for pattern, its in precision.overrides)
+    default = smaller.get(precision.default.name, precision.default)
+    return dataclasses.replace(precision, default=default, overrides=changed_overrides), notes
 
 
 def axis_size(axis: str, spec: ModelSpec) -> int:
@@ -122,7 +144,7 @@ def _module_violations(
     """What the kernels of a module's format do not have; a module of many layers gives the same line for each."""
     for layer in range(spec.num_layers):
         for module in (module for module in row.layer if module.is_quantized and module.when(spec, layer)):
-            format = formats[f"transformer.layers.{layer}.{module.name}"]
+            format = formats.get(f"transformer.layers.{layer}.{module.name}", UNQUANTIZED)
             if module.has_experts and not format.has_experts:
                 able = ", ".join(name for name, other in QUANT_FORMATS.items() if other.has_experts)
                 yield f"{format.name} does not quantize experts, and they are most of the model; use one of {able}"

@@ -32,31 +32,37 @@ SEARCH_ROWS = 128  # evenly spread; the demo model's KL divergence is the same w
 
 
 def quantize(
-    weights: Mapping[str, torch.Tensor], inputs: InputStatistics, dtype: torch.dtype
+    weights: Mapping[str, torch.Tensor], inputs: InputStatistics, dtype: torch.dtype, group_size: int = int4.GROUP_SIZE
 ) -> dict[str, dict[str, torch.Tensor]]:
     """{module: {stored tensor: values}} for weights (out, in) that read the same activations."""
-    prequant = search_prequant(weights, inputs, dtype)
-    return {module: _quantized(weight, inputs, prequant, dtype) for module, weight in weights.items()}
+    prequant = search_prequant(weights, inputs, dtype, group_size)
+    return {module: _quantized(weight, inputs, prequant, dtype, group_size) for module, weight in weights.items()}
 
 
 def quantize_experts(
-    weights: Sequence[torch.Tensor], pooled: InputStatistics, each: Sequence[InputStatistics], dtype: torch.dtype
+    weights: Sequence[torch.Tensor],
+    pooled: InputStatistics,
+    each: Sequence[InputStatistics],
+    dtype: torch.dtype,
+    group_size: int = int4.GROUP_SIZE,
 ) -> dict[str, torch.Tensor]:
     """The experts below one another. The kernel has one factor for all of them, searched on the inputs of all; scales and
     codes are each expert's, by its own inputs."""
-    prequant = search_prequant({str(index): weight for index, weight in enumerate(weights)}, pooled, dtype)
-    parts = [_quantized(weight, inputs, prequant, dtype) for weight, inputs in zip(weights, each, strict=True)]
+    prequant = search_prequant({str(index): weight for index, weight in enumerate(weights)}, pooled, dtype, group_size)
+    parts = [
+        _quantized(weight, inputs, prequant, dtype, group_size) for weight, inputs in zip(weights, each, strict=True)
+    ]
     stored = {name: torch.cat([part[name] for part in parts]) for name in ("weight", "weights_scaling_factor")}
     return {**stored, "prequant_scaling_factor": prequant}
 
 
 def _quantized(
-    weight: torch.Tensor, inputs: InputStatistics, prequant: torch.Tensor, dtype: torch.dtype
+    weight: torch.Tensor, inputs: InputStatistics, prequant: torch.Tensor, dtype: torch.dtype, group_size: int
 ) -> dict[str, torch.Tensor]:
     factor = prequant.float()
     gram = scaled_gram(inputs.gram, factor)
     scaled = weight.float() / factor
-    scale, _ = int4.clipped_scale(scaled, int4.GROUP_SIZE, dtype, inputs.square_mean * factor.square())
+    scale, _ = int4.clipped_scale(scaled, group_size, dtype, inputs.square_mean * factor.square())
     codes = int4.nearest_codes(compensated(scaled, scale, gram, int4.rounded), scale)
     return {"weight": int4.pack(codes), "weights_scaling_factor": scale, "prequant_scaling_factor": prequant}
 
@@ -72,7 +78,9 @@ def scaled_gram(gram: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return gram * blocks[:, :, None] * blocks[:, None, :]
 
 
-def search_prequant(weights: Mapping[str, torch.Tensor], inputs: InputStatistics, dtype: torch.dtype) -> torch.Tensor:
+def search_prequant(
+    weights: Mapping[str, torch.Tensor], inputs: InputStatistics, dtype: torch.dtype, group_size: int = int4.GROUP_SIZE
+) -> torch.Tensor:
     """The (in,) factor with the smallest output error, in `dtype`."""
     moments = inputs.square_mean
     num_rows = sum(map(len, weights.values()))
@@ -82,7 +90,7 @@ def search_prequant(weights: Mapping[str, torch.Tensor], inputs: InputStatistics
     for exponent in EXPONENTS:
         prequant = candidate(inputs.abs_mean, exponent).to(dtype)
         factor = prequant.float()
-        _, errors = int4.clipped_scale(stacked / factor, int4.GROUP_SIZE, dtype, moments * factor.square())
+        _, errors = int4.clipped_scale(stacked / factor, group_size, dtype, moments * factor.square())
         error = errors.sum().item()
         if error < best_error:
             best_error, best = error, prequant

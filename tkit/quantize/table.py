@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,9 +16,7 @@ Weights = Mapping[str, torch.Tensor]
 
 
 # the experts' weights, the statistics of all their inputs and of each one's, the model's dtype
-ExpertQuantizer = Callable[
-    [Sequence[torch.Tensor], InputStatistics, Sequence[InputStatistics], torch.dtype], dict[str, torch.Tensor]
-]
+ExpertQuantizer = Callable[..., dict[str, torch.Tensor]]
 
 
 class Quantizer(NamedTuple):
@@ -29,11 +27,12 @@ class Quantizer(NamedTuple):
     (..., in), where it is not x itself; it needs only those stored tensors that do not grow with the rows of the weight.
     """
 
-    quantize: Callable[[Weights, InputStatistics, torch.dtype], dict[str, dict[str, torch.Tensor]]] | None
+    quantize: Callable[..., dict[str, dict[str, torch.Tensor]]] | None
     dequantize: Callable[[Stored], torch.Tensor]
     kernel_input: Callable[[torch.Tensor, Stored], torch.Tensor] | None = None
     quantize_experts: ExpertQuantizer | None = None
     gram: str | None = None  # how far `quantize` compensates rounding errors: within a "block", over the whole "input"
+    has_group_size: bool = False  # it takes the size of groups as well
     has_folds: bool = False  # it tries scales on tokens that they have not seen
 
 
@@ -45,8 +44,9 @@ QUANTIZERS: dict[str, Quantizer] = {
     "fp8_rowwise": Quantizer(None, fp8.dequantize_rows, lambda x, stored: fp8.rounded_per_token(x)),
     "fp8_block":   Quantizer(None, fp8.dequantize_blocks, lambda x, stored: fp8.rounded_per_block(x)),
     "int4":        Quantizer(None, int4.dequantize_groups),
-    "int4_awq":    Quantizer(awq.quantize, awq.dequantize, quantize_experts=awq.quantize_experts, gram="block"),
-    "int4_gptq":   Quantizer(awq.quantize, awq.dequantize, gram="input"),
+    "int4_awq":    Quantizer(awq.quantize, awq.dequantize, quantize_experts=awq.quantize_experts, gram="block",
+                             has_group_size=True),
+    "int4_gptq":   Quantizer(awq.quantize, awq.dequantize, gram="input", has_group_size=True),
     "w4a8_awq":    Quantizer(w4a8.quantize, w4a8.dequantize, w4a8.kernel_input, gram="block"),
     "nvfp4":       Quantizer(nvfp4.quantize, nvfp4.dequantize, nvfp4.kernel_input, gram="block"),
     "int8_sq":     Quantizer(smoothquant.quantize, smoothquant.dequantize, smoothquant.kernel_input, has_folds=True),

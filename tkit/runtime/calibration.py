@@ -103,15 +103,16 @@ class CalibratedQuantizer:
             sources_of = [(move, [weights[name.removeprefix(prefix)] for name in move.sources]) for move in group]
             assert group[0].format is not None
             quantizer = QUANTIZERS[group[0].format.name]
+            options = {"group_size": group[0].format.group_size} if quantizer.has_group_size else {}
             if group[0].num_experts:
                 stored_by_module = {
-                    move.module: self._experts(quantizer, move, sources, statistics[input_name], dtype)
+                    move.module: self._experts(quantizer, move, sources, statistics[input_name], dtype, options)
                     for move, sources in sources_of
                 }
             else:
                 assert quantizer.quantize is not None, f"{group[0].format.name} needs no calibration"
                 stacked = {move.module: _stacked(sources, move) for move, sources in sources_of}
-                stored_by_module = quantizer.quantize(stacked, statistics[input_name].of_all, dtype)
+                stored_by_module = quantizer.quantize(stacked, statistics[input_name].of_all, dtype, **options)
             for module, stored in stored_by_module.items():
                 quantized[module] = {part: to_raw(values) for part, values in stored.items()}
         return quantized
@@ -126,7 +127,13 @@ class CalibratedQuantizer:
         ]
 
     def _experts(
-        self, quantizer: Quantizer, move: Move, sources: Sequence[torch.Tensor], seen: Seen, dtype: torch.dtype
+        self,
+        quantizer: Quantizer,
+        move: Move,
+        sources: Sequence[torch.Tensor],
+        seen: Seen,
+        dtype: torch.dtype,
+        options: Mapping[str, Any],
     ) -> dict[str, torch.Tensor]:
         assert quantizer.quantize_experts is not None
         per_expert = len(sources) // move.num_experts
@@ -135,7 +142,7 @@ class CalibratedQuantizer:
         each = [inputs if inputs.num_tokens >= EXPERT_TOKENS else seen.of_all for inputs in each]
         self._num_experts += len(each)
         self._num_starved += sum(inputs is seen.of_all for inputs in each)
-        return quantizer.quantize_experts(weights, seen.of_all, each, dtype)
+        return quantizer.quantize_experts(weights, seen.of_all, each, dtype, **options)
 
     def skip(self, index: int, sources: Mapping[str, Raw]) -> None:
         prefix = self._layer_prefix.format(layer=index)
@@ -254,17 +261,27 @@ def _stacked(sources: Sequence[torch.Tensor], move: Move) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def calibration_tokens(file: Path, tokenizer: Tokenizer, num_samples: int, length: int, seed: int) -> torch.Tensor:
+def calibration_tokens(
+    file: Path, tokenizer: Tokenizer, num_samples: int, length: int, seed: int, vocab_size: int
+) -> torch.Tensor:
     """(num_samples, length) int64: windows of the text at random places, the same for the same seed.
 
     `.txt` is one text; each line of `.jsonl` holds one under "text". Raises InputError when the text is too short.
     """
-    texts = read_jsonl_texts(file) if file.suffix == ".jsonl" else [file.read_text(encoding="utf-8")]
+    try:
+        texts = read_jsonl_texts(file) if file.suffix == ".jsonl" else [file.read_text(encoding="utf-8")]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
     ids = [token for text in texts for token in tokenizer.encode(text, add_special_tokens=False).ids]
     if len(ids) < length + num_samples:
         raise InputError(
             f"{file}: {len(ids)} tokens, {num_samples} samples of {length} need at least {length + num_samples}",
             hint="give a longer --calib text, or lower --calib-len",
+        )
+    if max(ids) >= vocab_size:
+        raise InputError(
+            f"the tokenizer makes token {max(ids)} of {file}, the model embeds {vocab_size}",
+            hint="put the model's own tokenizer beside its weights",
         )
     starts = sorted(random.Random(seed).sample(range(len(ids) - length + 1), num_samples))
     return torch.tensor([ids[start : start + length] for start in starts], dtype=torch.int64)

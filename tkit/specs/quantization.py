@@ -166,6 +166,19 @@ QUANT_FORMATS: dict[str, QuantFormat] = {format.name: format for format in (
 # fmt: on
 
 
+def smaller_groups(format: QuantFormat) -> QuantFormat | None:
+    """The same format in groups of 64, which the INT4 kernels for 16-bit activations have as well; None without such."""
+    if format.algo != "W4A16_AWQ" or format.group_size != 128:
+        return None
+    return int4_format(
+        format.name,
+        64,
+        has_prequant_scale=format.has_prequant_scale,
+        has_experts=format.has_experts,
+        needs_calibration=format.needs_calibration,
+    )
+
+
 def quant_format(name: str, where: str = "--quant") -> QuantFormat:
     if name not in QUANT_FORMATS:
         raise InputError(

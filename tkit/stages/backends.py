@@ -12,6 +12,7 @@ from typing import Any
 from tkit.backends.nvidia import Machine, has_llm_api
 from tkit.errors import InputError
 from tkit.files import from_mapping, read_json
+from tkit.planner.precision import KV_MIN_SM, precision
 from tkit.specs.engine import CARD_FILE, EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.recipe import RUNTIME_FIELDS, EngineRecipe
@@ -67,6 +68,8 @@ def plan_engine(
 ) -> EnginePlan:
     """Resolves the backend and checks everything that it needs. `target`: another machine's, for a dry run."""
 
+    _check_gpu(recipe, machine, backend, target)
+
     def plan_checkpoint(recipe: EngineRecipe, backend: str = "reference") -> BuildPlan:
         return plan_build(source, recipe, progress, backend=backend, allow_pickle=allow_pickle)
 
@@ -91,6 +94,29 @@ def plan_engine(
         return EnginePlan(backend="reference", reason=reason, checkpoint=plan_checkpoint(recipe))
     reason = f"{target.gpu} (SM {target.sm}), TensorRT-LLM {target.version}"
     return EnginePlan(backend="tensorrt", reason=reason, checkpoint=checkpoint, compilation=compilation)
+
+
+def _check_gpu(recipe: EngineRecipe, machine: Machine, backend: str, target: Target | None) -> None:
+    """Raises InputError for formats that the GPU has no kernels for. The reference engine runs them all."""
+    if target is not None:
+        gpus = {target.sm: target.gpu}
+    elif backend in ("tensorrt", "pytorch"):
+        gpus = {gpu.sm: gpu.name for gpu in machine.gpus}
+    else:
+        return
+    formats = dict.fromkeys((recipe.quant, *recipe.quant_overrides.values()))
+    needs = {f"--quant {name}": precision(name).min_sm for name in formats}
+    needs[f"--kv-cache {recipe.kv_cache}"] = KV_MIN_SM.get(recipe.kv_cache, 0)
+    problems = [
+        f"{option} needs SM {least}, {gpu} has SM {sm}"
+        for sm, gpu in gpus.items()
+        for option, least in needs.items()
+        if sm < least
+    ]
+    if problems:
+        raise InputError(
+            "the GPU has no kernels for these formats", problems=problems, hint="--backend reference runs every format"
+        )
 
 
 def plan_from_engine(

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from tkit import __version__, demo
 from tkit.architectures.config import spec_from_hf, trtllm_config
 from tkit.architectures.formats import MIXED, trtllm_quant_cfg
-from tkit.architectures.moves import plan_moves
+from tkit.architectures.moves import fitted_precision, plan_moves
 from tkit.architectures.source_formats import Forms, carried_moves, carried_precision, source_format
 from tkit.architectures.table import ARCHITECTURES
 from tkit.architectures.unified_hf import (
@@ -166,6 +166,9 @@ def plan_build(
         carried = source_format(config, files.entries.keys(), str(config_path))
         forms = {name: (entry.dtype, entry.shape) for name, entry in files.entries.items()}
         precision = _precision(recipe, spec, carried, forms, config_path)
+        smaller_groups: list[str] = []
+        if carried is None:
+            precision, smaller_groups = fitted_precision(spec, precision, recipe.parallel)
         moves = _plan_formats(spec, precision, recipe)
         if backend == "pytorch" and (problems := _pytorch_problems(moves, precision)):
             raise InputError("--backend pytorch: no reader of this format", problems=problems)
@@ -173,7 +176,7 @@ def plan_build(
         if problems:
             raise InputError(f"{config_path}: TensorRT-LLM has no engine for this model", problems=problems)
         num_params = _num_params(moves)
-        ignored, notes = ARCHITECTURES[spec.architecture].ignored, _config_notes(config)
+        ignored, notes = ARCHITECTURES[spec.architecture].ignored, [*_config_notes(config), *smaller_groups]
         if carried is None:
             check_sources(files, moves, ignored)
         else:
@@ -181,7 +184,9 @@ def plan_build(
             check_sources(files, moves, (*ignored, *carried.ignored, *zero_biases(files, moves)))
             notes += check_carried(files, moves, carried)
         paths = files.files
-    calib_file = _calibration_file(recipe) if any(move.needs_calibration for move in moves) else None
+    for note in smaller_groups:
+        progress.note(note)
+    calib_file = _calibration_file(recipe, spec) if any(move.needs_calibration for move in moves) else None
     used = [config_path, *paths, *(source.directory / name for name in (HF_QUANT_CONFIG, *TOKENIZER_FILES))]
     used = [path for path in used if path.exists()]
     signatures = {path: file_signature(path) for path in used}
@@ -466,11 +471,18 @@ def _quantizer(plan: BuildPlan, work: Path, tokenizer: Tokenizer, device: str, w
     from tkit.runtime.load import pick_device
 
     recipe = plan.recipe
-    tokens = calibration_tokens(plan.calib_file, tokenizer, recipe.calib_samples, recipe.calib_len, recipe.seed)
+    tokens = calibration_tokens(
+        plan.calib_file, tokenizer, recipe.calib_samples, recipe.calib_len, recipe.seed, plan.spec.vocab_size
+    )
     return CalibratedQuantizer(plan.spec, tokens, pick_device(device), workers, spill_directory=work)
 
 
-def _calibration_file(recipe: EngineRecipe) -> Path:
+def _calibration_file(recipe: EngineRecipe, spec: ModelSpec) -> Path:
+    if recipe.calib_len > spec.max_position_embeddings:
+        raise InputError(
+            f"--calib-len {recipe.calib_len}: the model has {spec.max_position_embeddings} positions",
+            hint=f"--calib-len {spec.max_position_embeddings} is the most it can take",
+        )
     if recipe.calib is None:
         return demo.CALIBRATION
     path = Path(recipe.calib)
