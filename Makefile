@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)  ## build, validate, serve, sweep and compare three engines of the demo model
-	$(BIN)/tkit run model_configs/demo.yaml
+	$(BIN)/tkit run model_configs/demo.yaml --fresh
 
 example: demo  ## keep the demo's report as the committed example
 	mkdir -p reports/example

@@ -444,7 +444,7 @@ def test_the_pipelines_of_the_guide_can_be_read() -> None:
         for step in job["steps"]
         if "path" in step.get("with", {})
     ]
-    assert uploaded == ["reports/ci\njunit.xml"] * 2
+    assert uploaded == ["reports/demo\njunit.xml", "reports/ci\njunit.xml"]
     assert gitlab["speed"]["artifacts"]["reports"] == {"junit": "junit.xml"}
 
 

@@ -240,7 +240,7 @@ def test_a_recipe_holds_gates(tkit: Tkit, reports: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         "tkit.stages.run.run_sweep", lambda _, target, **__: SimpleNamespace(directory=sweeps[target.engine])
     )
-    result = tkit("run", "r.yaml")
+    result = tkit("run", "r.yaml", "--fresh")
     assert result.exit_code == code, result.stderr
     assert done == ([] if code == 2 else ["none", "fp8"])
     assert Path("out/report.html").exists() == (code != 2)

@@ -80,7 +80,7 @@ class RunDirectory:
                 raise InputError(f"{run.path}: no run to resume")
         else:
             found = [cls(path.parent) for path in out.glob(f"*/{MANIFEST_FILE}")]
-            cut_off = [run for run in found if run._is_unfinished()]
+            cut_off = [run for run in found if run.is_unfinished()]
             if not cut_off:
                 raise InputError(f"{out}: no run in it was cut off", hint="name the one that is meant: --name RUN")
             run = max(cut_off, key=lambda run: (run.path / MANIFEST_FILE).stat().st_mtime_ns)
@@ -114,7 +114,8 @@ class RunDirectory:
                 events.append(json.loads(line))
         return events
 
-    def _is_unfinished(self) -> bool:
+    def is_unfinished(self) -> bool:
+        """Cut off, or with points that have no result."""
         events = self._events()
         return not events or events[-1]["event"] != "finished" or bool(self._holes())
 

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shlex
 import shutil
 import time
@@ -66,6 +65,7 @@ from tkit.specs.quantization import QuantFormat
 from tkit.specs.recipe import RUNTIME_FIELDS, EngineRecipe
 from tkit.specs.source_format import SourceFormat
 from tkit.stages.engines import ENGINES_DIR, read_card
+from tkit.stages.memory import peak_memory_bytes, reset_peak_memory
 from tkit.stages.models import (
     TOKENIZER_FILES,
     ModelSource,
@@ -245,6 +245,7 @@ def build(
             f"{target}: an engine of that name was built from other inputs",
             hint="choose another --name, or replace it with --force",
         )
+    reset_peak_memory()
     out.mkdir(parents=True, exist_ok=True)
     work = _work_directory(out, plan, progress)
     try:
@@ -312,7 +313,7 @@ def _write_engine(
             "seconds": round(seconds, 3),
             "cpu_seconds": round(time.process_time(), 3),  # of the whole command
             "stages": {"hash source": round(plan.hash_seconds, 3), "convert": round(convert_seconds, 3)},
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": peak_memory_bytes(),
             "source_bytes": sum(facts["bytes"] for facts in plan.source_files.values()),
             "kv_bytes_per_token": kv_bytes_per_token(plan.spec, plan.recipe.kv_cache),
             "device": device,

@@ -29,6 +29,7 @@ from tkit.specs.progress import Progress
 from tkit.stages.wall import with_walls
 
 REPORTS_DIR = Path("reports")
+BASELINES = "baselines"  # reports/baselines/<name>/: runs that were kept to be compared with
 HTML_FILE = "report.html"
 MAX_SUMMARY_BYTES = 1 << 20  # GitHub shows nothing of a longer one
 
@@ -123,8 +124,11 @@ def _read(
     """The runs in the order they are shown, what was left out, and the baseline when there is something to compare."""
     if paths:
         named = [_directory(path, reports_dir) for path in paths]
-        if baseline is not None and Path(baseline).is_dir() and Path(baseline).resolve() not in _resolved(named):
-            named.insert(0, Path(baseline))
+        kept = find_baseline_directory(baseline, reports_dir) if baseline is not None else None
+        if kept is not None:
+            baseline = str(kept)
+            if kept.resolve() not in _resolved(named):
+                named.insert(0, kept)
         found, left_out = read_runs(named, progress)
     else:
         found, left_out = _read_newest(reports_dir, progress)
@@ -168,6 +172,32 @@ def _read_newest(reports_dir: Path, progress: Progress) -> tuple[tuple[Run, ...]
 def _directory(run: Path, reports_dir: Path) -> Path:
     """A directory, or the name of one under `reports_dir`."""
     return reports_dir / run if not run.exists() and (reports_dir / run).is_dir() else run
+
+
+def find_baseline_directory(name: str, reports_dir: Path = REPORTS_DIR) -> Path | None:
+    """A directory, or a baseline that was kept under that name; None where `name` means something else, such as a run."""
+    return next((path for path in (Path(name), reports_dir / BASELINES / name) if path.is_dir()), None)
+
+
+def baseline_directory(name: str) -> Path:
+    """Where a baseline of that name is kept."""
+    if name != Path(name).name or name.startswith("."):
+        raise InputError(f"--save-baseline is {name!r}, expected a name without a path")
+    return REPORTS_DIR / BASELINES / name
+
+
+def copy_directory(source: Path, target: Path) -> None:
+    """A copy in place of what was there; never a part of one."""
+    work = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copytree(source, work)
+        shutil.rmtree(target, ignore_errors=True)
+        work.rename(target)
+        sync_directory(target.parent)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror}", hint="choose another name") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _resolved(paths: Sequence[Path]) -> set[Path]:

@@ -6,18 +6,34 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tkit import __version__
 from tkit.backends.nvidia import Machine
+from tkit.errors import InputError
+from tkit.files import read_json
+from tkit.loadgen.profiles import resolve_profile
+from tkit.loadgen.run_directory import MANIFEST_FILE, RunDirectory
+from tkit.planner.gpus import gpu_of_device
 from tkit.report.gates import parse_gates
+from tkit.specs.engine import EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.recipe import Recipe
 from tkit.specs.server import ServeOptions
 from tkit.stages.backends import EnginePlan, build_engine, plan_engine
+from tkit.stages.calibrate import client_machine
 from tkit.stages.engines import ENGINES_DIR
 from tkit.stages.models import ModelSource, fetch_model, find_recipe
-from tkit.stages.report import REPORTS_DIR, check_gates, report
+from tkit.stages.plan import plan
+from tkit.stages.report import (
+    REPORTS_DIR,
+    baseline_directory,
+    check_gates,
+    copy_directory,
+    find_baseline_directory,
+    report,
+)
 from tkit.stages.serve import running_server
 from tkit.stages.sweep import Target, run_sweep
-from tkit.stages.validate import validate
+from tkit.stages.validate import stored_validation, validate
 from tkit.units import format_seconds
 
 
@@ -30,53 +46,135 @@ class RunRecord:
     seconds: float
 
 
-def run_recipe(
-    recipe_name: str, progress: Progress, machine: Machine, *, device: str = "auto", backend: str = "auto"
-) -> RunRecord:
-    """Engines that exist are reused; every engine is validated and measured anew, on ports of its own.
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """`baseline`: what the engines are compared with in place of the recipe's, as `tkit report --baseline` takes it.
 
-    Raises GateFailed, after the report is written, unless every gate of the recipe passes.
+    `save_baseline`: the name under which the recipe's baseline is kept, once every gate has passed. `is_fresh`: what was
+    validated and measured before is done again.
+    """
+
+    device: str = "auto"
+    backend: str = "auto"
+    baseline: str | None = None
+    save_baseline: str | None = None
+    fail_on: str | None = None  # in place of the recipe's gates
+    junit: Path | None = None
+    is_fresh: bool = False
+
+
+def run_recipe(recipe_name: str, progress: Progress, machine: Machine, options: RunOptions) -> RunRecord:
+    """What is done is not done again: engines, validations and whole sweeps of the same inputs are reused, a sweep that was
+    cut off goes on. Every engine is served on ports of its own.
+
+    Raises GateFailed, after the report is written, unless every gate passes.
     """
     started = time.monotonic()
     name, recipe = find_recipe(recipe_name)
-    gates = parse_gates(recipe.report.fail_on, f"{name}: report: fail_on") if recipe.report.fail_on is not None else ()
+    fail_on, where = (
+        (options.fail_on, "--fail-on") if options.fail_on else (recipe.report.fail_on, f"{name}: report: fail_on")
+    )
+    gates = parse_gates(fail_on, where) if fail_on is not None else ()
+    kept = baseline_directory(options.save_baseline) if options.save_baseline else None
     source = fetch_model(recipe, name)
-    plans = _plan_engines(source, recipe, progress, machine, backend)  # all are checked before one is built
-    engines: list[Path] = []
-    for plan in plans:
-        directory, card, existed = build_engine(plan, progress, machine, out=ENGINES_DIR, device=device)
+    plans = _plan_engines(source, recipe, progress, machine, options.backend)  # all are checked before one is built
+    _note_predictions(recipe_name, recipe, progress, machine)
+    engines: list[tuple[Path, EngineCard]] = []
+    for engine_plan in plans:
+        directory, card, existed = build_engine(engine_plan, progress, machine, out=ENGINES_DIR, device=options.device)
         seconds = format_seconds(card.build["seconds"])
         progress.note(f"{card.name}: {'exists' if existed else f'built in {seconds}'}")
-        quality = validate(directory, progress, device=device)
+        quality = None if options.is_fresh else stored_validation(directory, card)
+        quality = quality or validate(directory, progress, device=options.device)
         progress.note(
             f"{card.name}: perplexity {quality.ppl:.3f} (source {quality.ppl_source:.3f}), KL {quality.kl:.2e}, "
             f"top-1 {quality.top1:.2%}"
         )
-        engines.append(directory)
-    sweeps: list[Path] = []
-    for directory in engines:
-        options = ServeOptions(device=device, http_port=0, grpc_port=0, metrics_port=0, openai_port=0)
-        with running_server(directory, options, progress=progress):
-            sweep = run_sweep(recipe.sweep, Target(engine=str(directory)), progress=progress)
-        sweeps.append(Path(sweep.directory))
+        engines.append((directory, card))
+    sweeps = [_sweep(directory, card, recipe, progress, options) for directory, card in engines]
     quants = [engine.quant for engine in recipe.engines]
-    baseline = sweeps[quants.index(recipe.report.baseline)] if recipe.report.baseline else sweeps[0]
+    own = sweeps[quants.index(recipe.report.baseline)] if recipe.report.baseline else sweeps[0]
     path, comparison = report(
         sweeps,
         progress,
         out=Path(recipe.report.out) if recipe.report.out else REPORTS_DIR / name,
-        baseline=str(baseline),
+        baseline=options.baseline or str(own),
         with_png=True,
         gates=gates,
+        junit=options.junit,
     )
     check_gates(comparison, path)
+    if kept is not None:
+        copy_directory(own, kept)
+        progress.note(f"{own} kept as {kept}")
     return RunRecord(
         recipe=name,
-        engines=tuple(map(str, engines)),
+        engines=tuple(str(directory) for directory, _ in engines),
         sweeps=tuple(map(str, sweeps)),
         report=str(path),
         seconds=time.monotonic() - started,
     )
+
+
+def _note_predictions(recipe_name: str, recipe: Recipe, progress: Progress, machine: Machine) -> None:
+    """What `tkit plan` says of each engine on this machine's GPU: before the hours are spent."""
+    gpu = gpu_of_device(machine.gpus[0].name) if machine.gpus else None
+    if gpu is None:
+        return
+    profile = resolve_profile(recipe.sweep)
+    load = {
+        "isl": profile.shapes[0].isl,
+        "osl": profile.shapes[0].osl,
+        "concurrency": max(profile.concurrency, default=1),
+    }
+    for engine in recipe.engines:
+        layout = {"tp": engine.tp_size, "pp": engine.pp_size, "quant": engine.quant}
+        try:
+            found = plan(recipe_name, {"gpu": gpu, **layout, **load})
+            rate = f"{found.tok_s.value:,.0f} tok/s ({found.tok_s.low:,.0f} to {found.tok_s.high:,.0f})"
+            progress.note(f"plan {engine.quant}: {found.verdict}; {rate}")
+        except InputError as error:
+            progress.note(f"plan {engine.quant}: {'; '.join((error.message, *error.problems))}")
+
+
+def _sweep(directory: Path, card: EngineCard, recipe: Recipe, progress: Progress, options: RunOptions) -> Path:
+    there = None if options.is_fresh else _earlier_sweep(card, recipe, options.baseline)
+    if there is not None and not there.is_unfinished():
+        progress.note(f"{card.name}: measured in {there.path}")
+        return there.path
+    serving = ServeOptions(device=options.device, http_port=0, grpc_port=0, metrics_port=0, openai_port=0)
+    with running_server(directory, serving, progress=progress):
+        sweep = run_sweep(
+            recipe.sweep,
+            Target(engine=str(directory)),
+            name=there.path.name if there is not None else None,
+            resume=there is not None,
+            progress=progress,
+        )
+    return Path(sweep.directory)
+
+
+def _earlier_sweep(card: EngineCard, recipe: Recipe, baseline: str | None) -> RunDirectory | None:
+    """The newest sweep of this engine with this profile, by this tkit on this machine. Never the one that is kept as
+    `baseline`: nothing is compared with itself."""
+    compared = find_baseline_directory(baseline, REPORTS_DIR) if baseline else None
+    wanted = (card.key, resolve_profile(recipe.sweep).digest, recipe.sweep.seed, __version__, client_machine()["cpu"])
+    found: list[tuple[str, RunDirectory]] = []
+    for path in REPORTS_DIR.glob(f"*/{MANIFEST_FILE}"):
+        run = RunDirectory(path.parent)
+        try:
+            manifest = run.read_manifest()
+        except InputError:
+            continue
+        identity = manifest.identity
+        measured = (
+            (manifest.engine or {}).get("key"), manifest.profile_digest, manifest.seed, identity.get("tkit"),
+            (identity.get("client") or {}).get("cpu"),
+        )  # fmt: skip
+        is_baseline = compared is not None and read_json(compared / MANIFEST_FILE) == read_json(path)
+        if measured == wanted and manifest.validation is not None and not is_baseline:
+            found.append((manifest.started, run))
+    return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def _plan_engines(

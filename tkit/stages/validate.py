@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tkit import demo
 from tkit.architectures.table import ARCHITECTURES
 from tkit.errors import GateFailed, InputError
-from tkit.files import sha256_file, write_json
+from tkit.files import from_mapping, read_json, sha256_file, write_json
+from tkit.specs.engine import EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.record import VALIDATION_FILE, VALIDATION_SCHEMA
 from tkit.stages.engines import read_card, verify_files
@@ -136,6 +137,19 @@ def _sample(source: PreTrainedModel, candidate: PreTrainedModel, tokenizer: Toke
         same_tokens=sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)),
         tokens=len(expected),
     )
+
+
+def stored_validation(engine_dir: Path, card: EngineCard) -> ValidationRecord | None:
+    """What `validate` with its defaults found of this very engine; None where it has to be run."""
+    path = engine_dir / VALIDATION_FILE
+    if not path.is_file():
+        return None
+    try:
+        record = from_mapping(ValidationRecord, read_json(path), str(path))
+    except InputError:
+        return None  # of another version
+    is_ours = record.key == card.key and record.text.get("sha256") == sha256_file(demo.HELD_OUT)
+    return record if is_ours else None
 
 
 def check_gates(record: ValidationRecord, *, max_kl: float | None, max_ppl_ratio: float | None) -> None:
