@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BESIDE_ANOTHER_TOOL = {"plan", "quantize"}
+BESIDE_ANOTHER_TOOL = {"plan", "quality", "quantize"}
 
 
 def main() -> None:

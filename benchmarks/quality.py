@@ -3,7 +3,7 @@
     python -m benchmarks.quality [--modelopt-python PATH] [--work DIR] [--formats int4_awq,fp8] [--demo]
 
 Both tools get the same model, the same 16 x 256 calibration tokens and write TensorRT-LLM checkpoints; both checkpoints are
-read by `benchmarks/trtllm_reader.py`, which shares no code with either, and run on the same held-out text. The model is
+read by `benchmarks/_trtllm_reader.py`, which shares no code with either, and run on the same held-out text. The model is
 the demo's architecture, trained from another seed for fewer steps (about five minutes once, kept in --work); `--demo` takes
 the demo model itself. Without `--modelopt-python`, ModelOpt is installed into an environment in --work.
 """
@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from benchmarks.trtllm_reader import load
+from benchmarks._trtllm_reader import load
 from tkit import demo
 from tkit.runtime.calibration import calibration_tokens
 from tkit.runtime.evaluate import Comparison, compare_models
@@ -110,7 +110,7 @@ def _export_modelopt(
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     tokens = work / "calibration.json"
     tokens.write_text(json.dumps(calibration_tokens(calibration, tokenizer, 16, 256, seed=0).tolist()))
-    script = Path(__file__).with_name("modelopt_export.py")
+    script = Path(__file__).with_name("_modelopt_export.py")
     subprocess.run([python, script, model_dir, tokens, work / "modelopt", *missing], check=True, stdout=sys.stderr)
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from benchmarks.convert import write_model
 
-EXPORT = Path(__file__).with_name("modelopt_export.py")
+EXPORT = Path(__file__).with_name("_modelopt_export.py")
 
 
 class Cost(NamedTuple):

@@ -14,7 +14,7 @@ from tkit.quantize import int4, int8
 from tkit.runtime.load import load_model
 from tkit.specs.quantization import QUANT_FORMATS
 
-READER = Path(__file__).parents[2] / "benchmarks" / "trtllm_reader.py"
+READER = Path(__file__).parents[2] / "benchmarks" / "_trtllm_reader.py"
 
 TOKENS = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(7))
 SIZES = {

@@ -1,7 +1,7 @@
 """Quantizes a Llama with NVIDIA ModelOpt and exports TensorRT-LLM checkpoints. Runs in ModelOpt's own environment, imports
 nothing of tkit.
 
-    python benchmarks/modelopt_export.py [--tp 1] MODEL TOKENS.json OUT FORMAT...
+    python benchmarks/_modelopt_export.py [--tp 1] MODEL TOKENS.json OUT FORMAT...
 """
 
 from __future__ import annotations
