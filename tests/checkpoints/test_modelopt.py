@@ -6,6 +6,7 @@ the vocabulary may be padded.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -96,3 +97,49 @@ def test_awq_with_a_factor_per_module_and_biases(merged):
     for name, norm in NORMS.items():
         assert torch.equal(state[f"{theirs}{norm}.weight"], stored[f"{ours}{name}.weight"].float())
     assert len(state["model.embed_tokens.weight"]) == 128  # its config.json says so too: 91 padded
+
+
+# --- the commands on a checkpoint without a card ---
+
+
+def test_verify_names_what_modelopt_leaves_out(tkit):
+    result = tkit("verify", DATA / "llama-none-tp2-pp2")
+    assert result.exit_code == 1
+    assert 'key "rotary_base" is missing, LlamaForCausalLM reads it' in result.stderr
+    assert "not as built" not in result.stderr
+
+
+def test_verify_loads_what_is_complete(tkit, make_llama):
+    engine = Path(tkit("build", make_llama(), "--tp", "2").stdout.strip())
+    result = tkit("verify", engine / "checkpoint")
+    assert result.exit_code == 0, result.output
+    assert "TensorRT-LLM would load 2 ranks" in result.stdout + result.stderr
+    (engine / "checkpoint" / "rank1.safetensors").unlink()
+    assert "rank1.safetensors is missing" in tkit("verify", engine / "checkpoint").stderr
+
+
+def test_validate_runs_any_checkpoint_against_any_model(tkit, make_llama):
+    source = make_llama()
+    engine = Path(tkit("build", source, "--tp", "2").stdout.strip())
+    for checkpoint in (engine / "checkpoint", source):
+        record = json.loads(tkit("validate", checkpoint, "--source", source, "--windows", "1", "--json").stdout)
+        assert (record["kl"], record["key"]) == (0.0, None)
+        assert not (checkpoint / "validation.json").exists()
+    result = tkit("validate", engine / "checkpoint")
+    assert result.exit_code == 2 and "give --source" in result.stderr
+
+
+def test_a_padded_vocabulary_does_not_count(tmp_path):
+    from tkit.runtime.evaluate import compare_models
+
+    tokens = torch.randint(0, 91, (1, 16), generator=torch.Generator().manual_seed(0))
+    model = load_model(DATA / "qwen2-awq", "cpu")[0]  # 128 rows for 91 tokens
+    original = load_model(DATA / "qwen2-awq", "cpu")[0]
+    original.resize_token_embeddings(91)
+    assert compare_models(original, model, tokens, lambda done: None).kl == 0.0
+
+
+def test_verify_of_a_model_says_what_it_is_not(tkit, make_llama):
+    result = tkit("verify", make_llama())
+    assert result.exit_code == 2
+    assert "neither an engine nor a TensorRT-LLM checkpoint" in result.stderr

@@ -34,11 +34,15 @@ def command(
     max_ppl_ratio: float | None,
     device: str,
 ) -> None:
-    """Run ENGINE (default: the newest) against its source model on held-out text."""
-    from tkit.stages.engines import find_engine
+    """Run ENGINE (default: the newest) against its source model on held-out text.
+
+    ENGINE may also be the directory of any TensorRT-LLM or Hugging Face checkpoint, quantized or not; --source then names
+    the model to compare with.
+    """
+    from tkit.stages.engines import find_checkpoint
     from tkit.stages.validate import check_gates, validate
 
-    record = validate(find_engine(engine), output, source=source, text=text, num_windows=windows, device=device)
+    record = validate(find_checkpoint(engine), output, source=source, text=text, num_windows=windows, device=device)
     output.record(record, _text(record))
     check_gates(record, max_kl=max_kl, max_ppl_ratio=max_ppl_ratio)
 

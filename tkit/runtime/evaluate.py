@@ -36,13 +36,17 @@ class Comparison:
 def compare_models(
     source: PreTrainedModel, candidate: PreTrainedModel, windows: torch.Tensor, done: Callable[[int], None]
 ) -> Comparison:
-    """Over `windows` (windows, length) int64; every window predicts its tokens 1..length-1. `done` counts windows."""
+    """Over `windows` (windows, length) int64; every window predicts its tokens 1..length-1. `done` counts windows.
+
+    Tokens that only one of the two has are the padding of its vocabulary: no text has them, and they do not count.
+    """
+    vocab_size = min(model.config.vocab_size for model in (source, candidate))
     nll = nll_source = kl = kl_max = same = 0.0
     for index, window in enumerate(windows.split(1)):
         log_q = (
-            candidate(window.to(candidate.device)).logits[0, :-1].float().log_softmax(-1).cpu()
+            candidate(window.to(candidate.device)).logits[0, :-1, :vocab_size].float().log_softmax(-1).cpu()
         )  # (length - 1, vocab)
-        log_p = source(window.to(source.device)).logits[0, :-1].float().log_softmax(-1).cpu()
+        log_p = source(window.to(source.device)).logits[0, :-1, :vocab_size].float().log_softmax(-1).cpu()
         targets = window[0, 1:, None]
         nll -= log_q.gather(1, targets).sum(dtype=torch.float64).item()
         nll_source -= log_p.gather(1, targets).sum(dtype=torch.float64).item()

@@ -60,9 +60,13 @@ def pick_device(device: str = "auto") -> str:
 
 def load_model(engine_dir: Path, device: str = "auto") -> tuple[PreTrainedModel, ModelSpec]:
     """The model in eval mode; float32 on the CPU (faster there than 16 bits, and batching does not change greedy text),
-    the checkpoint's own dtype on CUDA."""
+    the checkpoint's own dtype on CUDA. Takes the directory of a bare checkpoint as well."""
     device = pick_device(device)
-    if (engine_dir / "checkpoint").is_dir():
+    if (engine_dir / "rank0.safetensors").exists():
+        spec, weights, kernel_inputs, kv_cache = _read_trtllm(engine_dir, device)
+    elif (engine_dir / "config.json").exists():
+        return load_source(engine_dir, device), spec_from_hf(read_config(engine_dir), str(engine_dir / "config.json"))
+    elif (engine_dir / "checkpoint").is_dir():
         spec, weights, kernel_inputs, kv_cache = _read_trtllm(engine_dir / "checkpoint", device)
     elif (engine_dir / "hf" / HF_QUANT_CONFIG).exists():
         spec, weights, kernel_inputs, kv_cache = _read_hf(engine_dir / "hf", device)

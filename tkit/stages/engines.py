@@ -32,6 +32,19 @@ def find_engine(engine: str | Path | None = None, engines_dir: Path = ENGINES_DI
     )
 
 
+def find_checkpoint(engine: str | None) -> Path:
+    """An engine as `find_engine` finds it, or the directory of a checkpoint without a card, whoever wrote it:
+    TensorRT-LLM's or Hugging Face's."""
+    directory = Path(engine) if engine else None
+    if directory is not None and (directory / "config.json").is_file() and not is_engine(directory):
+        return directory.resolve()
+    return find_engine(engine)
+
+
+def is_engine(directory: Path) -> bool:
+    return (directory / CARD_FILE).is_file()
+
+
 def complete_engines(engines_dir: Path = ENGINES_DIR) -> list[Path]:
     """Directories under `engines_dir` that hold a card, by name; hidden ones are builds in progress and servers."""
     if not engines_dir.is_dir():

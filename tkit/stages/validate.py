@@ -17,7 +17,7 @@ from tkit.files import from_mapping, read_json, sha256_file, write_json
 from tkit.specs.engine import EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.record import VALIDATION_FILE, VALIDATION_SCHEMA
-from tkit.stages.engines import read_card, verify_files
+from tkit.stages.engines import is_engine, read_card, verify_files
 from tkit.stages.models import fetch_model, find_recipe
 
 if TYPE_CHECKING:  # torch only where it computes
@@ -50,7 +50,7 @@ class ValidationRecord:
 
     schema: str = VALIDATION_SCHEMA
     engine: str
-    key: str
+    key: str | None
     ppl: float
     ppl_source: float
     ppl_ratio: float
@@ -77,22 +77,32 @@ def validate(
     num_windows: int = 16,
     device: str = "auto",
 ) -> ValidationRecord:
-    """Perplexity, mean KL and top-1 agreement of the engine's checkpoint against the model it was built from."""
+    """Perplexity, mean KL and top-1 agreement of the engine's checkpoint against the model it was built from; of a
+    checkpoint without a card against `source`, and nothing is written beside it."""
     import torch
     from tokenizers import Tokenizer
 
     from tkit.runtime.evaluate import compare_models, layer_snr_db
     from tkit.runtime.load import load_model, load_source, pick_device
 
-    card = read_card(engine_dir)
-    verify_files(engine_dir, card, progress)
-    source_dir = source or _source_directory(card.source)
+    card = read_card(engine_dir) if is_engine(engine_dir) else None
+    if card is not None:
+        verify_files(engine_dir, card, progress)
+        source_dir, tokenizer_dir = source or _source_directory(card.source), engine_dir / "tokenizer"
+    elif source is None:
+        raise InputError(
+            f"{engine_dir}: no engine of tkit's, so nothing says what it was made from", hint="give --source"
+        )
+    else:
+        source_dir = tokenizer_dir = source
     text = text or demo.HELD_OUT
     if not text.is_file():
         raise InputError(f"--text {text}: no such file")
-    tokenizer = Tokenizer.from_file(str(engine_dir / "tokenizer" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
     ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids
-    length = min(WINDOW_TOKENS, card.max_position_embeddings)
+    device = pick_device(device)
+    candidate, spec = load_model(engine_dir, device)
+    length = min(WINDOW_TOKENS, spec.max_position_embeddings)
     windows = min(num_windows, len(ids) // length)
     if windows == 0:
         raise InputError(f"{text}: {len(ids)} tokens, one window needs {length}", hint="give a longer --text")
@@ -106,8 +116,8 @@ def validate(
     layers = [prefix.format(layer=index) for index in range(spec.num_layers)]
     snr = layer_snr_db(original, candidate, layers, tokens[:SNR_WINDOWS])
     record = ValidationRecord(
-        engine=card.name,
-        key=card.key,
+        engine=card.name if card else engine_dir.name,
+        key=card.key if card else None,
         **dataclasses.asdict(result),
         layer_snr_db=tuple(None if value is None else round(value, 2) for value in snr),
         samples=tuple(_sample(original, candidate, tokenizer, window) for window in tokens[:NUM_SAMPLES]),
@@ -119,7 +129,8 @@ def validate(
         device=device,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    write_json(engine_dir / VALIDATION_FILE, record)
+    if card is not None:
+        write_json(engine_dir / VALIDATION_FILE, record)
     return record
 
 

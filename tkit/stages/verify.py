@@ -10,7 +10,7 @@ from tkit.checkpoints.load_simulation import simulate_load
 from tkit.errors import InputError, TkitError
 from tkit.specs.engine import EngineCard
 from tkit.specs.progress import Progress
-from tkit.stages.engines import read_card, verify_files
+from tkit.stages.engines import is_engine, read_card, verify_files
 
 VERIFICATION_SCHEMA = "tkit.verification/1"
 _CHECKPOINT = "checkpoint"  # the TensorRT-LLM checkpoint's directory within an engine
@@ -19,12 +19,12 @@ _CHECKPOINT = "checkpoint"  # the TensorRT-LLM checkpoint's directory within an 
 @dataclass(frozen=True, kw_only=True)
 class VerificationRecord:
     """`changed` lists files that are not as built, `refused` what TensorRT-LLM's loader would not take: None where there
-    is no checkpoint for it."""
+    is no checkpoint for it. `key` is None for a checkpoint without a card, of which nobody knows what it was."""
 
     schema: str = VERIFICATION_SCHEMA
     engine: str
     path: str
-    key: str
+    key: str | None
     files: int
     bytes: int
     world_size: int
@@ -34,7 +34,9 @@ class VerificationRecord:
 
 
 def verify(engine_dir: Path, progress: Progress) -> VerificationRecord:
-    """Reads every byte of the engine once. Raises only when there is no card to verify against."""
+    """Reads every byte of the engine once. Raises only when there is neither a card nor a checkpoint to verify."""
+    if not is_engine(engine_dir):
+        return _verify_checkpoint(engine_dir)
     started = time.monotonic()
     card = read_card(engine_dir)
     changed = [*_changed_files(engine_dir, card, progress), *_unlisted_files(engine_dir, card)]
@@ -52,6 +54,24 @@ def verify(engine_dir: Path, progress: Progress) -> VerificationRecord:
     )
 
 
+def _verify_checkpoint(directory: Path) -> VerificationRecord:
+    started = time.monotonic()
+    ranks = sorted(directory.glob("rank*.safetensors"))
+    if not ranks:
+        raise InputError(f"{directory}: neither an engine nor a TensorRT-LLM checkpoint, it holds no rank0.safetensors")
+    return VerificationRecord(
+        engine=directory.name,
+        path=str(directory),
+        key=None,
+        files=len(ranks),
+        bytes=sum(path.stat().st_size for path in ranks),
+        world_size=len(ranks),
+        seconds=round(time.monotonic() - started, 3),
+        changed=(),
+        refused=tuple(simulate_load(directory)),
+    )
+
+
 def check_verified(record: VerificationRecord) -> None:
     """Raises with the whole list: InputError when files changed, TkitError when what was built would not load."""
     refused = [f"TensorRT-LLM would not load it: {problem}" for problem in record.refused or ()]
@@ -60,6 +80,11 @@ def check_verified(record: VerificationRecord) -> None:
             f"{record.path}: not as built",
             problems=[*record.changed, *refused],
             hint="rebuild the engine: tkit build --force",
+        )
+    if refused and record.key is None:
+        raise TkitError(
+            f"{record.path}: TensorRT-LLM would not load it, or take it for another model",
+            problems=record.refused or (),
         )
     if refused:
         raise TkitError(
