@@ -85,6 +85,8 @@ class _Rates(_Words):
               help="Directory of the served model's tokenizer.json.  [default: the engine's]")  # fmt: skip
 @click.option("--engine", metavar="DIR", help="Engine that is served, as a path or a name.  [default: from the server]")
 @click.option("--gpus", "num_gpus", type=int, metavar="N", help="GPUs for tok/s/GPU.  [default: the engine's]")
+@click.option("--metrics-url", metavar="URL",
+              help="The server's Prometheus metrics, kept with the run.  [default: where such servers have them]")  # fmt: skip
 @click.option("--timeout", "timeout_s", type=float, metavar="S",
               help="Seconds without a message before a request counts as failed.  [default: 60]")  # fmt: skip
 @click.option("--reconnect", "reconnect_s", type=float, metavar="S",

@@ -18,6 +18,7 @@ from tkit.loadgen.point import Place
 from tkit.loadgen.profiles import Profile
 from tkit.loadgen.run_directory import RunDirectory
 from tkit.loadgen.session import Measurement, Session
+from tkit.loadgen.telemetry import Sampler, Samples, telemetry_numbers
 from tkit.specs.progress import Progress
 from tkit.specs.record import FoundMax, Manifest, PointSummary
 
@@ -37,6 +38,7 @@ class Grid:
         *,
         check_server: Callable[[], None],
         reconnect_s: float,
+        sampler: Sampler | None = None,
     ):
         self.points: dict[Place, PointSummary] = {}
         self.found: tuple[FoundMax, ...] = ()
@@ -48,6 +50,7 @@ class Grid:
         self._progress = progress
         self._check_server = check_server
         self._reconnect_s = reconnect_s
+        self._sampler = sampler
 
     def measure(self, kept: Mapping[str, PointSummary]) -> None:
         """Every point of the plan, but those that are `kept`, by slug. The summary is written also when the end is early.
@@ -90,11 +93,16 @@ class Grid:
         measurement = self._session.measure(
             place, lambda live: self._progress.step(what, live.done, live.total, str(live))
         )
+        samples = self._samples(measurement)
+        if samples is not None:
+            numbers = telemetry_numbers(samples, measurement.summary)
+            summary = dataclasses.replace(measurement.summary, telemetry=numbers)
+            measurement = dataclasses.replace(measurement, summary=summary)
         lost = _why_lost(self._session, measurement)
         if lost is not None:
             measurement = _marked(measurement)
         self.points[place] = measurement.summary  # before it is written: a signal may come between any two lines
-        self._run.write_point(place, measurement.summary, measurement.records)
+        self._run.write_point(place, measurement.summary, measurement.records, samples)
         if lost is None:
             self._run.journal("point", point=place.slug, is_valid=measurement.summary.is_valid)
         else:
@@ -108,6 +116,12 @@ class Grid:
                 f"{self._manifest.url}: every request of {what} failed; the first: {_first(measurement)}",
                 hint="see the server's log",
             )
+
+    def _samples(self, measurement: Measurement) -> Samples | None:
+        measured = [record for record in measurement.records if record.phase == "measured"]
+        if self._sampler is None or not measured:
+            return None
+        return self._sampler.between(min(r.sent_ns for r in measured), max(r.end_ns for r in measured))
 
     def _wait_for_server(self, what: str, lost: str) -> None:
         """Until it answers a lone request of every shape again. Another server in its place is refused."""

@@ -99,6 +99,10 @@ class MockServer:
             collections.deque
         )
 
+    @property
+    def num_in_flight(self) -> int:
+        return sum(self._num_busy.values())
+
     def serve(self, stop: int) -> None:
         """Until the file `stop` can be read."""
         self.selector.register(self.listener, selectors.EVENT_READ)
@@ -258,6 +262,9 @@ class Connection:
         body = self.received[end + 4 : end + 4 + length]
         self.received = self.received[end + 4 + length :]
         method, path, _ = head.split("\r\n")[0].split()
+        if method == "GET" and path == "/metrics":
+            self.write(_metrics(self.server))
+            return True
         if method == "GET":
             self.write(_reply(*_told(path, self.server)))
             return True
@@ -328,6 +335,12 @@ def _triton_end(answer: Answer) -> bytes:
 def _reply(status: int, value: Any) -> bytes:
     body = json.dumps(value).encode()
     return b"HTTP/1.1 %d X\r\nServer: tkit-mock\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
+
+
+def _metrics(server: MockServer) -> bytes:
+    """In Prometheus' text format."""
+    text = f"# TYPE mock_answers_in_flight gauge\nmock_answers_in_flight {server.num_in_flight}\n"
+    return b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n%s" % (len(text), text.encode())
 
 
 INPUTS = ("text_input", "max_tokens", "stream", "return_num_output_tokens")

@@ -21,10 +21,13 @@ from tkit.loadgen.exchange import RequestRecord
 from tkit.loadgen.metrics import chunk_gaps
 from tkit.loadgen.parquet import ParquetWriter
 from tkit.loadgen.point import Place
+from tkit.loadgen.telemetry import Samples
 from tkit.specs.record import (
     CHUNK_COLUMNS,
     FIND_MAX_FILE,
+    GPU_COLUMNS,
     REQUEST_COLUMNS,
+    SERVER_COLUMNS,
     FindMaxRecord,
     FoundMax,
     Manifest,
@@ -151,7 +154,9 @@ class RunDirectory:
         os.write(self._journal_file, f"{line}\n".encode())
         os.fsync(self._journal_file)
 
-    def write_point(self, place: Place, summary: PointSummary, records: Sequence[RequestRecord]) -> None:
+    def write_point(
+        self, place: Place, summary: PointSummary, records: Sequence[RequestRecord], samples: Samples | None = None
+    ) -> None:
         points = self.path / "points"
         temporary = points / f".{place.slug}.{os.getpid()}.tmp"
         temporary.mkdir()
@@ -159,6 +164,10 @@ class RunDirectory:
             self._parquet.write(temporary / "requests.parquet", _request_columns(records), REQUEST_COLUMNS)
             measured = [record for record in records if record.phase == "measured" and record.is_ok]
             self._parquet.write(temporary / "chunks.parquet", chunk_gaps(measured), CHUNK_COLUMNS)
+            if samples is not None and samples.server["when_ns"]:
+                self._parquet.write(temporary / "server.parquet", samples.server, SERVER_COLUMNS)
+            if samples is not None and samples.gpu["when_ns"]:
+                self._parquet.write(temporary / "gpu.parquet", samples.gpu, GPU_COLUMNS)
             write_json(temporary / POINT_FILE, summary)
             if self.has_point(place):  # a hole
                 shutil.rmtree(points / place.slug)

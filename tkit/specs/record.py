@@ -5,6 +5,7 @@ reports/<run>/
   points/<shape>-c<C>-r<k>/             <shape>-rate<R>-r<k>/ in open loop
     requests.parquet                    one row per request, columns REQUEST_COLUMNS
     chunks.parquet                      gaps between chunks, columns CHUNK_COLUMNS
+    server.parquet  gpu.parquet         samples, columns SERVER_COLUMNS and GPU_COLUMNS, when there
     point.json                          PointSummary
   summary.csv  summary.json             one flat row per point
   state.jsonl                           append-only journal
@@ -67,6 +68,18 @@ REQUEST_COLUMNS = {
     "worker": "int32",
 }
 CHUNK_COLUMNS = {"request": "int64", "gap_ns": "int64"}
+# server.parquet, gpu.parquet: samples of one second, on the clock of the requests; there when something answered
+SERVER_COLUMNS = {"when_ns": "int64", "metric": "string", "labels": "string", "value": "double"}
+GPU_COLUMNS = {
+    "when_ns": "int64",
+    "gpu": "int32",
+    "power_w": "double",
+    "sm_clock_mhz": "double",
+    "memory_clock_mhz": "double",
+    "utilisation": "double",  # 0 to 1
+    "memory_bytes": "double",
+    "temperature_c": "double",
+}
 
 # tier -> limits in ms (MLPerf llama3.1-8b)
 SLO_TIERS: dict[str, dict[str, float]] = {
@@ -154,6 +167,9 @@ class PointSummary:
     # cpu_share, {loop,schedule}_lag_p{50,90,95,99}_ms, rss_bytes, delivered_concurrency, {tok_s,tpot}_drift;
     # open loop: num_held_back, num_unsent
     client: Mapping[str, float]
+    # means over the point, all GPUs together: gpus, gpu_{power_w,memory_bytes,utilisation,sm_clock_mhz},
+    # joules_per_output_token; none without NVML
+    telemetry: Mapping[str, float] = field(default_factory=dict)
     is_valid: bool
     invalid_reasons: tuple[str, ...] = ()
     started: str  # UTC, ISO 8601

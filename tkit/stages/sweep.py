@@ -25,6 +25,7 @@ from tkit.loadgen.profiles import Profile, resolve_profile
 from tkit.loadgen.protocols import DEFAULT_PROTOCOL, find_protocol
 from tkit.loadgen.run_directory import RunDirectory, utc_now
 from tkit.loadgen.session import Session
+from tkit.loadgen.telemetry import Sampler
 from tkit.loadgen.workload import Workload, make_workload
 from tkit.specs.client import ClientCalibration
 from tkit.specs.engine import CARD_FILE, EngineCard
@@ -54,6 +55,7 @@ class Target:
     timeout_s: float = 60.0  # without a message from the server
     reconnect_s: float = 60.0  # that a server which stopped answering is waited for
     api_key_file: Path | None = None  # the key itself is written nowhere
+    metrics_url: str | None = None  # the server's Prometheus metrics; None = where such servers have them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ class _Endpoint:
     engine_dir: Path | None
     card: EngineCard | None
     num_servers: int = 1  # that it was chosen from
+    metrics_url: str | None = None
 
 
 def run_sweep(
@@ -151,7 +154,7 @@ def run_sweep(
             run = RunDirectory.unfinished(out, name)
         else:
             run = RunDirectory.create(out, manifest.run, is_fixed=name is not None)
-        with contextlib.closing(run):
+        with contextlib.closing(run), _sampler(target, endpoint) as sampler:
             kept: Mapping[str, PointSummary] = {}
             if resume:
                 manifest, kept = _resumed(run, manifest)
@@ -167,6 +170,7 @@ def run_sweep(
                 progress,
                 check_server=lambda: _refuse_stranger(endpoint, session.identity),
                 reconnect_s=target.reconnect_s,
+                sampler=sampler,
             )
             grid.measure(kept)
     if grid.num_holes:
@@ -223,6 +227,8 @@ def _check_options(target: Target, name: str | None) -> None:
         http_address(target.url)
     elif target.url is not None and not GRPC_ADDRESS.fullmatch(target.url):
         problems.append(f"--url is {target.url!r}, expected host:port")
+    if target.metrics_url is not None and not re.match(r"https?://[^/\s]+", target.metrics_url):
+        problems.append(f"--metrics-url is {target.metrics_url!r}, expected http://HOST:PORT/metrics")
     if target.api_key_file is not None and not row.has_api_key:
         problems.append(f"--api-key-file is given, but {target.protocol} sends no key")
     if name is not None and (name != Path(name).name or name.startswith(".")):
@@ -261,7 +267,17 @@ def _find_endpoint(target: Target, engines_dir: Path) -> _Endpoint:
         engine_dir=Path(server.engine),
         card=card,
         num_servers=len(servers),
+        metrics_url=f"http://{f'[{host}]' if ':' in host else host}:{server.metrics_port}/metrics",
     )
+
+
+def _sampler(target: Target, endpoint: _Endpoint) -> Sampler:
+    """Servers of OpenAI's API have their metrics beside it, under /metrics. One that does not answer gives none."""
+    url = target.metrics_url or endpoint.metrics_url
+    if url is None and find_protocol(target.protocol).lists_models:
+        address = http_address(endpoint.url)
+        url = f"{'https' if address.is_tls else 'http'}://{address.authority}/metrics"
+    return Sampler(url, asks_gpus=_is_loopback(endpoint.url))
 
 
 def _refuse_stranger(endpoint: _Endpoint, identity: Mapping[str, Any]) -> None:
@@ -420,6 +436,7 @@ def sweep_command(recipe: SweepRecipe, target: Target, out: Path) -> str:
         "engine": target.engine,
         "gpus": target.num_gpus,
         "api-key-file": target.api_key_file,
+        "metrics-url": target.metrics_url,
         "timeout": target.timeout_s if target.timeout_s != Target.timeout_s else None,
         "reconnect": target.reconnect_s if target.reconnect_s != Target.reconnect_s else None,
         "out": out if out != REPORTS_DIR else None,
