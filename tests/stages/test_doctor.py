@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 
+from container import write_container
 from nvidia_node import write_programs
 
 from tkit.backends.nvidia import Machine
@@ -42,13 +43,12 @@ def test_without_a_gpu_only_what_needs_one_fails(tkit, monkeypatch) -> None:
 
 
 def test_a_node_is_recognized(tkit, monkeypatch, tmp_path) -> None:
-    for name, value in write_programs(tmp_path / "node", sm=90, free_mib=10_000).items():
+    node = tmp_path / "node"
+    for name, value in write_programs(node, sm=90, free_mib=10_000).items():
         monkeypatch.setenv(name, value)
-    server = tmp_path / "node" / "bin" / "tritonserver"
-    server.write_text("#!/bin/sh\n")
-    server.chmod(0o755)
-    monkeypatch.setenv("TKIT_TRITONSERVER", str(server))
-    (tmp_path / "node" / "bin" / "mpirun").symlink_to("/bin/true")
+    for name, value in write_container(node).items():
+        monkeypatch.setenv(name, value)
+    server = node / "opt" / "tritonserver" / "bin" / "tritonserver"
     result = tkit("doctor", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["backend"] == "tensorrt"
@@ -58,10 +58,13 @@ def test_a_node_is_recognized(tkit, monkeypatch, tmp_path) -> None:
     assert (checks["gpu 1"]["status"], "nvidia-smi" in checks["gpu 1"]["fix"]) == ("warn", True)
     assert checks["triton"]["found"] == f"{server} ($TKIT_TRITONSERVER)"
 
+    assert checks["models"]["found"] == f"TensorRT-LLM's Triton models in {node}/app/all_models"
     monkeypatch.setenv("NVIDIA_TRITON_SERVER_VERSION", "25.10")
+    monkeypatch.setenv("TKIT_TRTLLM_MODELS", str(tmp_path))
     mixed = tkit("doctor", "--json")
     assert mixed.exit_code == 1
     assert checks_of(mixed)["tensorrt-llm"]["fix"].startswith("container 25.10 came with 1.0.0")
+    assert "lacks inflight_batcher_llm/preprocessing/1/model.py" in checks_of(mixed)["models"]["fix"]
 
 
 def test_what_breaks_the_wheel_is_told_before_it_starts(tkit, monkeypatch, tmp_path) -> None:

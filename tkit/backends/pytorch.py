@@ -38,7 +38,7 @@ class PyTorch:
             problems.append(f"no GPU: {machine.gpus_problem}")
         elif (ranks := num_gpus(engine_dir)) > len(machine.gpus):
             problems.append(f"the engine spans {ranks} GPUs, this machine shows {len(machine.gpus)}")
-        return [*problems, *code_problems(CODE / name for name in LLM_CODE)]
+        return [*problems, *code_problems(model_code())]
 
     def num_ranks(self, engine_dir: Path) -> int:
         return 1
@@ -50,6 +50,11 @@ class PyTorch:
         return served_models(engine_dir, options, {INSTANCE_PARAMETER: instance}, models_directory())
 
 
+def model_code() -> list[Path]:
+    """What the container must have, relative to `models_directory`."""
+    return [CODE / name for name in LLM_CODE]
+
+
 def served_models(
     engine_dir: Path, options: ServeOptions, parameters: dict[str, str], models: Path, mounted_as: Path | None = None
 ) -> list[ServedModel]:
@@ -59,7 +64,7 @@ def served_models(
         ServedModel(
             config=llmapi_config(),
             files={"model.yaml": model_yaml(_options(engine_dir), str(checkpoint), options.kv_cache_fraction)},
-            links={name: models / CODE / name for name in LLM_CODE},
+            links={path.name: models / path for path in model_code()},
         ),
         ServedModel(config=ensemble_config(parameters), source=FRONT.read_text("utf-8")),
     ]

@@ -34,11 +34,9 @@ class TensorRT:
         machine, config = this_machine(), read_engine_config(engine_dir)
         return [
             *_version_problems(config["version"], machine),
-            *_backend_problems(install),
+            *backend_problems(install),
             *_gpu_problems(engine_dir, config, machine),
-            *code_problems(
-                _code(Path(INFLIGHT_BATCHER), model, name) for model, names in PYTHON_MODELS.items() for name in names
-            ),
+            *code_problems(model_code()),
             *tokenizer_problems(engine_dir / "tokenizer"),
         ]
 
@@ -79,6 +77,11 @@ def served_models(
     ]
 
 
+def model_code() -> list[Path]:
+    """What the container must have, relative to `models_directory`."""
+    return [_code(Path(INFLIGHT_BATCHER), model, name) for model, names in PYTHON_MODELS.items() for name in names]
+
+
 def _code(directory: Path, model: str, name: str) -> Path:
     return directory / model / "1" / name
 
@@ -109,7 +112,7 @@ def _version_problems(version: str, machine: Machine) -> list[str]:
     return []
 
 
-def _backend_problems(install: TritonInstall | None) -> list[str]:
+def backend_problems(install: TritonInstall | None) -> list[str]:
     if install is not None and install.is_wheel:
         return [f"{install.binary} is the wheel's, which has no tensorrtllm backend; run tkit in NVIDIA's container"]
     if install is not None and not (install.root / "backends" / "tensorrtllm").is_dir():

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from tkit import __version__
+from tkit.backends import pytorch, tensorrt
 from tkit.backends.nvidia import IMAGE, Machine, container_table, container_with, is_engine_builder
 from tkit.gateway.settings import missing_packages
 from tkit.specs.diagnosis import ASKABLE, Check, Diagnosis
@@ -161,14 +162,26 @@ def _mpi(asked: _Asked) -> Iterator[Check]:
 def _triton(asked: _Asked) -> Iterator[Check]:
     install = find_install()
     problems = install_problems(install)
-    if install is not None and asked.backend != "reference" and install.is_wheel:
-        problems = ["the wheel's Triton has no TensorRT-LLM backend; use NVIDIA's container"]
+    if asked.backend == "tensorrt":
+        problems = tensorrt.backend_problems(install) or problems
     found = f"{install.binary} ({install.origin})" if install is not None else "none"
     if problems:
         for problem in problems:
             yield Check(name="triton", status="fail", found=found, fix=problem)
     else:
         yield Check(name="triton", status="ok", found=found)
+
+
+def _models(asked: _Asked) -> Iterator[Check]:
+    code = {"tensorrt": tensorrt.model_code, "pytorch": pytorch.model_code}.get(asked.backend)
+    if code is None:
+        return
+    directory = str(tensorrt.models_directory())
+    problems = tensorrt.code_problems(code())
+    for problem in problems:
+        yield Check(name="models", status="fail", found=directory, fix=problem)
+    if not problems:
+        yield Check(name="models", status="ok", found=f"TensorRT-LLM's Triton models in {directory}")
 
 
 def _libpython(asked: _Asked) -> Iterator[Check]:
@@ -276,6 +289,7 @@ _ROWS = (
     _Row(_tensorrt_llm,  {"build": ("tensorrt",), "serve": _GPU}),
     _Row(_mpi,           {"serve": ("tensorrt",)}),
     _Row(_triton,        {"serve": BACKENDS}),
+    _Row(_models,        {"serve": _GPU}),
     _Row(_libpython,     {"serve": _REFERENCE}),
     _Row(_numpy,         {"serve": _REFERENCE}),
     _Row(_disk,          {"build": BACKENDS}),
