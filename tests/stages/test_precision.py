@@ -129,6 +129,14 @@ def test_a_recipe_spells_it_as_the_options_do(make_llama, build):
     assert recipe.name.rpartition("-")[2] == options.name.rpartition("-")[2]
 
 
+def test_the_card_names_what_is_there(make_llama, build):
+    """Reports compare with the engine whose card says `none`."""
+    for options, quant in ((["--quant-override", "mlp=int8"], "int8"), (["--quant", "int8", "--exclude", "*"], "none")):
+        card = json.loads((build(make_llama(**WIDE), *options) / "engine.json").read_text())
+        assert card["quant"] == quant
+        assert card["quant_algo"] == ("W8A16" if quant == "int8" else None)
+
+
 def test_the_order_of_overrides_is_part_of_the_name(make_llama, tkit):
     overrides = ["--quant-override", "attention=int8", "--quant-override", "layers.0=none"]
     names = [

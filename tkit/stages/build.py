@@ -111,6 +111,12 @@ class BuildPlan:
         return _formats(self.moves)
 
     @property
+    def quant(self) -> str:
+        """The recipe's, or what is there instead when nothing has that."""
+        formats = self.formats
+        return self.recipe.quant if self.recipe.quant in formats else next(iter(formats), "none")
+
+    @property
     def quant_algo(self) -> str | None:
         algorithms = [format.algo for format in self.formats.values()]
         return MIXED if len(algorithms) > 1 else next(iter(algorithms), None)
@@ -289,7 +295,7 @@ def _write_engine(
         backend=plan.backend,
         architecture=plan.spec.architecture,
         dtype=plan.spec.dtype,
-        quant=plan.carried.target.name if plan.carried else plan.recipe.quant,
+        quant=plan.carried.target.name if plan.carried else plan.quant,
         quant_algo=plan.carried.target.algo if plan.carried else plan.quant_algo,
         tp_size=plan.recipe.tp_size,
         pp_size=plan.recipe.pp_size,
