@@ -122,7 +122,7 @@ def make_jobs(record: ServerRecord, answers: Answers, num_requests: int, pick: r
         leave_s = pick.uniform(0.001, MAX_LEAVE_S) if pick.random() < 1 / 3 else None
         return lambda: checked(ask, record, prompt, max_tokens, text, leave_s)
 
-    num_malformed, num_oversized = max(num_requests // 25, 1), max(num_requests // 100, 1)
+    num_malformed, num_oversized = max(num_requests // 25, 1), max(num_requests // 80, 1)
     jobs = [ordinary() for _ in range(num_requests)]
     jobs += [lambda body=body: refused("malformed", record, body) for body in pick.choices(MALFORMED, k=num_malformed)]
     jobs += [lambda body=body: refused("oversized", record, body) for body in pick.choices(OVERSIZED, k=num_oversized)]

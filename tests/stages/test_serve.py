@@ -373,6 +373,20 @@ def ask(port: int, path: str, body: dict[str, Any] | None = None) -> tuple[int, 
     return told
 
 
+def test_an_answer_under_way_is_finished_before_the_server_ends(engine: Path) -> None:
+    record = serve_detached(engine, FREE)
+    connection = http.client.HTTPConnection("127.0.0.1", record.openai_port, timeout=60)
+    body = {"model": "ensemble", "prompt": "a", "max_tokens": 100, "stream": True}
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    response = connection.getresponse()  # its first token is there
+    stopped = tkit("stop")
+    events = response.read().decode().split("\n\n")
+    connection.close()
+    assert stopped.stdout == f"tiny: stopped (pid {record.pid})\n"
+    assert (len(events), events[-2]) == (102, "data: [DONE]")
+    assert_nothing_left(engine, record.pid)
+
+
 def test_a_server_is_replaced_on_its_ports_without_a_gap(engine: Path) -> None:
     write_engine(engine.parent / "next")
     old = serve_detached(engine, FREE)
@@ -467,11 +481,15 @@ def test_several_servers_want_a_name(engine: Path) -> None:
     with running_server(engine, FREE), running_server(engine.parent / "other", FREE):
         result = tkit("stop")
         unknown = tkit("stop", "third")
+        replacing = tkit("serve", "--replace")
     assert (result.exit_code, result.stderr) == (
         2, "error: several servers are running\n  - other\n  - tiny\nhint: name one: tkit stop ENGINE\n",
     )  # fmt: skip
     assert (unknown.exit_code, unknown.stderr) == (
         1, 'error: no server is running for "third"\nhint: running: other, tiny\n',
+    )  # fmt: skip
+    assert (replacing.exit_code, replacing.stderr) == (
+        2, "error: several servers are running\n  - tiny\n  - other\nhint: stop all but the one to replace: tkit stop ENGINE\n",
     )  # fmt: skip
 
 

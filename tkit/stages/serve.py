@@ -156,7 +156,7 @@ def _server_to_replace(engines_dir: Path) -> ServerRecord:
     if len(running) > 1:
         names = [Path(record.engine).name for record in running]
         raise InputError(
-            "several servers are running", problems=names, hint="stop all but the one to replace: tkit stop"
+            "several servers are running", problems=names, hint="stop all but the one to replace: tkit stop ENGINE"
         )
     if not running:
         raise ServerError("no server is running that could be replaced", hint="start one: tkit serve")
