@@ -37,8 +37,8 @@ def quantize(
     prequant = awq.search_prequant(weights, inputs, dtype)
     factor = prequant.float()
     gram = awq.scaled_gram(inputs.gram, factor)
-    amax = max((weight.float() / factor).abs().amax().item() for weight in weights.values())
-    global_scale = _power_of_two(fp8_scale(torch.tensor(amax * 8 / 7)))
+    amax = torch.stack([(weight.float() / factor).abs().amax() for weight in weights.values()]).amax()
+    global_scale = _power_of_two(fp8_scale(amax * 8 / 7))
     stored = {}
     for module, weight in weights.items():
         scaled = weight.float() / factor

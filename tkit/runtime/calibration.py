@@ -111,7 +111,7 @@ class CalibratedQuantizer:
                 }
             else:
                 assert quantizer.quantize is not None, f"{group[0].format.name} needs no calibration"
-                stacked = {move.module: _stacked(sources, move) for move, sources in sources_of}
+                stacked = {move.module: _stacked(sources, move).to(self.device) for move, sources in sources_of}
                 stored_by_module = quantizer.quantize(stacked, statistics[input_name].of_all, dtype, **options)
             for module, stored in stored_by_module.items():
                 quantized[module] = {part: to_raw(values) for part, values in stored.items()}
@@ -137,7 +137,8 @@ class CalibratedQuantizer:
     ) -> dict[str, torch.Tensor]:
         assert quantizer.quantize_experts is not None
         per_expert = len(sources) // move.num_experts
-        weights = [torch.cat(list(sources[start : start + per_expert])) for start in range(0, len(sources), per_expert)]
+        starts = range(0, len(sources), per_expert)
+        weights = [torch.cat(list(sources[start : start + per_expert])).to(self.device) for start in starts]
         each = [seen.experts.get(expert, seen.of_all) for expert in range(move.num_experts)]
         each = [inputs if inputs.num_tokens >= EXPERT_TOKENS else seen.of_all for inputs in each]
         self._num_experts += len(each)
