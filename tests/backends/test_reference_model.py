@@ -201,14 +201,14 @@ def test_a_body_in_more_pieces_than_the_default_stack_holds_is_served(server: Se
 
 
 def test_requests_beyond_the_queue_are_refused_and_the_others_finish(server: ServerRecord) -> None:
-    streams = [GrpcStream(server, max_tokens=np.int32(300)) for _ in range(8)]
+    streams = [GrpcStream(server, max_tokens=np.int32(600)) for _ in range(8)]
     first = [next(iter(stream)) for stream in streams]  # all eight are in
     assert post(server, "generate", {}) == (400, '{"error":"queue full: 8 requests"}')
     assert grpc(server) == [({}, "queue full: 8 requests")]
     finished = [list(stream) for stream in streams]
     for stream in streams:
         stream.close()
-    assert [len(responses) for responses in finished] == [299] * 8
+    assert [len(responses) for responses in finished] == [599] * 8
     assert all(error is None for _, error in first)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import shutil
@@ -161,15 +162,16 @@ def test_an_error_in_the_middle_of_a_stream_is_told_in_it(client: openai.OpenAI)
     assert texts == ["!error ", "b "]
 
 
-def test_a_full_server_says_so_and_the_others_finish(client: openai.OpenAI) -> None:
-    streams = [iter(complete(client, max_tokens=300, stream=True)) for _ in range(8)]
-    started = [next(stream) for stream in streams]  # all eight are in
-    with pytest.raises(openai.RateLimitError, match="queue full: 8 requests") as full:
-        complete(client)
-    assert full.value.response.headers["retry-after"] == "1"
-    with ThreadPoolExecutor(8) as pool:
-        rest = list(pool.map(list, streams))
-    assert [len(events) for events in rest] == [299] * len(started)
+def test_a_full_server_says_so_and_has_room_later(server: ServerRecord, client: openai.OpenAI) -> None:
+    with contextlib.ExitStack() as waiting:
+        for _ in range(8):
+            waiting.enter_context(raw(server, body={"prompt": "!silent", "max_tokens": 4}))
+        assert wait_until(lambda: metrics(server)[OPEN] == 8)
+        with pytest.raises(openai.RateLimitError, match="queue full: 8 requests") as full:
+            complete(client)
+        assert full.value.response.headers["retry-after"] == "1"
+    assert wait_until(lambda: metrics(server)[OPEN] == 0)
+    assert complete(client).choices[0].text == "a b c a "
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
