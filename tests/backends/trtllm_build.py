@@ -2,7 +2,8 @@
 """Stands in for `trtllm-build` 1.2: takes its arguments, refuses what it refuses, reads the checkpoint, writes an engine
 directory whose engines are empty shells. Written from the description of the program, not from tkit's table.
 
-$STAND_IN_SM is the GPU; $STAND_IN_FAILURE makes it crash, hang, or end as if all were well, after the first rank.
+$STAND_IN_SM is the GPU, $STAND_IN_SECONDS what a rank takes; $STAND_IN_FAILURE makes it crash, hang, or end as if all were
+well, after the first rank.
 """
 
 from __future__ import annotations
@@ -132,6 +133,7 @@ def main() -> None:
         check_rank(checkpoint / f"rank{rank}.safetensors")
         print(f"[TRT-LLM] [I] Build TensorRT engine {rank}", flush=True)
         (output / f"rank{rank}.engine").write_bytes(b"engine of rank %d" % rank)
+        time.sleep(float(os.environ.get("STAND_IN_SECONDS", "0")))
         failure = os.environ.get("STAND_IN_FAILURE")
         if failure == "crash":
             sys.exit("[TRT-LLM] [E] Error Code 1: Cuda Runtime (out of memory)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -124,6 +125,17 @@ def test_an_interrupted_build_ends_trtllm_build_and_leaves_nothing_of_it(tkit, n
     assert building.returncode == 130
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert len(engines()) == 1
+
+
+def test_a_long_build_says_where_it_is(tkit, node, monkeypatch) -> None:
+    node()
+    monkeypatch.setenv("STAND_IN_SECONDS", "1.5")
+    monkeypatch.setattr("tkit.stages.compile.HEARTBEAT_S", 0.5)
+    result = tkit("build", "--tp", "2")
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"trtllm-build: \d of 2 ranks after .* s: \[TRT-LLM\] \[I\] Build TensorRT engine \d\n", result.stderr
+    )
 
 
 def test_everything_that_is_missing_is_listed(tkit, node, monkeypatch) -> None:

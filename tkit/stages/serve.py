@@ -416,11 +416,17 @@ def _front_command(launch: _Launch, options: ServeOptions, instance: str) -> lis
         instance=instance,
         engine=launch.card.name,
         tokenizer=str(launch.engine_dir / "tokenizer"),
-        max_positions=(launch.card.compiled or {}).get("max_seq_len", launch.card.max_position_embeddings),
+        max_positions=_max_positions(launch.card),
         api_key_file=_absolute(options.api_key_file),
         drain_s=options.exit_timeout_s,
     )
     return [sys.executable, "-P", "-m", FRONT, "{pid}", to_json(settings)]
+
+
+def _max_positions(card: EngineCard) -> int:
+    """Of prompt and answer: what the engine was built for, where it was told."""
+    limit: int | None = (card.compiled or card.recipe).get("max_seq_len")
+    return limit or card.max_position_embeddings
 
 
 def _absolute(path: Path | None) -> str | None:
