@@ -67,7 +67,6 @@ def plan_engine(
     allow_pickle: bool = False,
 ) -> EnginePlan:
     """Resolves the backend and checks everything that it needs. `target`: another machine's, for a dry run."""
-
     _check_gpu(recipe, machine, backend, target)
 
     def plan_checkpoint(recipe: EngineRecipe, backend: str = "reference") -> BuildPlan:
@@ -91,7 +90,9 @@ def plan_engine(
         if backend == "tensorrt":
             raise
         reason = "; ".join(error.problems or (error.message,))
-        return EnginePlan(backend="reference", reason=reason, checkpoint=plan_checkpoint(recipe))
+        if recipe.name is not None:
+            checkpoint = plan_checkpoint(recipe)
+        return EnginePlan(backend="reference", reason=reason, checkpoint=checkpoint)
     reason = f"{target.gpu} (SM {target.sm}), TensorRT-LLM {target.version}"
     return EnginePlan(backend="tensorrt", reason=reason, checkpoint=checkpoint, compilation=compilation)
 

@@ -243,14 +243,8 @@ def build(
     """(engine directory, card, whether it was there already). Equal inputs give the engine that exists, unless `force`."""
     started = time.monotonic()
     target = out / plan.name
-    if not force and (target / CARD_FILE).exists():
-        card = read_card(target)
-        if card.key == plan.key:
-            return target, card, True
-        raise InputError(
-            f"{target}: an engine of that name was built from other inputs",
-            hint="choose another --name, or replace it with --force",
-        )
+    if not force and (card := existing_engine(target, plan.key)) is not None:
+        return target, card, True
     reset_peak_memory()
     out.mkdir(parents=True, exist_ok=True)
     work = _work_directory(out, plan, progress)
@@ -440,6 +434,19 @@ def _write_configs(plan: BuildPlan, work: Path) -> None:
     if plan.backend == "pytorch":
         options = llm_api_options(plan.recipe, plan.spec.max_position_embeddings, plan.recipe.precision.kv_cache_algo)
         write_atomic(work / LLM_API_FILE, llm_api_yaml(options))
+
+
+def existing_engine(target: Path, key: str) -> EngineCard | None:
+    """The card of the engine that these inputs gave before. Raises InputError when the name belongs to other inputs."""
+    if not (target / CARD_FILE).exists():
+        return None
+    card = read_card(target)
+    if card.key != key:
+        raise InputError(
+            f"{target}: an engine of that name was built from other inputs",
+            hint="choose another --name, or replace it with --force",
+        )
+    return card
 
 
 def publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineCard:

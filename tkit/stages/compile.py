@@ -6,6 +6,7 @@ A published directory never changes, so the result is an engine of its own: hard
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -29,7 +30,7 @@ from tkit.planner.gpus import GPUS_PER_NODE, find_gpu
 from tkit.specs.engine import CARD_FILE, EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.recipe import RUNTIME_FIELDS, EngineRecipe
-from tkit.stages.build import publish, runtime_options
+from tkit.stages.build import existing_engine, publish, runtime_options
 from tkit.stages.engines import complete_engines, read_card, verify_files
 from tkit.triton.launcher import last_lines, stop_group
 from tkit.units import format_seconds
@@ -146,14 +147,8 @@ def compile_engine(
 ) -> tuple[Path, EngineCard, bool]:
     """(engine directory, card, whether it was there already), as `build` gives them."""
     target = out / plan.name
-    if not force and (target / CARD_FILE).exists():
-        card = read_card(target)
-        if card.key == plan.key:
-            return target, card, True
-        raise InputError(
-            f"{target}: an engine of that name was built from other inputs",
-            hint="choose another --name, or replace it with --force",
-        )
+    if not force and (existing := existing_engine(target, plan.key)) is not None:
+        return target, existing, True
     source_card = read_card(checkpoint_engine)
     verify_files(checkpoint_engine, source_card, progress)
     started = time.monotonic()
@@ -192,11 +187,12 @@ def _earlier_timings(out: Path, target: Target) -> str | None:
     """Of the last engine that was compiled for this GPU with this version: kernels that it timed are not timed again."""
     found = []
     for directory in complete_engines(out):
-        card = read_card(directory)
-        built_for = card.compiled or {}
-        same = (built_for.get("gpu"), built_for.get("version")) == (target.gpu, target.version)
-        if same and (directory / ENGINE_DIR / TIMING_CACHE).is_file():
-            found.append((card.created, directory / ENGINE_DIR / TIMING_CACHE))
+        with contextlib.suppress(InputError):  # an engine of an older tkit
+            card = read_card(directory)
+            built_for = card.compiled or {}
+            same = (built_for.get("gpu"), built_for.get("version")) == (target.gpu, target.version)
+            if same and (directory / ENGINE_DIR / TIMING_CACHE).is_file():
+                found.append((card.created, directory / ENGINE_DIR / TIMING_CACHE))
     return str(max(found)[1].resolve()) if found else None
 
 
