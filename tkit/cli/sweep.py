@@ -10,6 +10,7 @@ import click
 from tkit.cli.output import Output, output_options
 
 if TYPE_CHECKING:
+    from tkit.specs.recipe import SweepRecipe
     from tkit.specs.record import FoundMax, SloStep
     from tkit.stages.sweep import SweepRecord
 
@@ -50,7 +51,8 @@ class _Rates(_Words):
 @click.option("--url", metavar="HOST:PORT", help="Server to measure.  [default: the newest that tkit serve started]")
 @click.option("--protocol", metavar="NAME",
               help="triton-grpc, triton-http, or openai, openai-chat: streamed completions or chat of any server that "
-              "speaks it, at HOST:PORT or https://HOST/v1.  [default: triton-grpc]")  # fmt: skip
+              "speaks it, at HOST:PORT or https://HOST/v1; hf-generate: no server, but static batches of the "
+              "engine's source model through transformers' generate.  [default: triton-grpc]")  # fmt: skip
 @click.option("--model", metavar="NAME", help="Served model's name.  [default: ensemble; openai: the only one served]")
 @click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE",
               help="File with the key that openai is sent.  [default: none]")  # fmt: skip
@@ -115,9 +117,29 @@ def command(output: Output, out: Path, name: str | None, resume: bool, calibrate
     values = {key: value for key, value in given.items() if value is not None}
     recipe_fields = {field.name for field in dataclasses.fields(SweepRecipe)}
     recipe = SweepRecipe(**{key: value for key, value in values.items() if key in recipe_fields})  # type: ignore[arg-type]
+    if given["protocol"] == "hf-generate":
+        record = _sweep_generate(output, out, name, recipe, values, resume)
+        output.record(record, _table(record), last_line=record.directory)
+        return
     target = Target(**{key: value for key, value in values.items() if key not in recipe_fields})  # type: ignore[arg-type]
     record = run_sweep(recipe, target, out=out, name=name, resume=resume, progress=output)
     output.record(record, _table(record), last_line=record.directory)
+
+
+def _sweep_generate(
+    output: Output, out: Path, name: str | None, recipe: SweepRecipe, values: dict[str, object], resume: bool
+) -> SweepRecord:
+    import dataclasses
+
+    from tkit.specs.recipe import SweepRecipe as Fields
+    from tkit.stages.hf_generate import sweep_generate
+
+    known = {"protocol", "engine", *(field.name for field in dataclasses.fields(Fields))}
+    others = [f"--{key.removesuffix('_s').replace('_', '-')}" for key in values if key not in known]
+    if others or resume:
+        raise click.UsageError(f"--protocol hf-generate has no server: leave out {', '.join(others or ['--resume'])}")
+    engine = values.get("engine")
+    return sweep_generate(recipe, str(engine) if engine else None, out=out, name=name, progress=output)
 
 
 def _calibrate(output: Output, out: Path, given: dict[str, object]) -> None:

@@ -121,9 +121,13 @@ class PromptMaker:
         ids += self._draw(generator, count - len(ids))
         return ids[:count]
 
+    def encode(self, text: str) -> list[int]:
+        """A prompt as the server encodes it."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
     def count_tokens(self, text: str) -> int:
-        """Tokens of a prompt as the server encodes it."""
-        return len(self._tokenizer.encode(text).ids)
+        return len(self.encode(text))
 
     def token_ends(self, text: str) -> list[int]:
         """The end, in characters, of each token of a generated text."""

@@ -90,7 +90,7 @@ def runs_table(comparison: Comparison) -> Table:
     for run in comparison.runs:
         engine = run.engine
         layout = (
-            f"{engine.quant}, TP {engine.tp_size}, PP {engine.pp_size}, {engine.backend}" if engine else "not known"
+            f"{engine.quant}, TP {engine.tp_size}, PP {engine.pp_size}, {engine.backend}" if engine else _server(run)
         )
         wrong = [f"{run.num_invalid} invalid"] * bool(run.num_invalid) + [f"{len(run.missing)} missing"] * bool(
             run.missing
@@ -108,6 +108,13 @@ def runs_table(comparison: Comparison) -> Table:
     return Table(id="runs", caption="Runs", columns=columns, rows=tuple(rows))
 
 
+def _server(run: RunFacts) -> str:
+    """What runs without an engine card tell of what answered: another server, or transformers in the sweep's process."""
+    server = run.identity.get("server")
+    facts = server if isinstance(server, Mapping) else {}
+    return ", ".join(str(facts[key]) for key in ("server", "version", "batching") if facts.get(key)) or "not known"
+
+
 def differences_tables(comparison: Comparison) -> list[Table]:
     tables = []
     for kind, words in KINDS.items():
@@ -120,7 +127,7 @@ def differences_tables(comparison: Comparison) -> list[Table]:
             if difference.kind == kind
         )
         if rows:
-            columns = _text("", *(run.id for run in comparison.runs))
+            columns = _text("Fact", *(run.id for run in comparison.runs))
             tables.append(Table(id=f"differs-{kind}", caption=f"Differs in {words}", columns=columns, rows=rows))
     return tables
 
@@ -482,7 +489,7 @@ def cost_table(comparison: Comparison) -> Table:
                     Entry(text=text.interval(*cost.joules_per_token)),
                 )
             )
-    return Table(id="cost", caption="Cost and energy", columns=columns, rows=tuple(rows))
+    return Table(id="cost", caption="Each run where its tokens are cheapest", columns=columns, rows=tuple(rows))
 
 
 def quality_table(comparison: Comparison) -> Table:
@@ -517,7 +524,7 @@ def quality_table(comparison: Comparison) -> Table:
                 Entry(text=f"{facts.get('tokens', text.ABSENT)} tokens of {_text_name(facts.get('text'))}"),
             )
         )
-    return Table(id="quality", caption="Quality beside speed", columns=columns, rows=tuple(rows))
+    return Table(id="quality", caption="Quality and speed", columns=columns, rows=tuple(rows))
 
 
 def _text_name(facts: Any) -> str:
@@ -613,7 +620,11 @@ def identity_table(run: RunFacts) -> Table:
         facts[6:6] = [("engine", run.engine.name), ("engine key", run.engine.key)]
     rows = tuple((Entry(text=name), Entry(text=value)) for name, value in facts)
     return Table(
-        id=f"identity-{run.id}", caption=f"Identity of {run.id}", columns=_text("", ""), rows=rows, is_folded=True
+        id=f"identity-{run.id}",
+        caption=f"Identity of {run.id}",
+        columns=_text("Fact", "Value"),
+        rows=rows,
+        is_folded=True,
     )
 
 

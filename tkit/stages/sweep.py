@@ -128,7 +128,7 @@ def run_sweep(
         for shape in profile.shapes:
             session.probe(shape)
         manifest = Manifest(
-            run=name or _run_name(endpoint, profile),
+            run=name or run_name(_label(endpoint), profile),
             label=_label(endpoint),
             profile=profile.name,
             profile_digest=profile.digest,
@@ -348,8 +348,9 @@ def _label(endpoint: _Endpoint) -> str:
     return endpoint.card.name if endpoint.card else endpoint.model or "the model"
 
 
-def _run_name(endpoint: _Endpoint, profile: Profile) -> str:
-    label = re.sub(r"[^A-Za-z0-9._-]+", "_", _label(endpoint)).lstrip(".")
+def run_name(label: str, profile: Profile) -> str:
+    """Of a run's directory: safe, and new every second."""
+    label = re.sub(r"[^A-Za-z0-9._-]+", "_", label).lstrip(".")
     return f"{label}-{profile.name.partition('/')[0]}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 

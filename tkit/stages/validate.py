@@ -88,7 +88,7 @@ def validate(
     card = read_card(engine_dir) if is_engine(engine_dir) else None
     if card is not None:
         verify_files(engine_dir, card, progress)
-        source_dir, tokenizer_dir = source or _source_directory(card.source), engine_dir / "tokenizer"
+        source_dir, tokenizer_dir = source or source_directory(card.source), engine_dir / "tokenizer"
     elif source is None:
         raise InputError(
             f"{engine_dir}: no engine of tkit's, so nothing says what it was made from", hint="give --source"
@@ -175,7 +175,7 @@ def check_gates(record: ValidationRecord, *, max_kl: float | None, max_ppl_ratio
         raise GateFailed(f"{record.engine}: validation gate failed", problems=problems)
 
 
-def _source_directory(source: Mapping[str, Any]) -> Path:
+def source_directory(source: Mapping[str, Any]) -> Path:
     """Where the model was when the engine was built, or where its name leads now."""
     directory = Path(source["path"])
     if directory.is_dir():
