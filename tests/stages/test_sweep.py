@@ -304,7 +304,7 @@ def test_a_server_that_dies(tkit: Tkit, tokenizer_dir: Path, tmp_path: Path) -> 
     assert result.exit_code == 1
     assert f"error: {url}: the server stopped answering during 16/8 C = " in result.stderr
     assert "the connection broke before the answer was complete" in result.stderr
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 120
     rows = read_json(tmp_path / "reports/r/summary.json")
     assert rows[-1]["errors"] > 0 or not rows[-1]["is_valid"]
     assert len(rows) == len(list((tmp_path / "reports/r/points").iterdir()))
