@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from factory import card, edit, make_run, validation
@@ -141,6 +142,42 @@ def test_other_shapes_stand_apart(tmp_path: Path) -> None:
         ("16/8", ("A", "B")),
         ("128/64", ("A",)),
     ]
+
+
+def as_open_loop(run: Path, rate: float) -> Path:
+    """Its points, all of one concurrency, as if they had been driven at a rate; every request was due 30 ms earlier."""
+    edit(run / "manifest.json", concurrency=[], rates=[rate], arrivals="poisson")
+    for point in sorted((run / "points").iterdir()):
+        edit(
+            point / "point.json", concurrency=None, rate=rate, arrivals="poisson", client={"delivered_concurrency": 4.0}
+        )
+        table = pq.read_table(point / "requests.parquet")
+        due = pa.array([sent.as_py() - 30_000_000 for sent in table["sent_ns"]], pa.int64())
+        index = table.column_names.index("scheduled_ns")
+        pq.write_table(table.set_column(index, "scheduled_ns", due), point / "requests.parquet")
+        point.rename(point.with_name(point.name.replace("-c4-", f"-rate{rate:g}-")))
+    return run
+
+
+def test_open_loops_are_compared_by_latency_and_not_by_the_rate_that_was_asked_for(tmp_path: Path) -> None:
+    """Half the rate and half the latency: the first is the schedule's doing."""
+    runs = [
+        as_open_loop(make_run(tmp_path, name, label=name, repeats=3, concurrency=(4,), speed=speed, seed=seed), 2.5)
+        for seed, (name, speed) in enumerate({"slow": 1.0, "fast": 0.5}.items())
+    ]
+    comparison = compared(*runs, baseline="slow")
+    (group,) = comparison.groups
+    assert (group.title, str(group.levels[0].load)) == ("128/64, poisson arrivals", "2.5 req/s")
+    slow, fast = group.levels[0].cells
+    assert set(fast.changes) & {"output_tok_s", "tok_s_device", "requests_s"} == set()
+    assert fast.changes["tpot_p50"].is_called
+    for cell in (slow, fast):
+        ttft, sched = cell.estimates["ttft_p50"], cell.estimates["ttft_sched_p50"]
+        assert ttft is not None and sched is not None
+        assert sched.value == pytest.approx(ttft.value + 30)
+    (verdict,) = verdicts(comparison)
+    assert verdict.claims[0].text.startswith("fast against slow, 128/64 at 2.5 req/s: TTFT p50 from schedule ")
+    assert "output tok/s" not in verdict.claims[0].text
 
 
 def test_a_hole_stays_a_hole(three: Comparison) -> None:

@@ -165,7 +165,7 @@ def point_line(point: PointSummary) -> str:
     ttft = "-" if point.ttft.p50 is None else f"{point.ttft.p50:.1f} ms"
     asked = ""
     if point.ttft_sched is not None and point.ttft_sched.p50 is not None:
-        asked = f"{point.requests_s:.2f} of {point.offered_requests_s:.2f} req/s answered, "
+        asked = f"asked {point.offered_requests_s:.2f} and answered {point.requests_s:.2f} req/s, "
         ttft += f" ({point.ttft_sched.p50:.1f} ms from the schedule)"
     tpot = "-" if point.tpot.p50 is None else f"{point.tpot.p50:.2f} ms"
     errors = sum(point.errors.values())

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from tkit.errors import InputError, did_you_mean
 from tkit.report import text
-from tkit.report.compare import ASKABLE
+from tkit.report.compare import ASKABLE, OFFERED
 from tkit.report.record import (
     FAILED,
     MEASURES,
@@ -196,6 +196,11 @@ def _checks(gate: Gate, comparison: Comparison, run: RunFacts) -> list[GateCheck
         places = [found for found in places if found.load.rate is not None]
         if not places:
             return [GateCheck(run=run.id, state=NOT_EVALUATED, text="no open-loop point")]
+    if gate.is_relative and KEYS.get(gate.metric, gate.metric) in OFFERED:
+        places = [found for found in places if found.load.rate is None]
+        if not places:
+            reason = "no closed-loop point: in an open loop the rate is the one asked for"
+            return [GateCheck(run=run.id, state=NOT_EVALUATED, text=reason)]
     return [_point(gate, comparison, run, found) for found in places]
 
 

@@ -105,6 +105,10 @@ def numbers(comparison: Comparison, runs: Runs) -> Section:
         for group in comparison.groups
         for table in (tables.throughput_table(comparison, group), tables.latency_table(comparison, group))
     ]
+    if any(group.arrivals is not None for group in comparison.groups):
+        lead.append(
+            "In an open loop, rates are what the schedule asked for: they are shown, and compared by nothing but latency."
+        )
     if any(run.found for run in comparison.runs):
         found.insert(0, tables.found_table(comparison))
     return Section(id="numbers", title="Numbers per load", lead=tuple(lead), tables=tuple(found), is_brief=True)

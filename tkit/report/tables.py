@@ -261,6 +261,10 @@ def _predicted(prediction: Prediction | None, measured: Estimate | None) -> Entr
     )
 
 
+def _is_missing(run: RunFacts, level: Level) -> bool:
+    return any(missing.load == level.load for missing in run.missing)
+
+
 def _load_column(group: Group) -> Column:
     if group.arrivals is None:
         return Column(name="C", meaning="requests in flight")
@@ -319,6 +323,8 @@ def _per_load(
             cell = next((cell for cell in level.cells if cell.run == run_id), None)
             name = Entry(text=comparison.facts(run_id).name, run=run_id)
             load = Entry(text=level.load.number)
+            if cell is None and level.load.rate is not None and not _is_missing(comparison.facts(run_id), level):
+                continue  # rates are rarely those of another run; that it has no such point is no hole
             if cell is None:
                 hole = [Entry(text=text.ABSENT, tone="absent")] * (len(columns) - 3)
                 rows.append((load, name, Entry(text="no result", tone="absent"), *hole))

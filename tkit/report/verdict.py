@@ -8,6 +8,8 @@ from tkit.report.statistics import Change
 
 # what a claim is about
 HEADLINE = ("output_tok_s", "ttft_p50", "tpot_p50")
+OPEN_HEADLINE = ("ttft_sched_p50", "tpot_p50")  # there the rate is the one asked for
+ALL = {2: "Both", 3: "All three"}
 JUDGED = {"better": "better", "worse": "worse", "same": "equal", "undecided": "not decided"}
 LABELS = {
     "output_tok_s": "output tok/s",
@@ -67,7 +69,7 @@ def _against(comparison: Comparison, run: RunFacts, group: Group, *, is_first: b
             reason = "the baseline was not measured so, or under other definitions"
         return Claim(text=f"{pair}{group.title}: not comparable, {reason}."), []
     last = cells[-1]
-    changes = {name: last.changes[name] for name in HEADLINE if name in last.changes}
+    changes = {name: last.changes[name] for name in _headline(last) if name in last.changes}
     judged = {name: judgement(name, found, comparison.threshold) for name, found in changes.items()}
     clauses = [
         _clause(name, found, judged[name], comparison.threshold, is_first=name == next(iter(changes)))
@@ -75,6 +77,10 @@ def _against(comparison: Comparison, run: RunFacts, group: Group, *, is_first: b
     ]
     claim = f"{pair}{group.shape} at {last.load}: {', '.join(clauses)}."
     return Claim(text=claim, over_loads=_over_loads(cells, comparison.threshold)), list(judged.values())
+
+
+def _headline(cell: Cell) -> tuple[str, ...]:
+    return HEADLINE if cell.load.rate is None else OPEN_HEADLINE
 
 
 def _clause(name: str, change: Change, judged: str, threshold: float, *, is_first: bool) -> str:
@@ -96,13 +102,13 @@ def _over_loads(cells: list[Cell], threshold: float) -> str:
         return ""
     counts = []
     seen = set()
-    for name in HEADLINE:
+    for name in _headline(cells[0]):
         judged = [judgement(name, cell.changes[name], threshold) for cell in cells if name in cell.changes]
         seen.update(judged)
         told = [f"{words} at {judged.count(word)}" for word, words in JUDGED.items() if word in judged]
         counts.append(f"{LABELS[name]} {', '.join(told)}")
     if len(seen) == 1:
-        return f"All three are {JUDGED[seen.pop()]} at each of the {len(cells)} loads."
+        return f"{ALL[len(counts)]} are {JUDGED[seen.pop()]} at each of the {len(cells)} loads."
     return f"Over {len(cells)} loads: {'; '.join(counts)}."
 
 
@@ -116,7 +122,7 @@ def _alone(run: RunFacts, group: Group) -> Claim:
     clauses = [f"highest output rate {text.number(peak)} tok/s, at {cell.load}"]
     latencies = [
         f"{LABELS[key]} {text.number(value.value)} ms"
-        for key in ("ttft_p50", "tpot_p50")
+        for key in _headline(cells[0])[-2:]
         if (value := cells[0].estimates[key]) is not None
     ]
     if latencies:
