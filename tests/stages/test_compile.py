@@ -84,6 +84,8 @@ def test_an_engine_from_another_machine_is_compiled_here(tkit, node) -> None:
     changed = tkit("build", checkpoint, "--backend", "tensorrt", "--quant", "fp8")
     assert changed.exit_code == 2
     assert "quant is part of its checkpoint" in changed.stderr
+    other = tkit("build", checkpoint, "--backend", "pytorch")
+    assert (other.exit_code, "is an engine: it can be compiled, not changed" in other.stderr) == (2, True)
 
 
 def test_a_failure_shows_the_end_of_the_log_and_leaves_the_checkpoint_only(tkit, node, monkeypatch) -> None:
@@ -168,6 +170,7 @@ def test_a_dry_run_prints_the_command_for_a_gpu_that_is_not_here(tkit) -> None:
     assert command.endswith("--reduce_fusion enable --user_buffer enable")
     assert not Path("engines").exists()
     assert json.loads(tkit(*options, "--dry-run", "--json").stdout)["command"] == command.split()
+    assert tkit("build", *options[3:], "--dry-run").stdout == result.stdout  # auto: a GPU that is named is meant
     refused = tkit(*options)
     assert (refused.exit_code, "--gpu: an engine is compiled on the GPU it is for" in refused.stderr) == (2, True)
 

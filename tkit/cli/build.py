@@ -33,7 +33,9 @@ from tkit.units import format_bytes, format_seconds
 @click.option(
     "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What will run the engine."
 )
-@click.option("--goal", type=click.Choice(GOALS), help="What the engine is tuned for.  [default: throughput]")
+@click.option(
+    "--goal", type=click.Choice(GOALS), help="What it is tuned for; tensorrt and pytorch.  [default: throughput]"
+)
 @click.option("--max-batch-size", type=click.IntRange(min=1),
               help="Requests that run at once; tensorrt and pytorch.  [default: 512, latency: 16]")  # fmt: skip
 @click.option("--max-num-tokens", type=click.IntRange(min=1),

@@ -77,7 +77,7 @@ def plan_engine(
         return EnginePlan(backend="pytorch", reason=reason, checkpoint=plan_checkpoint(recipe, "pytorch"))
     if backend == "reference":
         return EnginePlan(backend=backend, reason="asked for", checkpoint=plan_checkpoint(recipe))
-    problems = _tensorrt_problems(recipe, machine)
+    problems = _tensorrt_problems(recipe, machine) if target is None else []
     if backend == "auto" and problems:
         return EnginePlan(backend="reference", reason=problems[0], checkpoint=plan_checkpoint(recipe))
     if recipe.format == "hf":
@@ -125,7 +125,7 @@ def plan_from_engine(
 ) -> EnginePlan:
     """Compiles the checkpoint of an engine that exists, such as one that was built on another machine."""
     foreign = [name for name in overrides if name not in (*RUNTIME_FIELDS, "name")]
-    if foreign or backend == "reference":
+    if foreign or backend in ("reference", "pytorch"):
         raise InputError(
             f"{engine_dir} is an engine: it can be compiled, not changed",
             problems=[f"{name} is part of its checkpoint" for name in foreign],
