@@ -12,6 +12,7 @@ from tkit.gateway.requests import ApiRequest
 from tkit.gateway.triton import Piece
 
 DONE = b"data: [DONE]\n\n"
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 class Answer:
@@ -30,6 +31,9 @@ class Answer:
             "created": int(time.time()),
             "model": model,
         }
+        # All that an event says but its choice, written once: there is an event per token.
+        self._event_start = b"data: " + to_json(self._head)[:-1] + b',"choices":['
+        self._event_end = b'],"usage":null}\n\n' if request.include_usage else b"]}\n\n"
 
     @property
     def id(self) -> str:
@@ -53,19 +57,18 @@ class Answer:
         """The server-sent events of one piece; with the last come the usage, if asked for, and the end."""
         self._count(piece)
         if self._is_first and self._request.is_chat:
-            yield self._event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+            yield self._event({"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
         self._is_first = False
         told: dict[str, Any] = {"delta": {"content": piece.text}} if self._request.is_chat else {"text": piece.text}
         log_probs = self._log_probs([piece])
-        yield self._event([{"index": 0, **told, "logprobs": log_probs, "finish_reason": piece.finish_reason}])
+        yield self._event({"index": 0, **told, "logprobs": log_probs, "finish_reason": piece.finish_reason})
         if piece.finish_reason is not None:
             if self._request.include_usage:
                 yield _event({**self._head, "choices": [], "usage": self._usage()})
             yield DONE
 
-    def _event(self, choices: list[dict[str, Any]]) -> bytes:
-        usage = {"usage": None} if self._request.include_usage else {}
-        return _event({**self._head, "choices": choices, **usage})
+    def _event(self, choice: dict[str, Any]) -> bytes:
+        return self._event_start + to_json(choice) + self._event_end
 
     def _count(self, piece: Piece) -> None:
         self._num_output_tokens += piece.num_tokens
@@ -121,4 +124,4 @@ def _event(value: dict[str, Any]) -> bytes:
 
 
 def to_json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return ENCODER.encode(value).encode()
