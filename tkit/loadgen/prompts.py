@@ -15,6 +15,7 @@ from tkit.loadgen.profiles import Shape
 
 TOKENIZER_FILE = "tokenizer.json"
 ALPHABET_SIZE = 4096  # enough that no two prompts look alike; small enough to be checked in milliseconds
+BATCH = 256  # of the alphabet, checked at once: an encoding takes kilobytes
 OPENING_CHARACTERS = 16
 OPENING = 4  # tokens; no two prompts of a PromptMaker open alike, so no block of theirs can come from a prefix cache
 MAX_REDRAWS = 50
@@ -157,14 +158,20 @@ class PromptMaker:
         generator = random.Random(f"alphabet/{self._seed}")
         ids = sorted(set(self._tokenizer.get_vocab(with_added_tokens=False).values()) - special)
         shuffled = sorted(ids, key=lambda _: generator.random())[:ALPHABET_SIZE]
-        pairs = [[token, token] for token in shuffled]
-        encodings = self._tokenizer.encode_batch(
-            self._tokenizer.decode_batch(pairs, skip_special_tokens=False), add_special_tokens=False
-        )
-        stable = [pair[0] for pair, encoding in zip(pairs, encodings, strict=True) if encoding.ids == pair]
+        stable = [
+            token
+            for start in range(0, len(shuffled), BATCH)
+            for token in self._unchanged(shuffled[start : start + BATCH])
+        ]
         if not stable:
             raise InputError(f"{self._path}: none of its {len(ids)} tokens survives being rendered and encoded again")
         return stable
+
+    def _unchanged(self, tokens: Sequence[int]) -> list[int]:
+        pairs = [[token, token] for token in tokens]
+        texts = self._tokenizer.decode_batch(pairs, skip_special_tokens=False)
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [pair[0] for pair, encoding in zip(pairs, encodings, strict=True) if encoding.ids == pair]
 
 
 class CharacterPrompts:

@@ -6,7 +6,6 @@ clock, which all processes of a machine share; NVML is asked only where the serv
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,7 +24,6 @@ from tkit.specs.record import PointSummary
 
 INTERVAL_S = 1.0
 SCRAPE_TIMEOUT_S = 2.0
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy from the environment, as for the load
 SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)(?:\s+\d+)?")
 
 
@@ -152,26 +149,37 @@ def parse_prometheus(text: str) -> list[tuple[str, str, float]]:
     return samples
 
 
-def _scrape(url: str) -> Sequence[tuple[str, str, float]]:
-    try:
-        with OPENER.open(url, timeout=SCRAPE_TIMEOUT_S) as reply:
-            return parse_prometheus(reply.read().decode("utf-8", "replace"))
-    except (OSError, ValueError):
-        return ()
+def _scraper(url: str) -> Callable[[], Sequence[tuple[str, str, float]]]:
+    """What reads the metrics once; nothing where nobody answers."""
+    from urllib.request import ProxyHandler, build_opener  # 3 MB that the process which measures need not have
+
+    opener = build_opener(ProxyHandler({}))  # no proxy from the environment, as for the load
+
+    def scrape() -> Sequence[tuple[str, str, float]]:
+        try:
+            with opener.open(url, timeout=SCRAPE_TIMEOUT_S) as reply:
+                return parse_prometheus(reply.read().decode("utf-8", "replace"))
+        except (OSError, ValueError):
+            return ()
+
+    return scrape
 
 
 def main() -> None:
     """A line of JSON per second on standard output, until standard input ends."""
+    import argparse
+
     parser = argparse.ArgumentParser()
     parser.add_argument("--metrics-url")
     parser.add_argument("--gpus", action="store_true")
     given = parser.parse_args()
     read_gpus = _nvml_readings() if given.gpus else list
+    scrape = _scraper(given.metrics_url) if given.metrics_url else tuple
     due = time.monotonic()
     while True:
         when_ns = time.monotonic_ns()
         gpus = read_gpus()
-        server = _scrape(given.metrics_url) if given.metrics_url else ()
+        server = scrape()
         if gpus or server:
             print(json.dumps({"when_ns": when_ns, "server": server, "gpus": gpus}), flush=True)
         due = max(due + INTERVAL_S, time.monotonic())
