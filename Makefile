@@ -3,10 +3,11 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 VENV := .venv
+REPORT ?= reports/example/report.html
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: setup demo example test lint bench clean
+.PHONY: setup demo example test lint bench accessibility clean
 
 setup: $(READY)
 
@@ -31,6 +32,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+accessibility:  ## a report under axe in Chromium, light and dark, wide and narrow; needs npm and Chromium
+	npm install --silent --prefix build/accessibility axe-core@4 playwright-core@1
+	NODE_PATH=build/accessibility/node_modules node tests/report/accessibility.js \
+		"file://$(abspath $(REPORT))" "$(shell command -v chromium || command -v google-chrome)"
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

@@ -417,3 +417,25 @@ def test_names_are_text_in_json(evil: tuple[Comparison, tuple[Section, ...]]) ->
 def test_the_picture_survives_names(evil: tuple[Comparison, tuple[Section, ...]]) -> None:
     plot = next(plot for section in evil[1] for plot in section.plots)
     assert render_png(plot, evil[0], scale=1)[:4] == b"\x89PNG"
+
+
+def test_the_noisiest_layer_and_the_samples_of_a_validation_are_shown(tmp_path: Path) -> None:
+    """Text of models is text everywhere; records that hold neither, or nonsense, show nothing."""
+    sample = {"prompt": EVIL[0], "source": "| a\nb", "engine": EVIL[1], "same_tokens": 3, "tokens": 32}
+    told = {"layer_snr_db": [31.25, None, 18.449, 40.0], "samples": [sample, 7]}
+    runs, _ = read_runs(
+        [
+            make_run(tmp_path, "a", engine=card("fp8"), quality=validation() | told, concurrency=(1,), requests=12),
+            make_run(tmp_path, "b", engine=card("none"), quality=validation() | {"layer_snr_db": 3}, concurrency=(1,)),
+        ]
+    )
+    comparison = compare(runs, baseline=runs[0], left_out=(), created="2025-06-02T10:00:00+00:00", tkit="0")
+    parts = sections(comparison, runs)
+    page = Page(render_html(comparison, parts))
+    (rows,) = (rows for name, rows in page.tables.items() if name == "table-samples")
+    assert [cell.strip() for cell in rows[1]][1:] == [EVIL[0], "| a\nb", EVIL[1], "3 of 32"] and len(rows) == 2
+    quality = page.tables["table-quality"]
+    assert [" ".join(row[-2].split()) for row in quality[1:]] == ["18.4 layer 2", "\N{EN DASH}"]
+    markdown = render_markdown(comparison, parts)
+    folded = markdown.split("<details><summary>What source and engine go on with</summary>")[1].split("</details>")[0]
+    assert "&lt;/script&gt;" in folded and "3 of 32" in folded and "<script" not in folded

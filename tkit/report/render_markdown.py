@@ -37,7 +37,17 @@ def _section(section: Section) -> Iterable[str]:
     for sentence in section.lead:
         yield from ("", escape(sentence))
     for table in section.tables:
-        yield from ("", *_table(table))
+        if table.is_folded and section.is_brief:
+            yield from (
+                "",
+                f"<details><summary>{escape(table.caption)}</summary>",
+                "",
+                *_table(table),
+                "",
+                "</details>",
+            )
+        else:
+            yield from ("", *_table(table))
     if not section.is_brief:
         yield from ("", "</details>")
 

@@ -219,7 +219,7 @@ def quality(comparison: Comparison, runs: Runs) -> Section:
         id="quality",
         title="Quality beside speed",
         lead=tuple(lead),
-        tables=(table,) if table.rows else (),
+        tables=tuple(table for table in (table, tables.samples_table(comparison)) if table.rows),
         is_brief=True,
     )
 

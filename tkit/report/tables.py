@@ -510,6 +510,9 @@ def quality_table(comparison: Comparison) -> Table:
         Column(name="ratio", meaning="perplexity / perplexity of the source model"),
         Column(name="KL, nats/token", meaning="mean KL divergence from the source model"),
         Column(name="top-1", meaning="share of positions with the source model's most likely token"),
+        Column(
+            name="noisiest layer, dB", meaning="the lowest signal-to-noise ratio that a decoder layer has by itself"
+        ),
         Column(name="over", kind="text"),
     )
     rows = []
@@ -527,10 +530,38 @@ def quality_table(comparison: Comparison) -> Table:
                 Entry(text=text.fixed(facts["ppl_ratio"], 4)),
                 Entry(text=text.number(facts["kl"])),
                 Entry(text=text.share(facts["top1"])),
+                _noisiest(facts.get("layer_snr_db")),
                 Entry(text=f"{facts.get('tokens', text.ABSENT)} tokens of {_text_name(facts.get('text'))}"),
             )
         )
     return Table(id="quality", caption="Quality and speed", columns=columns, rows=tuple(rows))
+
+
+def _noisiest(ratios: Any) -> Entry:
+    """Of a list with a number, or null, per layer; records of earlier versions hold none."""
+    told = list(enumerate(ratios)) if isinstance(ratios, list | tuple) else []
+    known = [(ratio, layer) for layer, ratio in told if isinstance(ratio, int | float)]
+    if not known:
+        return Entry(text=text.ABSENT, tone="absent")
+    ratio, layer = min(known)
+    return Entry(text=f"{ratio:.1f}", note=f"layer {layer}")
+
+
+def samples_table(comparison: Comparison) -> Table:
+    """What source and engine go on with after the same prompts."""
+    rows: list[tuple[Entry, ...]] = []
+    for run in comparison.runs:
+        samples = (run.validation or {}).get("samples")
+        for sample in samples if isinstance(samples, list | tuple) else ():
+            if not isinstance(sample, Mapping):
+                continue
+            told = [str(sample.get(name, text.ABSENT)) for name in ("prompt", "source", "engine")]
+            same = f"{sample.get('same_tokens', text.ABSENT)} of {sample.get('tokens', text.ABSENT)}"
+            rows.append((Entry(text=run.name, run=run.id), *(Entry(text=item) for item in told), Entry(text=same)))
+    columns = (*_text("Run", "Prompt", "Source goes on", "Engine goes on"), Column(name="equal tokens"))
+    return Table(
+        id="samples", caption="What source and engine go on with", columns=columns, rows=tuple(rows), is_folded=True
+    )
 
 
 def _text_name(facts: Any) -> str:
