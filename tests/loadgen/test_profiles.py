@@ -27,6 +27,12 @@ def test_standard_is_the_documented_one() -> None:
     assert [str(shape) for shape in standard.shapes] == ["1024/1024", "8192/1024"]
     assert standard.concurrency == (1, 4, 16, 64, 256)
     assert (standard.repeats, standard.min_duration_s, standard.max_duration_s) == (3, 60, 600)
+    assert (standard.doubles_above, standard.open_shares) == (0.05, (0.5, 0.7, 0.85, 0.95))
+    assert standard.stops_early and str(standard.arrivals) == "poisson"
+    asked = resolve_profile(SweepRecipe(profile="standard", concurrency=(2,), repeats=3))
+    assert (asked.doubles_above, asked.open_shares, asked.stops_early) == (None, (), False), (
+        "what is typed is what is done"
+    )
     assert [(standard.num_warmup(c), standard.num_requests(c)) for c in (1, 64)] == [(16, 10), (128, 640)]
 
 

@@ -245,14 +245,14 @@ def mean_half_width(samples: Sequence[float]) -> float | None:
 
 
 def median_half_width(values: Sequence[float] | Floats) -> float | None:
-    """Half of the 95 % interval of the median over the median, from the order statistics n / 2 -+ 0.98 sqrt(n), which
+    """Half of the 95 % interval of the median over the median, from order statistics about n / 2 -+ 0.98 sqrt(n), which
     holds for any distribution; None with fewer than sixteen values."""
     n = len(values)
     if n < 16:
         return None
     ordered = np.sort(np.asarray(values))
     reach = Z_95 * math.sqrt(n) / 2
-    low, high = math.floor(n / 2 - reach), math.ceil(n / 2 + reach)
+    low, high = math.floor(n / 2 - reach), math.ceil(n / 2 + reach) + 1  # ranks from 1, as in the sign test
     return float((ordered[high - 1] - ordered[max(low - 1, 0)]) / 2 / np.median(ordered))
 
 
