@@ -128,3 +128,6 @@ def test_a_text_without_a_full_window_is_refused(tkit, built, tmp_path):
     result = tkit("validate", "--text", tmp_path / "short.txt")
     assert result.exit_code == 2
     assert "tokens, one window needs 512" in result.stderr
+    (tmp_path / "bytes.txt").write_bytes(b"ab\xff")
+    result = tkit("validate", "--text", tmp_path / "bytes.txt")
+    assert result.exit_code == 2 and "bytes.txt: not UTF-8 text: byte 2 is 0xff" in result.stderr

@@ -67,7 +67,7 @@ def module_formats(spec: ModelSpec, precision: Precision) -> dict[str, QuantForm
         raise InputError(
             f"{spec.architecture}: the formats of its modules do not fit together",
             problems=list(problems),
-            hint="tkit build --dry-run --json lists every module under its TensorRT-LLM and its Hugging Face names",
+            hint="tkit build --dry-run --json, without the patterns, lists every module under both names",
         )
     return formats
 

@@ -99,7 +99,12 @@ def validate(
     if not text.is_file():
         raise InputError(f"--text {text}: no such file")
     tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
-    ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids
+    try:
+        ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--text {text}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from error
     device = pick_device(device)
     candidate, spec = load_model(engine_dir, device)
     length = min(WINDOW_TOKENS, spec.max_position_embeddings)
