@@ -70,11 +70,12 @@ def main() -> None:
         engine_dir = built_engine(options.model, Path(directory))
         maker = PromptMaker(engine_dir / "tokenizer", 0)
         prompts = [maker.prompt(options.prompt_tokens, index) for index in range(options.requests)]
+        alone = [maker.prompt(options.prompt_tokens, "alone", index) for index in range(NUM_ALONE)]
         serve_options = ServeOptions(
             http_port=0, grpc_port=0, metrics_port=0, openai_port=0, device="cpu", max_batch_size=options.requests
         )
         with running_server(engine_dir, serve_options, engines_dir=Path(directory)) as record:
-            costs = measure(engine_dir, record, maker, prompts, options.new_tokens, options.rounds)
+            costs = measure(engine_dir, record, maker, prompts, alone, options.new_tokens, options.rounds)
     report(costs, options.requests * options.new_tokens)
 
 
@@ -106,8 +107,15 @@ def environment() -> dict[str, str]:
 
 
 def measure(
-    engine_dir: Path, record: ServerRecord, maker: PromptMaker, prompts: list[str], new_tokens: int, rounds: int
+    engine_dir: Path,
+    record: ServerRecord,
+    maker: PromptMaker,
+    prompts: list[str],
+    alone: list[str],
+    new_tokens: int,
+    rounds: int,
 ) -> dict[str, Cost]:
+    """`prompts` at once, `rounds` times; `alone` one after the other."""
     [model_pid] = record.model_pids
     pids = {"engine's process": model_pid, "Triton": record.pid}
     clients = {
@@ -125,11 +133,10 @@ def measure(
             for name, (client, processes) in clients.items():
                 with metered(costs[name], {**processes, "client": os.getpid()}):
                     client.run(prompts, new_tokens)
-        for index in range(NUM_ALONE):
-            prompt = [maker.prompt(128, "alone", index)]
-            note_alone(costs["engine alone"], run_engine(engine, prompt, new_tokens))
+        for prompt in ([one] for one in alone):
+            note_alone(costs["engine alone"], run_engine(engine, prompt, new_tokens), new_tokens)
             for name, (client, _) in clients.items():
-                note_alone(costs[name], client.run(prompt, new_tokens))
+                note_alone(costs[name], client.run(prompt, new_tokens), new_tokens)
     for client, _ in clients.values():
         client.close()
     return costs
@@ -228,10 +235,11 @@ class Client:
         self._loop.close()
 
 
-def note_alone(cost: Cost, answers: list[Times]) -> None:
+def note_alone(cost: Cost, answers: list[Times], new_tokens: int) -> None:
+    """Several tokens may arrive at once."""
     [(sent, times)] = answers
     cost.ttft_ms.append((times[0] - sent) / 1e6)
-    cost.tpot_ms.append((times[-1] - times[0]) / 1e6 / (len(times) - 1))
+    cost.tpot_ms.append((times[-1] - times[0]) / 1e6 / (new_tokens - 1))
 
 
 def report(costs: dict[str, Cost], num_tokens: int) -> None:
