@@ -141,6 +141,14 @@ def test_a_trace_has_its_lengths_its_times_and_its_common_blocks(tokenizer_dir: 
     assert workload(tokenizer_dir, tmp_path / "trace.jsonl", room=1200).timestamps == (0.0, 0.25, 4.0)
 
 
+def test_entries_of_a_trace_without_hash_ids_have_nothing_in_common(tokenizer_dir: Path, tmp_path: Path) -> None:
+    bare = [{key: value for key, value in entry.items() if key != "hash_ids"} for entry in TRACE]
+    made = workload(tokenizer_dir, write_lines(tmp_path / "bare.jsonl", bare))
+    tokens = [ids(tokenizer_dir, made.source.ask(made.shapes[0], PLACE, i, 0).prompt) for i in range(4)]
+    assert [len(prompt) for prompt in tokens] == [1100, 1500, 600, 1100]
+    assert max(num_common(tokens[i], tokens[j]) for i in range(4) for j in range(i)) < 6
+
+
 @pytest.mark.parametrize(
     ("lines", "problem"),
     [
