@@ -197,3 +197,18 @@ def test_the_csv_names_the_gates_that_a_point_failed(tkit, tmp_path):
         ("fast", "4", "", ""),
         ("slow", "4", "", "output_tok_s<-10%; kl>0.1"),
     ]
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": -256}, {"num_attention_heads": 0}, {"num_hidden_layers": 10**9}])
+def test_a_config_that_no_model_has_costs_the_wall_and_not_the_report(tkit, tmp_path, changes):
+    engine = card("none", source={**SOURCE, "config": {**CONFIG, **changes}})
+    run = make_run(tmp_path / "reports", "run", engine=engine, concurrency=(1,), requests=12, host_speed=HOST)
+    found, hardware = walls(tkit, run)
+    assert found == [None] and hardware.startswith("no wall: ")
+
+
+def test_a_torn_calibration_is_named(tkit, tmp_path):
+    run = make_run(tmp_path / "reports", "run", engine=gpu_engine(), concurrency=(1,), requests=12)
+    (run / "plan-calibration.json").write_text('{"schema": "tkit.plan-calibration/1", "engine": {"name": "x"}}')
+    found, hardware = walls(tkit, run)
+    assert found == [None] and 'plan-calibration.json: engine: key "efficiencies" is missing' in hardware

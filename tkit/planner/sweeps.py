@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tkit.errors import InputError
-from tkit.files import read_json, write_json
+from tkit.files import from_mapping, read_json, write_json
 from tkit.planner.calibration import levenberg_marquardt
 from tkit.planner.engines import Engine, engine
 from tkit.planner.memory import ledger
@@ -122,8 +122,7 @@ def read_calibration(run: Path) -> Engine | None:
     record = read_json(path)
     if not isinstance(record, dict) or record.get("schema") != CALIBRATION_SCHEMA:
         raise InputError(f"{path}: not a {CALIBRATION_SCHEMA}", hint="calibrate again: tkit plan --calibrate RUN")
-    found = record["engine"]
-    return Engine(**{**found, "efficiencies": Efficiencies(**found["efficiencies"]), "gpus": tuple(found["gpus"])})
+    return from_mapping(Engine, record.get("engine") or {}, f"{path}: engine")
 
 
 def read_points(run: Path) -> list[Measured]:

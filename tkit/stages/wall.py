@@ -88,10 +88,17 @@ def _held(comparison: Comparison, run: RunFacts) -> _Held:
     }
     try:
         if run.engine is None:
-            raise InputError("no wall: without an engine card neither model nor layout is known (tkit sweep --engine)")
+            raise InputError("without an engine card neither model nor layout is known (tkit sweep --engine)")
         return _against_hardware(run, run.engine, places)
     except InputError as error:
-        return _Held(walls={}, hardware="; ".join((error.message, *error.problems)))
+        return _Held(walls={}, hardware=f"no wall: {'; '.join((error.message, *error.problems))}")
+    except (
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:  # sizes that no model has, from another's hands
+        return _Held(walls={}, hardware=f"no wall: the engine card contradicts itself: {type(error).__name__}: {error}")
 
 
 def _place(group: Group, cell: Cell) -> Place | None:
@@ -174,5 +181,5 @@ def _shape(card: EngineCard) -> ModelShape:
         return shape_from_hf(config, model, f"{card.name}: config.json")
     shape = resolve_shape(model)[0] if model == DEFAULT_MODEL else find_shape(model)
     if shape is None or num_params(shape) != card.num_params:
-        raise InputError(f"no wall: the engine card does not hold the model's config ({json.dumps(model)})")
+        raise InputError(f"the engine card does not hold the model's config ({json.dumps(model)})")
     return shape
