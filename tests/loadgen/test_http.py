@@ -32,7 +32,7 @@ from tkit.loadgen.point import Place
 from tkit.loadgen.profiles import Profile, Shape, find_profile
 from tkit.loadgen.prompts import PromptMaker
 from tkit.loadgen.protocols import make_client
-from tkit.loadgen.session import Measurement, Session, new_event_loop
+from tkit.loadgen.session import Measurement, Session, loop_factory
 from tkit.loadgen.sse import sse_events
 from tkit.loadgen.token_counts import tokens_of_total
 from tkit.specs.engine import EngineCard
@@ -256,7 +256,7 @@ def outcomes(fake: Any, tokenizer_dir: Path) -> dict[tuple[str, str], tuple[Requ
         watching.cancel()
         return dict(zip(cases, done, strict=True))
 
-    with asyncio.Runner(loop_factory=new_event_loop()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(every())
 
 

@@ -20,7 +20,7 @@ from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.metrics import assign_phases, tokens_between
 from tkit.loadgen.mock_server import DEFAULT_ITL_MS, DEFAULT_TTFT_MS, running_mock
 from tkit.loadgen.protocols import Client, make_client
-from tkit.loadgen.session import new_event_loop
+from tkit.loadgen.session import loop_factory
 from tkit.specs.client import ClientCalibration
 from tkit.units import NS_PER_MS, NS_PER_S
 
@@ -70,7 +70,7 @@ def calibrate(protocol: str, on_progress: Callable[[str], None]) -> ClientCalibr
     """Takes about two seconds per load, until one is not held."""
     loads: list[Load] = []
     limit = f"{STREAMS[-1]} streams were held, more were not tried"
-    with running_mock() as url, asyncio.Runner(loop_factory=new_event_loop()) as runner:
+    with running_mock() as url, asyncio.Runner(loop_factory=loop_factory()) as runner:
         for streams in (FIRST_STREAMS, *STREAMS):
             on_progress(f"{protocol}, {streams} streams")
             load = runner.run(_measure(protocol, url, streams))

@@ -75,7 +75,7 @@ class Session:
         self._idle_timeout_s = idle_timeout_s
         self._num_gpus = num_gpus
         self._calibration = calibration
-        self._runner = asyncio.Runner(loop_factory=new_event_loop())
+        self._runner = asyncio.Runner(loop_factory=loop_factory())
         self._wraps_prompts = find_protocol(protocol).wraps_prompts
         self._template_tokens = 0  # that the server adds to every prompt
         self._e2e_s: dict[tuple[Shape, int], float] = {}  # mean, by concurrency; 0 is the probe
@@ -265,7 +265,7 @@ class Session:
         return trace, [request_record(exchange, self._client.answer(exchange)) for exchange in trace.sent]
 
 
-def new_event_loop() -> Callable[[], asyncio.AbstractEventLoop]:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     """What makes the fastest loop there is."""
     if sys.platform == "win32":
         return asyncio.new_event_loop
