@@ -96,9 +96,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("kind", INT4_KINDS)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("family", "tp"), [("llama", 1), ("qwen2", 2)])
 def test_four_bit_codes_and_scales_are_the_sources_own(quantized, build, family, kind, tp):
     source = quantized(kind, family)
     engine = build(source.directory, "--tp", tp)
