@@ -48,6 +48,7 @@ class Source:
     directory: Path
     group: int | None
     layers: dict[str, Layer] = field(default_factory=dict)
+    kv_scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def word(nibbles: Any) -> int:
@@ -168,6 +169,7 @@ MODELOPT_FP8 = {
 FP8_KINDS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "modelopt-fp8": (MODELOPT_FP8, fp8_static, "input"),  # q, k and v share one scale
     "modelopt-fp8-apart": (MODELOPT_FP8, fp8_static, "layer"),
+    "modelopt-fp8-kv": (MODELOPT_FP8 | {"kv_cache_quant_algo": "FP8"}, fp8_static, "input"),
     "compressed-fp8": (
         compressed_config(FP8_WEIGHTS | {"strategy": "tensor"}, STATIC_IN, "float-quantized"), fp8_static, "layer",
     ),
@@ -194,6 +196,12 @@ def make_source(kind: str, plain: Path, directory: Path) -> Source:
         made = int4_layer(kind, weight, random) if kind in INT4_KINDS else fp8_layer(kind, layer, weight, random)
         source.layers[layer] = made
         tensors |= {f"{layer}.{part}": tensor.contiguous() for part, tensor in pack(made).items()}
+    if kind.endswith("-kv"):
+        for layer in source.layers:
+            for part in "kv":
+                if layer.endswith(f"{part}_proj"):
+                    source.kv_scales[f"{layer}.{part}_scale"] = torch.tensor(0.01 + 0.02 * random.random())
+    tensors |= source.kv_scales
     directory.mkdir(parents=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))

@@ -204,7 +204,7 @@ def round_inputs(model: transformers.PreTrainedModel, scale_of: Callable[[str, t
             module.register_forward_pre_hook(hook(name))
 
 
-@pytest.mark.parametrize("kind", FP8_KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in FP8_KINDS if not kind.endswith("-kv")])
 def test_an_untouched_fp8_source_computes_what_its_kernels_would(plain_model, quantized, kind):
     source = quantized(kind)
     model = truth(plain_model("llama"), source)
@@ -218,6 +218,28 @@ def test_an_untouched_fp8_source_computes_what_its_kernels_would(plain_model, qu
 
     round_inputs(model, scale_of)
     assert torch.equal(logits(load_source(source.directory, "cpu")), logits(model))
+
+
+def test_scales_of_the_kv_cache_come_along(quantized, build):
+    source = quantized("modelopt-fp8-kv")
+    engine = build(source.directory, "--tp", 2, "--format", "both")
+    config = json.loads((engine / "checkpoint" / "config.json").read_text())["quantization"]
+    assert config["kv_cache_quant_algo"] == "FP8"
+    hf = load_file(engine / "hf" / "model.safetensors")
+    for rank in range(2):
+        stored = load_file(engine / "checkpoint" / f"rank{rank}.safetensors")
+        for index in range(2):
+            prefix = f"model.layers.{index}.self_attn."
+            scales = [source.kv_scales[f"{prefix}{part}_proj.{part}_scale"] for part in "kv"]
+            found = stored[f"transformer.layers.{index}.attention.kv_cache_scaling_factor"]
+            assert torch.equal(found, max(scales).reshape(1))
+            assert [hf[f"{prefix}{part}_proj.{part}_scale"] for part in "kv"] == scales
+    card = json.loads((engine / "engine.json").read_text())
+    assert "the scales of the KV cache, fp8, were carried over too" in card["notes"]
+    (engine / "checkpoint").rename(engine / "away")
+    expected = logits(load_source(source.directory, "cpu"))
+    assert torch.equal(logits(load_model(engine, "cpu")[0]), expected)
+    assert not torch.equal(logits(load_source(quantized("modelopt-fp8").directory, "cpu")), expected)
 
 
 @pytest.mark.parametrize("kind", ["modelopt-fp8", "compressed-fp8-dynamic"])

@@ -30,10 +30,6 @@ _TENSOR_SCALE = SourceTensor(name="weight_scale", dtypes=_FLOATS, dimensions="1"
 _ROW_SCALE = SourceTensor(name="weight_scale", dtypes=_FLOATS, dimensions="out 1")
 _INPUT_SCALE = SourceTensor(name="input_scale", dtypes=_FLOATS, dimensions="1")
 _GPTQ_ORDER = SourceTensor(name="g_idx", dtypes=("I32",), dimensions="in", is_optional=True)
-_KV_SCALES = tuple(
-    SourceTensor(name=name, dtypes=_FLOATS, dimensions="1", is_optional=True)
-    for name in ("k_scale", "v_scale", "output_scale")
-)
 
 Problems = list[str]
 Forms = Mapping[str, tuple[str, tuple[int, ...]]]  # tensors of the checkpoint: {name: (dtype, shape)}
@@ -60,7 +56,8 @@ def source_format(config: Mapping[str, Any], names: Collection[str], where: str)
         raise InputError(f"{where}: quantized by {method} in a form that cannot be carried over", problems=problems,
                          hint=f"known: {KNOWN}")  # fmt: skip
     target = dataclasses.replace(format.target, needs_calibration=False)
-    return dataclasses.replace(format, target=target, tensors=(*format.tensors, *_KV_SCALES))
+    has_kv_scales = any(name.endswith(".k_scale") for name in names)
+    return dataclasses.replace(format, target=target, kv_cache="fp8" if has_kv_scales else "auto")
 
 
 def _awq(config: Mapping[str, Any], names: Collection[str], problems: Problems) -> SourceFormat:
@@ -277,7 +274,8 @@ def carried_precision(moves: Sequence[Move], format: SourceFormat, forms: Forms,
         problems.append("every layer is in 16 bits")
     if problems:
         raise InputError(f"{where}: {format}, says quantization_config, but the tensors differ", problems=problems)
-    return Precision(default=format.target if format.has_trtllm_form else UNQUANTIZED, modules=plain)
+    default = format.target if format.has_trtllm_form else UNQUANTIZED
+    return Precision(default=default, modules=plain, kv_cache=format.kv_cache)
 
 
 def _is_plain(name: str, forms: Forms) -> bool:
@@ -290,12 +288,28 @@ def carried_moves(moves: Sequence[Move], format: SourceFormat, forms: Forms) -> 
     Each layer is unpacked by itself. TensorRT-LLM's tensors are cut from all of a module's layers stacked, those of the
     Hugging Face checkpoint are one layer's parts, or the source's own tensors where that is unified already.
     """
-    return [
-        _carried_move(move, format, forms)
-        if move.input is not None and not _is_plain(move.sources[0], forms)
-        else dataclasses.replace(move, outputs=tuple(dataclasses.replace(o, fold=None) for o in move.outputs))
-        for move in moves
-    ]
+    qkv = {move.layer: move.sources for move in moves if move.module.endswith(".attention.qkv")}
+    carried = []
+    for move in moves:
+        if move.kv_cache is not None:
+            carried.append(_kv_scales(move, qkv[move.layer]))
+        elif move.input is not None and not _is_plain(move.sources[0], forms):
+            carried.append(_carried_move(move, format, forms))
+        else:
+            unfolded = tuple(dataclasses.replace(output, fold=None) for output in move.outputs)
+            carried.append(dataclasses.replace(move, outputs=unfolded))
+    return carried
+
+
+def _kv_scales(move: Move, qkv: Sequence[str]) -> Move:
+    """The scales of a layer's KV cache, which lie beside the projections that make keys and values."""
+    keys, values = (name.removesuffix(".weight") for name in (qkv[-2:] if len(qkv) == 3 else (qkv[0], qkv[0])))
+    return dataclasses.replace(
+        move,
+        sources=(f"{keys}.k_scale", f"{values}.v_scale"),
+        source_shapes=((1,), (1,)),
+        source_dtypes=(_FLOATS, _FLOATS),
+    )
 
 
 def _carried_move(move: Move, format: SourceFormat, forms: Forms) -> Move:

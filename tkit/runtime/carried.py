@@ -55,11 +55,21 @@ class CarriedQuantizer:
     def layer(self, index: int, sources: Mapping[str, Raw], moves: Sequence[Move]) -> dict[str, Parts]:
         carried = {}
         for move in moves:
+            if move.kv_cache is not None:
+                carried[move.module] = _kv_cache(*(sources[name] for name in move.sources))
+                continue
             layers = [unpacked(self.format, layer, self.dtype) for layer in by_layer(move, sources).values()]
             carried[move.module] = _stacked(layers, move) | {
                 f"{part}[{index}]": raw for index, layer in enumerate(layers) for part, raw in layer.items()
             }
         return carried
+
+
+def _kv_cache(keys: Raw, values: Raw) -> Parts:
+    """The scales of a layer's KV cache: one each, and TensorRT-LLM's one for both, the larger."""
+    k_scale, v_scale = (to_float32(*raw).reshape(1) for raw in (keys, values))
+    parts = {"k_scale": k_scale, "v_scale": v_scale, "kv_cache_scaling_factor": np.maximum(k_scale, v_scale)}
+    return {part: (scale.view(np.uint32), "F32") for part, scale in parts.items()}
 
 
 def unpacked(format: SourceFormat, layer: Layer, dtype: str) -> Parts:
@@ -73,7 +83,7 @@ def check_carried(source: TensorFiles, moves: Sequence[Move], format: SourceForm
     Raises InputError listing inputs that are stored in another order than they come in, zero points that a symmetric format
     does not have, and factors that the layers of a module do not share.
     """
-    carried = [move for move in moves if move.source_dtypes]
+    carried = [move for move in moves if move.source_dtypes and move.kv_cache is None]
     read = {"g_idx", "weight_g_idx"}
     if not format.target.has_zero_point:
         read.add("qzeros")
@@ -105,8 +115,8 @@ def check_carried(source: TensorFiles, moves: Sequence[Move], format: SourceForm
             f"{num_rescaled} of {len(carried)} modules fuse layers with scales of their own; TensorRT-LLM has one for them, "
             "the largest, and the codes of the others were rounded to it"
         )
-    if any(_ending(name) in ("k_scale", "v_scale", "output_scale") for move in carried for name in move.sources):
-        notes.append("the source's scales of the KV cache are not in the TensorRT-LLM checkpoint")
+    if format.kv_cache != "auto":
+        notes.append(f"the scales of the KV cache, {format.kv_cache}, were carried over too")
     return notes
 
 

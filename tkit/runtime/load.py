@@ -202,9 +202,10 @@ def _read_source(directory: Path, device: str) -> tuple[ModelSpec, Weights, Kern
     dtype = _dtype(spec, device)
     weights: Weights = {}
     kernel_inputs: KernelInputs = {}
+    kv_cache: KvCache = {}
     with open_source(directory) as files:
         format = source_format(config, files.entries.keys(), str(directory / "config.json"))
-        moves = plan_moves(spec, Precision.of("none"), Parallel())
+        moves = plan_moves(spec, Precision.of("none", kv_cache=format.kv_cache if format else "auto"), Parallel())
         if format is not None:
             forms = {name: (entry.dtype, entry.shape) for name, entry in files.entries.items()}
             moves = carried_moves(moves, format, forms)
@@ -212,6 +213,10 @@ def _read_source(directory: Path, device: str) -> tuple[ModelSpec, Weights, Kern
         check_sources(files, moves, (*ARCHITECTURES[spec.architecture].ignored, *known))
         for move in moves:
             sources = {name: (files.read(name), files.entries[name].dtype) for name in move.sources}
+            if move.kv_cache is not None and move.layer is not None:
+                keys, values = (to_torch(*raw).float().reshape(1).to(device) for raw in sources.values())
+                kv_cache[move.layer] = _cached(move.kv_cache, keys, values)
+                continue
             if not move.source_dtypes:
                 weights.update({name: to_torch(*raw).to(dtype) for name, raw in sources.items()})
                 continue
@@ -222,7 +227,7 @@ def _read_source(directory: Path, device: str) -> tuple[ModelSpec, Weights, Kern
                 hook = _kernel_input(format.target, parts, device)
                 if hook is not None:
                     kernel_inputs[layer] = hook
-    return spec, weights, kernel_inputs, {}
+    return spec, weights, kernel_inputs, kv_cache
 
 
 def _hugging_face_parts(files: TensorFiles, module: str, quant: QuantFormat) -> dict[str, torch.Tensor]:

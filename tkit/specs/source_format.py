@@ -41,6 +41,7 @@ class SourceFormat:
     unpack: str
     is_unified: bool = False  # TensorRT-LLM's PyTorch backend reads it already: the Hugging Face checkpoint is a copy
     zero_point_offset: int = 0  # zero points are stored that much too small
+    kv_cache: str = "auto"  # what its KV cache is stored in, as `Precision` names it
     ignored: tuple[str, ...] = ()  # endings of tensors that hold nothing but what is known
 
     @property

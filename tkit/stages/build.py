@@ -315,7 +315,7 @@ def _write_engine(
             "stages": {"hash source": round(plan.hash_seconds, 3), "convert": round(convert_seconds, 3)},
             "peak_memory_bytes": peak_memory_bytes(),
             "source_bytes": sum(facts["bytes"] for facts in plan.source_files.values()),
-            "kv_bytes_per_token": kv_bytes_per_token(plan.spec, plan.recipe.kv_cache),
+            "kv_bytes_per_token": kv_bytes_per_token(plan.spec, plan.precision.kv_cache),
             "device": device,
         },
         notes=notes,
@@ -432,7 +432,7 @@ def _write_configs(plan: BuildPlan, work: Path) -> None:
         for path in (work / "tokenizer").iterdir():
             shutil.copyfile(path, work / "hf" / path.name)
     if plan.backend == "pytorch":
-        options = llm_api_options(plan.recipe, plan.spec.max_position_embeddings, plan.recipe.precision.kv_cache_algo)
+        options = llm_api_options(plan.recipe, plan.spec.max_position_embeddings, plan.precision.kv_cache_algo)
         write_atomic(work / LLM_API_FILE, llm_api_yaml(options))
 
 
