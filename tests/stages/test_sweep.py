@@ -255,6 +255,7 @@ def test_a_shape_that_the_engine_cannot_hold(tkit: Tkit, served: Path) -> None:
         (["--name", "../x"], 2, "--name is '../x', expected a directory name without a path"),
         (["--url", "127.0.0.1:9"], 2, "prompts of an exact length need the served model's tokenizer"),
         (["--url", "127.0.0.1:9", "--tokenizer", "."], 2, ".: no tokenizer.json in it"),
+        (["--calibrate", "--resume", "--rate", "2"], 2, "measures this client alone: leave out --rate, --resume"),
         (["--engine", "nowhere"], 2, 'no engine "nowhere"'),
     ],
 )

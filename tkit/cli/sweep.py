@@ -108,7 +108,7 @@ def command(output: Output, out: Path, name: str | None, resume: bool, calibrate
     import dataclasses
 
     if calibrate:
-        _calibrate(output, out, given)
+        _calibrate(output, out, given | {"resume": resume or None})
         return
 
     from tkit.specs.recipe import SweepRecipe
@@ -135,19 +135,22 @@ def _sweep_generate(
     from tkit.stages.hf_generate import sweep_generate
 
     known = {"protocol", "engine", *(field.name for field in dataclasses.fields(Fields))}
-    others = [f"--{key.removesuffix('_s').replace('_', '-')}" for key in values if key not in known]
+    others = [_option(key) for key in values if key not in known]
     if others or resume:
         raise click.UsageError(f"--protocol hf-generate has no server: leave out {', '.join(others or ['--resume'])}")
     engine = values.get("engine")
     return sweep_generate(recipe, str(engine) if engine else None, out=out, name=name, progress=output)
 
 
+def _option(name: str) -> str:
+    """How an argument of the command is typed."""
+    return next(parameter.opts[0] for parameter in command.params if parameter.name == name)
+
+
 def _calibrate(output: Output, out: Path, given: dict[str, object]) -> None:
     from tkit.stages.calibrate import run_calibration
 
-    others = [
-        f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None and name != "protocol"
-    ]
+    others = [_option(name) for name, value in given.items() if value is not None and name != "protocol"]
     if others:
         raise click.UsageError(f"--calibrate measures this client alone: leave out {', '.join(others)}")
     protocol = given["protocol"]
