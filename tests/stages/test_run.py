@@ -62,10 +62,22 @@ def test_what_is_done_is_not_done_again_and_what_was_cut_off_goes_on(tkit, tmp_p
     assert 'name="kl&gt;0.01"' in Path("junit.xml").read_text()
 
 
-def test_a_baseline_is_a_name_and_is_checked_before_anything_is_built(tkit, tmp_path):
-    result = tkit("run", "demo", "--save-baseline", "../main")
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--save-baseline", "../main", "--save-baseline is '../main', expected a name without a path"),
+        (
+            "--baseline",
+            "mian",
+            '"mian" is no directory, no kept baseline and no quantization of the recipe (did you mean "main"?)',
+        ),
+    ],
+)
+def test_baselines_are_checked_before_anything_is_built(tkit, tmp_path, option, value, said):
+    Path("reports/baselines/main").mkdir(parents=True)
+    result = tkit("run", "demo", option, value)
     assert result.exit_code == 2
-    assert "--save-baseline is '../main', expected a name without a path" in result.stderr
+    assert said in result.stderr
     assert not Path("engines").exists()
 
 

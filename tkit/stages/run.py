@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tkit import __version__
 from tkit.backends.nvidia import Machine
-from tkit.errors import InputError
+from tkit.errors import InputError, did_you_mean
 from tkit.files import read_json
 from tkit.loadgen.profiles import resolve_profile
 from tkit.loadgen.run_directory import MANIFEST_FILE, RunDirectory
@@ -24,6 +24,7 @@ from tkit.stages.engines import ENGINES_DIR
 from tkit.stages.models import ModelSource, fetch_model, find_recipe
 from tkit.stages.plan import plan
 from tkit.stages.report import (
+    BASELINES,
     REPORTS_DIR,
     baseline_directory,
     check_gates,
@@ -75,6 +76,7 @@ def run_recipe(recipe_name: str, progress: Progress, machine: Machine, options: 
         (options.fail_on, "--fail-on") if options.fail_on else (recipe.report.fail_on, f"{name}: report: fail_on")
     )
     gates = parse_gates(fail_on, where) if fail_on is not None else ()
+    _check_baseline(options.baseline, recipe)
     kept = baseline_directory(options.save_baseline) if options.save_baseline else None
     source = fetch_model(recipe, name)
     plans = _plan_engines(source, recipe, progress, machine, options.backend)  # all are checked before one is built
@@ -113,6 +115,19 @@ def run_recipe(recipe_name: str, progress: Progress, machine: Machine, options: 
         sweeps=tuple(map(str, sweeps)),
         report=str(path),
         seconds=time.monotonic() - started,
+    )
+
+
+def _check_baseline(baseline: str | None, recipe: Recipe) -> None:
+    """Before hours are spent on what it would be compared with."""
+    quants = [engine.quant for engine in recipe.engines]
+    if baseline is None or baseline in quants or find_baseline_directory(baseline) is not None:
+        return
+    kept = [path.name for path in (REPORTS_DIR / BASELINES).glob("[!.]*") if path.is_dir()]
+    raise InputError(
+        f'--baseline: "{baseline}" is no directory, no kept baseline and no quantization of the recipe'
+        f"{did_you_mean(baseline, [*kept, *quants])}",
+        hint=f"known: {', '.join(sorted([*kept, *quants]))}; keep one with tkit run RECIPE --save-baseline NAME",
     )
 
 
