@@ -109,7 +109,9 @@ def _export_modelopt(
     python = options.modelopt_python or _modelopt_environment(options.work / "modelopt-venv")
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     tokens = work / "calibration.json"
-    tokens.write_text(json.dumps(calibration_tokens(calibration, tokenizer, 16, 256, seed=0).tolist()))
+    tokens.write_text(
+        json.dumps(calibration_tokens(calibration, tokenizer, 16, 256, 0, tokenizer.get_vocab_size()).tolist())
+    )
     script = Path(__file__).with_name("_modelopt_export.py")
     subprocess.run([python, script, model_dir, tokens, work / "modelopt", *missing], check=True, stdout=sys.stderr)
 

@@ -34,24 +34,25 @@ def compensated(weight: torch.Tensor, scale: torch.Tensor, gram: torch.Tensor, r
     num_blocks, size, _ = gram.shape
     group = weight.shape[1] // scale.shape[1]
     steps = _steps(gram)
-    steps_by_column = steps.permute(1, 2, 0).contiguous()
     first_columns = torch.arange(num_blocks, device=weight.device) * size  # of each block
     targets = torch.empty_like(weight)
     num_rows = min(max(VALUES // num_blocks, 1), MAX_ROWS)
     for rows in (slice(start, start + num_rows) for start in range(0, len(weight), num_rows)):
-        columns = weight[rows].reshape(-1, num_blocks, size).permute(2, 1, 0).contiguous()  # (size, blocks, rows)
+        columns = weight[rows].T.contiguous().view(num_blocks, size, -1)  # (blocks, size, rows)
         scales = scale[rows].T.contiguous()  # (in / group, rows)
         errors = torch.empty_like(columns)
         for start, middle, stop in _order(0, size):
             if middle is None:
                 for j in range(start, stop):
-                    torch.sub(columns[j], rounded(columns[j], scales[(first_columns + j) // group]), out=errors[j])
-                    columns[j + 1 : stop].addcmul_(steps_by_column[j, j + 1 : stop, :, None], errors[j], value=-1)
+                    if j % min(group, size) == 0:  # one of group and size divides the other
+                        scale_of_column = scales[(first_columns + j) // group]  # (blocks, rows)
+                    torch.sub(columns[:, j], rounded(columns[:, j], scale_of_column), out=errors[:, j])
+                    columns[:, j + 1 : stop].addcmul_(steps[:, j, j + 1 : stop, None], errors[:, j, None], value=-1)
             else:
-                columns[middle:stop].transpose(0, 1).baddbmm_(
-                    steps[:, start:middle, middle:stop].mT, errors[start:middle].transpose(0, 1), alpha=-1
+                columns[:, middle:stop].baddbmm_(
+                    steps[:, start:middle, middle:stop].mT, errors[:, start:middle], alpha=-1
                 )
-        targets[rows] = columns.permute(2, 1, 0).reshape(-1, weight.shape[1])
+        targets[rows] = columns.view(weight.shape[1], -1).T
     return targets
 
 
