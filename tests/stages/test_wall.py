@@ -212,3 +212,11 @@ def test_a_torn_calibration_is_named(tkit, tmp_path):
     (run / "plan-calibration.json").write_text('{"schema": "tkit.plan-calibration/1", "engine": {"name": "x"}}')
     found, hardware = walls(tkit, run)
     assert found == [None] and 'plan-calibration.json: engine: key "efficiencies" is missing' in hardware
+
+
+def test_a_point_above_its_limit_says_that_the_limit_is_wrong(tkit, tmp_path):
+    slow = {**HOST, "flops": 1e8}
+    engine = card("none", source=SOURCE)
+    run = make_run(tmp_path / "reports", "run", engine=engine, concurrency=(1,), requests=12, host_speed=slow)
+    walls(tkit, run)
+    assert "<br>the limit is told too low" in Path("out/report.md").read_text()

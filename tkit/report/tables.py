@@ -236,7 +236,7 @@ def wall_table(comparison: Comparison, group: Group) -> Table:
         return [
             Entry(text=text.number(rate.value if rate else None)),
             Entry(text=text.number(wall.limit_tok_s)),
-            Entry(text=f"{text.number(100 * rate.value / wall.limit_tok_s)}{text.THIN}%" if rate else text.ABSENT),
+            _share_of_limit(rate.value / wall.limit_tok_s if rate else None),
             _predicted(wall.predicted_tok_s, rate),
             Entry(text=text.number(tpot.value if tpot else None)),
             Entry(text=text.number(wall.limit_tpot_ms)),
@@ -247,6 +247,13 @@ def wall_table(comparison: Comparison, group: Group) -> Table:
     return _per_load(
         comparison, group, f"wall-{group_id(comparison, group)}", f"The wall, {group.title}", columns, entries
     )
+
+
+def _share_of_limit(share: float | None) -> Entry:
+    if share is None:
+        return Entry(text=text.ABSENT, tone="absent")
+    told = f"{text.number(100 * share)}{text.THIN}%"
+    return Entry(text=told, note="the limit is told too low", tone="invalid") if share > 1 else Entry(text=told)
 
 
 def _predicted(prediction: Prediction | None, measured: Estimate | None) -> Entry:
