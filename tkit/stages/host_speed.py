@@ -21,7 +21,8 @@ def host_speed(num_bytes: int) -> HostSpeed:
     rows = min(max(num_bytes, MIN_BYTES), MAX_BYTES) // (4 * width)
     matrix, vector = np.ones((rows, width), np.float32), np.ones(width, np.float32)
     square = np.ones((PRODUCT_SIZE, PRODUCT_SIZE), np.float32)
-    reading, multiplying = [], []
+    reading: list[float] = []
+    multiplying: list[float] = []
     end = time.perf_counter() + SECONDS
     while len(reading) < MIN_ROUNDS or time.perf_counter() < end:
         started = time.perf_counter()
