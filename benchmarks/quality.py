@@ -84,7 +84,7 @@ def _demo() -> tuple[Path, Path, Path]:
 
 
 def _trained(work: Path) -> tuple[Path, Path, Path]:
-    """A model that the searches were not tuned on."""
+    """The demo's shape from another seed, trained for fewer steps; kept once made."""
     out = work / "trained"
     if not (out / "calibration.txt").exists():  # written last
         command = [
