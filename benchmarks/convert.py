@@ -91,7 +91,8 @@ def write_model(directory: Path, num_layers: int) -> int:
         file.finish()
         total += file.num_bytes
         weight_map |= dict.fromkeys(shard_names, file_name)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": HIDDEN,
         "intermediate_size": INTERMEDIATE, "num_hidden_layers": num_layers, "num_attention_heads": HEADS,
