@@ -2,6 +2,6 @@
 
 import gc
 
-# Importing torch and transformers makes a million objects that live to the end; with Python's own threshold of 700, a quarter of
-# that import's 3.7 CPU seconds goes into looking for garbage among them.
+# Importing torch and transformers makes a million objects that live to the end; with Python's own threshold of 700, a
+# quarter of that import's 3.7 CPU seconds goes into looking for garbage among them.
 gc.set_threshold(200_000)
