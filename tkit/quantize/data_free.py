@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 
 BLOCK_VALUES = 1 << 18  # 1 MB of float32: what such a block of rows needs stays in the processor's cache
 FP8_MAX = 448.0  # largest finite e4m3fn value
 MIN_ROW_SCALE = 1 / (FP8_MAX * 512)  # the kernel's own floor
-
-SIGN_BIT, EXPONENT_BITS = np.uint32(0x8000_0000), np.uint32(0x7F80_0000)
-SMALLEST_NORMAL = np.uint32((127 - 6) << 23)  # bits of 2^-6: below it, e4m3 has the step of 2^-6
 
 
 def fp8_rows(weight: np.ndarray) -> dict[str, np.ndarray]:
@@ -31,22 +29,8 @@ def fp8_rows(weight: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def fp8_bits(values: np.ndarray) -> np.ndarray:
-    """float32 values up to 448 as e4m3fn bits (uint8), rounded to nearest even. Overwrites `values`.
-
-    Adding 2^(e + 20) to a value with exponent e leaves a float32 whose last bit is worth 2^(e - 3), the step of e4m3 there:
-    the processor's own rounding does the work, and subtracting the bits of 2^(e + 20) leaves the number of steps.
-    """
-    bits = values.view(np.uint32)
-    sign = (bits >> 24).astype(np.uint8) & np.uint8(0x80)
-    bits &= ~SIGN_BIT
-    exponent = np.maximum(bits & EXPONENT_BITS, SMALLEST_NORMAL)
-    magic = exponent + np.uint32(20 << 23)
-    values += magic.view(np.float32)
-    bits -= magic  # steps of 2^(e - 3): 8 to 16, or 0 to 8 below the smallest normal number
-    exponent -= SMALLEST_NORMAL
-    exponent >>= 20  # 8 codes per exponent
-    bits += exponent
-    return sign | bits.astype(np.uint8)
+    """float32 values up to 448 as e4m3fn bits (uint8), rounded to nearest even."""
+    return values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
 
 
 def int4_groups(

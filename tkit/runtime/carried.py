@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import ml_dtypes
 import numpy as np
 
 from tkit.checkpoints.reader import TensorFiles
@@ -199,17 +200,8 @@ def _with_one_scale(layers: Sequence[Parts], per_expert: int) -> list[Parts]:
     return common
 
 
-def _fp8_values() -> np.ndarray:
-    """The value of each of the 256 codes of float8_e4m3fn: sign, 4 bits of exponent (bias 7), 3 of mantissa."""
-    codes = np.arange(256)
-    exponent, mantissa = codes >> 3 & 15, codes & 7
-    normal = np.ldexp(1 + mantissa / 8, exponent - 7)
-    values = np.where(exponent > 0, normal, np.ldexp(mantissa / 8, -6)) * np.where(codes & 128, -1, 1)
-    values[[127, 255]] = 0  # NaN, which no checkpoint may hold
-    return values.astype(np.float32)
-
-
-FP8_VALUES = _fp8_values()
+# the value of each of the 256 codes of float8_e4m3fn; 0 for the two NaNs, which no checkpoint may hold
+FP8_VALUES = np.nan_to_num(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))
 
 
 # --- one layer -------------------------------------------------------------------------------------------------------
