@@ -60,3 +60,15 @@ def tkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resul
         return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
     return run
+
+
+@pytest.fixture
+def build(tkit):
+    """`tkit build MODEL ...`, which succeeds; the engine's directory."""
+
+    def build(model_dir: Path, *options: Any) -> Path:
+        result = tkit("build", model_dir, *options)
+        assert result.exit_code == 0, result.output
+        return Path(result.stdout.strip())
+
+    return build

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,16 +21,6 @@ WIDE = {
     "head_dim": 32,
 }
 TOKENS = torch.randint(0, 4096, (1, 40), generator=torch.Generator().manual_seed(9))
-
-
-@pytest.fixture
-def build(tkit):
-    def build(model_dir, *options):
-        result = tkit("build", model_dir, *options)
-        assert result.exit_code == 0, result.output
-        return Path(result.stdout.strip())
-
-    return build
 
 
 @pytest.mark.parametrize("shape", [{"tie_word_embeddings": True}, {"dtype": "float32"}], ids=["tied", "float32"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +16,6 @@ from tkit.runtime.forward import forward
 from tkit.runtime.load import load_model
 
 TOKENS = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(7))
-
-
-@pytest.fixture
-def build(tkit):
-    def build(model_dir, *options):
-        result = tkit("build", model_dir, *options)
-        assert result.exit_code == 0, result.output
-        return Path(result.stdout.strip())
-
-    return build
 
 
 def slowly_rounded(x, scale, dtype):

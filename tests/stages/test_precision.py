@@ -20,16 +20,6 @@ WIDE = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def build(tkit):
-    def build(model_dir, *options):
-        result = tkit("build", model_dir, *options)
-        assert result.exit_code == 0, result.output
-        return Path(result.stdout.strip())
-
-    return build
-
-
 def logits(model):
     with torch.no_grad():
         return model(TOKENS).logits
