@@ -63,12 +63,12 @@ def tkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resul
 
 
 @pytest.fixture
-def build(tkit):
+def build(tkit: Callable[..., Result]) -> Callable[..., Path]:
     """`tkit build MODEL ...`, which succeeds; the engine's directory."""
 
     def build(model_dir: Path, *options: Any) -> Path:
         result = tkit("build", model_dir, *options)
         assert result.exit_code == 0, result.output
-        return Path(result.stdout.strip())
+        return Path(result.stdout.strip()).absolute()
 
     return build

@@ -66,16 +66,6 @@ def quantized(plain_model, tmp_path_factory: pytest.TempPathFactory) -> MakeSour
     return make
 
 
-@pytest.fixture
-def build(tkit) -> Callable[..., Path]:
-    def build(*arguments: Any) -> Path:
-        result = tkit("build", *arguments)
-        assert result.exit_code == 0, result.output
-        return Path(result.stdout.strip()).absolute()
-
-    return build
-
-
 def modules(source: Source, layer: int) -> dict[str, list[Layer]]:
     """{TensorRT-LLM's module: the layers it stacks}"""
     prefix = f"model.layers.{layer}."
