@@ -1,4 +1,4 @@
-"""Backends for tests of serving: the real model.py and Triton around the fake engine; one fails, one hangs."""
+"""Backends for tests of serving: the real model.py and Triton around the fake engine; others fail, hang, say nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,17 @@ class Mute(Fake):
     first_line = 'FakeEngine._step = lambda self, one: self._emit(one, "", (), "error", error="no kernel") or True'
 
 
-ROWS = {backend.__name__.lower(): f"{__name__}:{backend.__name__}" for backend in (Fake, Failing, Hanging, Mute)}
+class Locked(Fake):
+    """Its first request but the server's own never lets go of Python's lock."""
+
+    first_line = (
+        "import ctypes, tkit.backends.reference_model as backend; backend.LOCK_HELD_S = 3; step = FakeEngine._step;"
+        "FakeEngine._step = lambda self, one: "
+        "step(self, one) if one.request.max_tokens == 1 else ctypes.PyDLL(None).sleep(600)"
+    )
+
+
+ROWS = {backend.__name__.lower(): f"{__name__}:{backend.__name__}" for backend in (Fake, Failing, Hanging, Mute, Locked)}
 
 
 def write_engine(directory: Path, *, created: str = "2026-01-01T00:00:00Z", **changes: Any) -> EngineCard:

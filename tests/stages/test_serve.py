@@ -203,12 +203,26 @@ def test_stop_cleans_up_after_a_crash(engine: Path) -> None:
     record = serve_detached(engine, FREE)
     processes = processes_of(record.pid)
     os.kill(record.pid, signal.SIGKILL)
-    assert wait_for(lambda: not any(map(is_running, processes)))
+    assert wait_for(lambda: not any(map(is_running, processes)), 60)
     assert status()[1]["state"] == "dead"
     assert list(Path("/dev/shm").glob(f"tkit{record.pid}_*"))
     assert running_servers() == []
     assert tkit("stop").stdout == "tiny: had ended already; removed what it left behind\n"
     assert_nothing_left(engine, record.pid, processes)
+
+
+def test_a_model_that_holds_pythons_lock_outlives_no_server(engine: Path) -> None:
+    """As one does whose question a killed server never answered."""
+    write_engine(engine, backend="locked")
+    record = serve_detached(engine, FREE)
+    processes = processes_of(record.pid)
+    time.sleep(1)  # the three seconds that this backend sets count from the next look at the server
+    client = http.client.HTTPConnection("127.0.0.1", record.http_port)
+    client.request("POST", "/v2/models/ensemble/generate", json.dumps({"text_input": "a", "max_tokens": 2}))
+    time.sleep(1)
+    os.kill(record.pid, signal.SIGKILL)
+    assert wait_for(lambda: not any(map(is_running, processes)))
+    client.close()
 
 
 def test_stop_kills_a_server_that_does_not_end(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ request still waiting for its first token is given up as soon as one that stream
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import queue
@@ -28,6 +29,7 @@ from tkit.units import NS_PER_S
 
 CANCEL_PERIOD_S = 0.1  # TensorRT-LLM's cancellation_check_period_ms
 PARENT_PERIOD_S = 0.5
+LOCK_HELD_S = 30.0
 SECONDS_BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
 
 
@@ -177,8 +179,13 @@ def _check_that_it_generates(engine: Any) -> None:
 
 def _die_with_server(server_pid: int) -> None:
     """Left to itself this process outlives a killed server, with its memory and GPU. (A parent-death signal would not
-    do: it comes when the server's thread that started this process ends, which may be at any time.)"""
+    do: it comes when the server's thread that started this process ends, which may be at any time.)
+
+    Whoever asks the server something waits for it with Python's lock held, and a server killed just then never answers:
+    then this thread never runs again, and faulthandler's, which needs no lock, ends the process.
+    """
     while os.getppid() == server_pid:
+        faulthandler.dump_traceback_later(LOCK_HELD_S, exit=True)
         time.sleep(PARENT_PERIOD_S)
     os._exit(1)
 
