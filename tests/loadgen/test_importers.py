@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,29 @@ def test_aiperf(tkit: Tkit, tmp_path: Path) -> None:
     assert point["token_source"] == "tokenizer"
     assert (manifest["label"], manifest["model"], manifest["protocol"]) == ("theirs", "exact", "completions")
     assert set(manifest["identity"]["imported"]["files"]) == {"profile_export.jsonl"}
+
+
+def test_aiperf_told_to_believe_the_server(tkit: Tkit, tmp_path: Path) -> None:
+    shutil.copytree(AIPERF, tmp_path / "theirs")
+    summary = tmp_path / "theirs" / "profile_export_aiperf.json"
+    written = json.loads(summary.read_text())
+    written["input_config"]["endpoint"]["use_server_token_count"] = True
+    summary.write_text(json.dumps(written))
+    sources = {read_result(path).points[0].token_source for path in (AIPERF, tmp_path / "theirs")}
+    assert sources == {"tokenizer", "server_usage"}
+
+
+def test_guidellm_without_the_servers_count(tmp_path: Path) -> None:
+    """Its chunks with text are then all that there is."""
+    result = guidellm({"type_": "concurrent", "streams": 2})
+    for request in result["benchmarks"][0]["requests"]["successful"]:
+        request["output_metrics"] = {}
+        request["output_tokens"] = None
+        request["info"]["timings"]["token_iterations"] = 3
+    path = tmp_path / "benchmarks.json"
+    path.write_text(json.dumps(result))
+    point = read_result(path).points[0]
+    assert (point.token_source, [record.osl for record in point.records]) == ("chunks", [3, 3, 3, 0])
 
 
 def test_vllm(tkit: Tkit, tmp_path: Path) -> None:

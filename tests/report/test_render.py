@@ -340,7 +340,7 @@ def test_what_is_not_known_is_said_not_made_up(tmp_path: Path) -> None:
     comparison, parts = rendered([make_run(tmp_path, "run", concurrency=(1,), requests=12, invalid={1: "drift"})])
     said = {section.id: " ".join(section.lead) for section in parts}
     assert said["size"] == "No engine card in these runs."
-    assert said["quality"] == "Not validated: A (tkit validate, then sweep again)."
+    assert said["quality"] == "Not known of A: only engines with a card are validated."
     assert said["distributions"] == "No valid point to look into."
     assert said["runs"] == "One run: nothing to compare."
     Page(render_html(comparison, parts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -56,8 +57,26 @@ def test_a_sweep_of_generate_stands_in_a_report(tkit, tmp_path):
     markdown = Path("out/report.md").read_text()
     assert "demo, transformers generate" in markdown and "static batches of C prompts" in markdown
     assert {row["token_source"] for row in csv.DictReader(Path("out/report.csv").read_text().splitlines())} == {
-        "server_usage"
+        "token_ids"
     }
+
+
+def test_a_sweep_of_generate_that_was_cut_off_goes_on(tkit, tmp_path):
+    tkit("build", "demo", "--quiet")
+    command = ["sweep", "--protocol", "hf-generate", "--shape", "16/8", "--concurrency", "1,4", "--requests", "4"]
+    run = Path(tkit(*command, "--label", "plain").stdout.splitlines()[-1])
+    assert json.loads((run / "manifest.json").read_text())["label"] == "plain"
+    journal = (run / "state.jsonl").read_text().splitlines(True)
+    (run / "state.jsonl").write_text("".join(line for line in journal if '"finished"' not in line))
+    shutil.rmtree(run / "points" / "16x8-c4-r1")
+    kept = (run / "points" / "16x8-c1-r1" / "point.json").stat().st_mtime_ns
+    other = tkit(*command[:-1], "6", "--resume")
+    assert other.exit_code == 2 and "--requests: 4 then, 6 now" in other.stderr
+    resumed = tkit(*command, "--resume")
+    assert resumed.stdout.splitlines()[-1] == str(run), resumed.stderr
+    assert (run / "points" / "16x8-c1-r1" / "point.json").stat().st_mtime_ns == kept
+    assert (run / "points" / "16x8-c4-r1" / "point.json").is_file()
+    assert len((run / "summary.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -66,7 +85,6 @@ def test_a_sweep_of_generate_stands_in_a_report(tkit, tmp_path):
         (("--rate", "2"), "it runs batches of a fixed size: give --concurrency, not --rate or --find-max"),
         (("--spread", "0.5"), "the prompts of a batch have one length: give --shape ISL/OSL alone"),
         (("--url", "127.0.0.1:1", "--timeout", "3"), "leave out --url, --timeout"),
-        (("--resume",), "leave out --resume"),
     ],
 )
 def test_what_a_static_batch_cannot_do_is_refused(tkit, options, reason):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tkit.backends.nvidia import GpuDevice, Machine
+from tkit.loadgen.mock_server import running_mock
 from tkit.specs.progress import Progress
 from tkit.stages.memory import peak_memory_bytes, reset_peak_memory
 from tkit.stages.models import find_recipe
@@ -22,32 +24,58 @@ report: {out: reports/out}
 """
 
 
+BESIDE = """
+compare_with:
+  - {protocol: hf-generate}
+  - {name: theirs, url: URL, model: exact}
+"""
+
+
 def points(run: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in run.glob("points/*/point.json")}
 
 
-def test_what_is_done_is_not_done_again_and_what_was_cut_off_goes_on(tkit, tmp_path):
-    Path("r.yaml").write_text(RECIPE)
-    record = json.loads(tkit("run", "r.yaml", "--json").stdout)
-    engine, run = Path(record["engines"][0]), Path(record["sweeps"][0])
-    validated, measured = (engine / "validation.json").stat().st_mtime_ns, points(run)
-    assert len(measured) == 2
+@pytest.fixture
+def mock() -> Iterator[str]:
+    with running_mock(ttft_ms=20, itl_ms=2) as url:
+        yield url
 
-    journal = run / "state.jsonl"
-    cut = next(path for path in run.glob("points/*-c2-*"))
-    lines = [line for line in journal.read_text().splitlines(True) if cut.name not in line and '"finished"' not in line]
-    journal.write_text("".join(lines))
-    shutil.rmtree(cut)
-    resumed = tkit("run", "r.yaml", "--save-baseline", "main", "--json")
-    assert json.loads(resumed.stdout)["sweeps"] == [str(run)]
-    after = points(run)
-    assert after[cut.name] > max(measured.values())
-    assert [name for name in measured if after[name] != measured[name]] == [cut.name]
-    again = tkit("run", "r.yaml", "--json")
-    assert json.loads(again.stdout)["sweeps"] == [str(run)]
-    assert f"measured in {run}" in again.stderr
-    assert points(run) == after
+
+def test_what_is_done_is_not_done_again_and_what_was_cut_off_goes_on(tkit, tmp_path, mock):
+    Path("r.yaml").write_text(RECIPE + BESIDE.replace("URL", f"'http://{mock}/v1'"))
+    record = json.loads(tkit("run", "r.yaml", "--json").stdout)
+    engine, runs = Path(record["engines"][0]), [Path(run) for run in record["sweeps"]]
+    validated, measured = (engine / "validation.json").stat().st_mtime_ns, {run: points(run) for run in runs}
+    assert [len(found) for found in measured.values()] == [2, 2, 2]
+    labels = [json.loads((run / "manifest.json").read_text())["label"] for run in runs]
+    assert labels == [engine.name, "demo, transformers generate", "theirs"]
+
+    for run in runs[:2]:
+        journal, cut = run / "state.jsonl", next(run.glob("points/*-c2-*"))
+        lines = journal.read_text().splitlines(True)
+        journal.write_text("".join(line for line in lines if cut.name not in line and '"finished"' not in line))
+        shutil.rmtree(cut)
+    gates = "output_tok_s<+900%,kl>0.01"  # nobody meets the first, and only the engines have to
+    resumed = tkit("run", "r.yaml", "--save-baseline", "main", "--fail-on", gates, "--json")
+    assert json.loads(resumed.stdout)["sweeps"] == record["sweeps"], resumed.stderr
+    report = json.loads(Path("reports/out/report.json").read_text())
+    assert (report["baseline"], [run["label"] for run in report["runs"]]) == ("A", labels)
+    assert [outcome["checks"] for outcome in report["gates"]] == [[], []]
+    assert (
+        len({tuple(group["runs"]) for group in report["groups"]}) == 1
+    )  # all compared: each counts the model's tokens
+    after = {run: points(run) for run in runs}
+    for run in runs:
+        anew = [name for name in measured[run] if after[run][name] != measured[run][name]]
+        assert [name[-5:] for name in anew] == (["c2-r1"] if run != runs[2] else [])
+    again = tkit("run", "r.yaml", "--json", "--baseline", "theirs")
+    assert json.loads(again.stdout)["sweeps"] == record["sweeps"]
+    assert all(f"measured in {run}" in again.stderr for run in runs)
+    assert json.loads(Path("reports/out/report.json").read_text())["baseline"] == "C"
+    assert {run: points(run) for run in runs} == after
     assert (engine / "validation.json").stat().st_mtime_ns == validated
+    run = runs[0]
+    Path("r.yaml").write_text(RECIPE)
 
     kept = Path(
         "reports/baselines/main"
@@ -69,7 +97,7 @@ def test_what_is_done_is_not_done_again_and_what_was_cut_off_goes_on(tkit, tmp_p
         (
             "--baseline",
             "mian",
-            '"mian" is no directory, no kept baseline and no quantization of the recipe (did you mean "main"?)',
+            '"mian" is no directory, no kept baseline and nothing that the recipe measures (did you mean "main"?)',
         ),
     ],
 )
@@ -78,6 +106,28 @@ def test_baselines_are_checked_before_anything_is_built(tkit, tmp_path, option, 
     result = tkit("run", "demo", option, value)
     assert result.exit_code == 2
     assert said in result.stderr
+    assert not Path("engines").exists()
+
+
+def test_what_cannot_be_compared_with_is_refused_before_anything_is_built(tkit, tmp_path):
+    others = "[{protocol: hf-generate}, {url: 'ftp://x'}, {name: none, url: 'h:1', model: m, num_gpus: 0}]"
+    Path("r.yaml").write_text(f"{{model: demo, compare_with: {others}, sweep: {{rates: [2]}}}}")
+    result = tkit("run", "r.yaml")
+    assert result.exit_code == 2
+    assert 'compare_with: "none" stands twice or is a quantization of the recipe' in result.stderr
+    Path("r.yaml").write_text(
+        f"{{model: demo, compare_with: {others.replace('name: none, ', '')}, sweep: {{rates: [2]}}}}"
+    )
+    result = tkit("run", "r.yaml")
+    assert result.exit_code == 2
+    for said in ("hf-generate: it runs batches of a fixed size", "ftp://x: ", "h:1: --gpus is 0"):
+        assert said in result.stderr
+    for wrong, said in (
+        ("{protocol: openai}", "needs the server's url"),
+        ("{protocol: hf-generate, url: x}", "leave out url"),
+    ):
+        Path("r.yaml").write_text(f"{{model: demo, compare_with: [{wrong}]}}")
+        assert said in tkit("run", "r.yaml").stderr
     assert not Path("engines").exists()
 
 

@@ -86,6 +86,7 @@ class _Rates(_Words):
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR",
               help="Directory of the served model's tokenizer.json.  [default: the engine's]")  # fmt: skip
 @click.option("--engine", metavar="DIR", help="Engine that is served, as a path or a name.  [default: from the server]")
+@click.option("--label", metavar="TEXT", help="What reports call it.  [default: the engine's name, or the model's]")
 @click.option("--gpus", "num_gpus", type=int, metavar="N", help="GPUs for tok/s/GPU.  [default: the engine's]")
 @click.option("--metrics-url", metavar="URL",
               help="The server's Prometheus metrics, kept with the run.  [default: where such servers have them]")  # fmt: skip
@@ -111,14 +112,14 @@ def command(output: Output, out: Path, name: str | None, resume: bool, calibrate
         _calibrate(output, out, given | {"resume": resume or None})
         return
 
-    from tkit.specs.recipe import SweepRecipe
+    from tkit.specs.recipe import HF_GENERATE, SweepRecipe
     from tkit.stages.sweep import Target, run_sweep
 
     values = {key: value for key, value in given.items() if value is not None}
     recipe_fields = {field.name for field in dataclasses.fields(SweepRecipe)}
     recipe = SweepRecipe(**{key: value for key, value in values.items() if key in recipe_fields})  # type: ignore[arg-type]
-    if given["protocol"] == "hf-generate":
-        record = _sweep_generate(output, out, name, recipe, values, resume)
+    if given["protocol"] == HF_GENERATE:
+        record = _sweep_generate(output, out, name, resume, recipe, values)
         output.record(record, _table(record), last_line=record.directory)
         return
     target = Target(**{key: value for key, value in values.items() if key not in recipe_fields})  # type: ignore[arg-type]
@@ -127,19 +128,20 @@ def command(output: Output, out: Path, name: str | None, resume: bool, calibrate
 
 
 def _sweep_generate(
-    output: Output, out: Path, name: str | None, recipe: SweepRecipe, values: dict[str, object], resume: bool
+    output: Output, out: Path, name: str | None, resume: bool, recipe: SweepRecipe, values: dict[str, object]
 ) -> SweepRecord:
     import dataclasses
 
+    from tkit.specs.recipe import HF_GENERATE
     from tkit.specs.recipe import SweepRecipe as Fields
     from tkit.stages.hf_generate import sweep_generate
 
-    known = {"protocol", "engine", *(field.name for field in dataclasses.fields(Fields))}
+    known = {"protocol", "engine", "label", *(field.name for field in dataclasses.fields(Fields))}
     others = [_option(key) for key in values if key not in known]
-    if others or resume:
-        raise click.UsageError(f"--protocol hf-generate has no server: leave out {', '.join(others or ['--resume'])}")
-    engine = values.get("engine")
-    return sweep_generate(recipe, str(engine) if engine else None, out=out, name=name, progress=output)
+    if others:
+        raise click.UsageError(f"--protocol {HF_GENERATE} has no server: leave out {', '.join(others)}")
+    engine, label = (str(values[key]) if key in values else None for key in ("engine", "label"))
+    return sweep_generate(recipe, engine, label=label, out=out, name=name, resume=resume, progress=output)
 
 
 def _option(name: str) -> str:

@@ -192,7 +192,7 @@ def _read_aiperf(path: Path, values: list[dict[str, Any]]) -> Imported:
         concurrency=None if rate else phase.get("concurrency") or _most_in_flight(records),
         rate=float(rate) if rate else None,
         arrivals=str(phase.get("type", "poisson")) if rate else None,
-        token_source="tokenizer",
+        token_source="server_usage" if config.get("endpoint", {}).get("use_server_token_count") else "tokenizer",
         records=records,
         has_chunks=all("inter_chunk_latency" in line["metrics"] for line in values if not line.get("error")),
     )
@@ -220,7 +220,8 @@ def _most_in_flight(records: Sequence[RequestRecord]) -> int:
 
 
 def _read_vllm(path: Path, values: list[dict[str, Any]]) -> Imported:
-    """Also SGLang's, a fork of the same script: an object per load; durations in seconds and no times."""
+    """Also SGLang's, a fork of the same script: an object per load; durations in seconds and no times. Where a server sent
+    no usage, vLLM encodes the text again and SGLang takes the length it asked for; their files do not say so."""
     points = []
     for result in values:
         records: list[RequestRecord] = []
@@ -260,6 +261,7 @@ def _read_guidellm(path: Path, values: list[dict[str, Any]]) -> Imported:
     for benchmark in values[0]["benchmarks"]:
         strategy = benchmark["config"]["strategy"]
         groups = benchmark["requests"]
+        has_usage = all(request["output_metrics"].get("text_tokens") for request in groups["successful"])
         records: list[RequestRecord] = []
         for status in ("successful", "errored"):  # those that were cut off at the end are no result
             for request in groups[status]:
@@ -269,7 +271,11 @@ def _read_guidellm(path: Path, values: list[dict[str, Any]]) -> Imported:
                 failure = None if status == "successful" else request["info"].get("error") or "errored"
                 ends = (timings["first_token_iteration"], timings["last_token_iteration"])
                 chunk_ns = [] if failure or None in ends else [round(when * NS_PER_S) for when in ends]
-                osl = request["output_metrics"].get("text_tokens") or request["output_tokens"]
+                osl = (
+                    request["output_metrics"]["text_tokens"]
+                    if has_usage and not failure
+                    else timings.get("token_iterations")
+                )
                 records.append(_record(
                     len(records), sent_ns=round(start * NS_PER_S), chunk_ns=chunk_ns, end_ns=round(end * NS_PER_S),
                     isl=request["prompt_tokens"] or 0, osl=0 if failure else osl or 0, error=failure,
@@ -279,7 +285,7 @@ def _read_guidellm(path: Path, values: list[dict[str, Any]]) -> Imported:
         concurrency = 1 if strategy["type_"] == "synchronous" else strategy.get("streams") or _most_in_flight(records)
         points.append(ImportedPoint(
             concurrency=None if arrivals else concurrency, rate=float(strategy["rate"]) if arrivals else None,
-            arrivals=arrivals, token_source="server_usage", records=records, has_chunks=False,
+            arrivals=arrivals, token_source="server_usage" if has_usage else "chunks", records=records, has_chunks=False,
         ))  # fmt: skip
     metadata, backend = values[0].get("metadata", {}), values[0].get("config", {}).get("backend", {})
     backend = backend if isinstance(backend, dict) else {}

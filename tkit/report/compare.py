@@ -36,7 +36,7 @@ from tkit.report.statistics import (
     supported_tail,
     wilson,
 )
-from tkit.specs.record import SLO_TIERS, Load, Manifest
+from tkit.specs.record import SLO_TIERS, TOKEN_SOURCES, Load, Manifest
 
 # name -> (metric, percentile), (rate, column of the requests that it sums, "" = their number) or ("goodput", tier)
 ASKABLE: dict[str, tuple[str, int | str]] = {
@@ -196,25 +196,27 @@ def _groups(runs: Mapping[str, Run], baseline: str | None, device: str, asked: C
     for run_id, run in runs.items():
         for point in run.points:
             summary = point.summary
-            key = (summary.shape, summary.arrivals, summary.token_source, summary.definitions)
+            key = (summary.shape, summary.arrivals, TOKEN_SOURCES[summary.token_source], summary.definitions)
             keys.setdefault(key, {}).setdefault(run_id, []).append(point)
     shapes = Counter((shape, arrivals) for shape, arrivals, _, _ in keys)
     groups = []
-    for (shape, arrivals, token_source, definitions), points in sorted(
+    for (shape, arrivals, counted, definitions), points in sorted(
         keys.items(), key=lambda item: (_lengths(item[1]), item[0][0], item[0][1] or "")
     ):
+        sources = sorted({point.summary.token_source for some in points.values() for point in some})
         note = None
         if shapes[shape, arrivals] > 1:
+            others = "group" if shapes[shape, arrivals] == 2 else "groups"
             note = (
-                f"tokens counted by {token_source} under {definitions}: "
-                f"not comparable with the other {shape} {'group' if shapes[shape, arrivals] == 2 else 'groups'}"
+                f"{', '.join(points)}: tokens counted by {' or '.join(sources)} ({counted}), definitions {definitions}; "
+                f"not comparable with the other {others} of {shape}"
             )
         levels = _levels(points, runs, arrivals, baseline if baseline in points else None, device, asked)
         groups.append(
             Group(
                 shape=shape,
                 arrivals=arrivals,
-                token_source=token_source,
+                token_source=" or ".join(sources),
                 definitions=definitions,
                 runs=tuple(points),
                 levels=_with_frontier(levels),

@@ -4,8 +4,8 @@
     gate  = METRIC ("<" | ">") NUMBER ["%"]     the condition under which the comparison fails
 
 With % the number is a change against the baseline; without, it is in the metric's own unit (METRICS; bytes for
-weight_bytes, nats per token for kl, a share from 0 to 1 for top1). Every run but the baseline is held against every gate, at
-every point that it or the baseline has; without a baseline, every run.
+weight_bytes, nats per token for kl, a share from 0 to 1 for top1). Every run but the baseline, and but those that a recipe
+only compares with, is held against every gate, at every point that it or the baseline has; without a baseline, every run.
 
 A check fails
     a change of a measured metric    when the change itself lies beyond the limit, and it is called: its 95 % interval
@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,9 +115,10 @@ def asked(gates: Iterable[Gate]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(gate.metric for gate in gates if gate.metric in ASKABLE and gate.metric not in MEASURES))
 
 
-def evaluate(gates: Sequence[Gate], comparison: Comparison) -> tuple[GateOutcome, ...]:
-    """One outcome per gate. The comparison was made with `asked` of these gates."""
-    candidates = [run for run in comparison.runs if run.id != comparison.baseline]
+def evaluate(gates: Sequence[Gate], comparison: Comparison, spared: Collection[str] = ()) -> tuple[GateOutcome, ...]:
+    """One outcome per gate. The comparison was made with `asked` of these gates. `spared`: ids of runs that none is held
+    against."""
+    candidates = [run for run in comparison.runs if run.id != comparison.baseline and run.id not in spared]
     unread = [
         GateCheck(run=None, state=NOT_EVALUATED, text=f"{left.path} was left out: {left.reason}")
         for left in comparison.left_out

@@ -213,8 +213,10 @@ def size(comparison: Comparison, runs: Runs) -> Section:
 
 def quality(comparison: Comparison, runs: Runs) -> Section:
     table = tables.quality_table(comparison)
-    without = [run.id for run in comparison.runs if run.validation is None]
+    without = [run.id for run in comparison.runs if run.engine is not None and run.validation is None]
     lead = [f"Not validated: {', '.join(without)} (tkit validate, then sweep again)."] if without else []
+    foreign = [run.id for run in comparison.runs if run.engine is None]
+    lead += [f"Not known of {', '.join(foreign)}: only engines with a card are validated."] if foreign else []
     return Section(
         id="quality",
         title="Quality beside speed",
@@ -254,16 +256,20 @@ def validity(comparison: Comparison, runs: Runs) -> Section:
 
 
 def provenance(comparison: Comparison, runs: Runs) -> Section:
-    other = sorted({run.definitions for run in comparison.runs} - {DEFINITIONS})
+    others = tables.other_definitions_table(comparison)
     lead = [f"Definitions: {DEFINITIONS}."]
-    if other:
-        lead.append(f"Measured under other definitions, not printed here: {', '.join(other)}.")
+    if others.rows:
+        lead.append(
+            "What other tools measured means something else: it stands in groups of its own. Percentiles, rates and TPOT are "
+            "computed here, from the times and tokens that each tool recorded; TPOT is (last - first) / (N - 1)."
+        )
     return Section(
         id="provenance",
         title="Provenance",
         lead=tuple(lead),
         tables=(
             tables.definitions_table(),
+            *((others,) if others.rows else ()),
             tables.commands_table(comparison),
             *(tables.identity_table(run) for run in comparison.runs),
             *(tables.files_table(run) for run in comparison.runs),

@@ -26,7 +26,7 @@ from tkit.report.record import (
 )
 from tkit.report.statistics import Estimate
 from tkit.report.verdict import judgement
-from tkit.specs.record import METRICS, SLO_TIERS, Load, SloStep
+from tkit.specs.record import DEFINITIONS, METRICS, OTHER_DEFINITIONS, SLO_TIERS, Load, SloStep
 from tkit.specs.wall import Prediction
 from tkit.units import format_bytes, format_seconds
 
@@ -647,6 +647,20 @@ def stalls_table(comparison: Comparison, points: Mapping[str, Point], gaps: Mapp
 def definitions_table() -> Table:
     rows = tuple((Entry(text=name), Entry(text=unit), Entry(text=meaning)) for name, (unit, meaning) in METRICS.items())
     return Table(id="definitions", caption="Definitions", columns=_text("Metric", "Unit", "Meaning"), rows=rows)
+
+
+def other_definitions_table(comparison: Comparison) -> Table:
+    """Of the tools whose results were imported."""
+    rows = tuple(
+        (
+            Entry(text=definitions),
+            *(Entry(text=found.get(name, "not known")) for name in ("tokens", "ttft", "output_tok_s")),
+        )
+        for definitions in sorted({run.definitions for run in comparison.runs} - {DEFINITIONS})
+        for found in (OTHER_DEFINITIONS.get(definitions.partition("/")[0], {}),)
+    )
+    columns = _text("Definitions", "Tokens counted by", "TTFT", "Rates are over")
+    return Table(id="other-definitions", caption="Definitions of other tools", columns=columns, rows=rows)
 
 
 def identity_table(run: RunFacts) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from tkit.errors import InputError
 from tkit.specs.parallel import Parallel
@@ -12,6 +12,7 @@ from tkit.specs.precision import Precision
 BACKENDS = ("auto", "reference", "tensorrt", "pytorch")
 FORMATS = ("trtllm", "hf", "both")  # TensorRT-LLM checkpoint, unified Hugging Face checkpoint
 GOALS = ("throughput", "latency")
+HF_GENERATE = "hf-generate"  # the protocol without a server: transformers' generate, in the sweep's process
 # What only the backends of TensorRT-LLM ask for: a checkpoint is the same whatever they are.
 RUNTIME_FIELDS = ("goal", "max_batch_size", "max_num_tokens", "max_seq_len")
 
@@ -87,9 +88,39 @@ class SweepRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OtherEngine:
+    """What tkit did not build, measured as the engines are: a server at a URL, or transformers' generate."""
+
+    protocol: str = "openai"  # as `tkit sweep --protocol` takes it
+    url: str | None = None  # host:port; over HTTP also https://host/v1
+    name: str | None = None  # in the report; None = the protocol, or the URL
+    model: str | None = None  # None = the only one served
+    num_gpus: int | None = None  # for rates per GPU
+    tokenizer: str | None = None  # directory; None = the first engine's
+    api_key_file: str | None = None
+    metrics_url: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.protocol != HF_GENERATE and self.url is None:
+            problems.append(f"{self.protocol} needs the server's url")
+        given = [
+            item.name for item in fields(self) if item.name not in ("protocol", "name") and getattr(self, item.name)
+        ]
+        if self.protocol == HF_GENERATE and given:
+            problems.append(f"{HF_GENERATE} has no server: leave out {', '.join(given)}")
+        if problems:
+            raise InputError("impossible entry", problems=problems)
+
+    @property
+    def label(self) -> str:
+        return self.name or self.url or self.protocol
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportRecipe:
     out: str | None = None  # None = reports/<recipe name>
-    baseline: str | None = None  # quant name of the engine the others are compared with; None = the first engine
+    baseline: str | None = None  # quant of an engine, or name of an entry of compare_with; None = the first engine
     fail_on: str | None = None  # gates, as `tkit report --fail-on` takes them
 
 
@@ -99,15 +130,26 @@ class Recipe:
     revision: str | None = None
     description: str = ""
     engines: tuple[EngineRecipe, ...] = (EngineRecipe(),)
+    compare_with: tuple[OtherEngine, ...] = ()
     sweep: SweepRecipe = field(default_factory=SweepRecipe)
     report: ReportRecipe = field(default_factory=ReportRecipe)
 
     def __post_init__(self) -> None:
         problems = []
-        quants = [engine.quant for engine in self.engines]
-        if not quants:
+        if not self.engines:
             problems.append("engines is empty, expected at least one")
-        elif self.report.baseline is not None and self.report.baseline not in quants:
-            problems.append(f'report: baseline is "{self.report.baseline}", expected one of {", ".join(quants)}')
+        elif self.report.baseline is not None and self.report.baseline not in self.names:
+            problems.append(f'report: baseline is "{self.report.baseline}", expected one of {", ".join(self.names)}')
+        others = [other.label for other in self.compare_with]
+        problems += [
+            f'compare_with: "{label}" stands twice or is a quantization of the recipe; give it a name of its own'
+            for label in dict.fromkeys(others)
+            if self.names.count(label) > 1
+        ]
         if problems:
             raise InputError("impossible recipe", problems=problems)
+
+    @property
+    def names(self) -> list[str]:
+        """What a baseline can be called, in the order measured."""
+        return [*(engine.quant for engine in self.engines), *(other.label for other in self.compare_with)]

@@ -44,7 +44,41 @@ METRICS = {
     "goodput":      ("req/s", "requests per second that meet every limit of an SLO tier; open loop: from the schedule"),
 }  # fmt: skip
 
-TOKEN_SOURCES = ("server_usage", "token_ids", "tokenizer", "chunks")
+# tool -> how what `tkit import` reads of it was counted and timed. TPOT is always (last - first) / (N - 1).
+OTHER_DEFINITIONS = {
+    "aiperf": {
+        "tokens": "its tokenizer, over the text; with --use-server-token-count the server",
+        "ttft": "request sent -> first response with content",
+        "output_tok_s": "first request sent -> last answered, without its warm-up",
+    },
+    "vllm": {
+        "tokens": "the server; its tokenizer where the server sent no usage, which the file does not tell",
+        "ttft": "request sent -> first chunk with a choice, also an empty one such as a chat's role",
+        "output_tok_s": "the whole benchmark, from the first request on",
+    },
+    "sglang": {
+        "tokens": "the server; the length asked for where the server sent no usage, which the file does not tell",
+        "ttft": "request sent -> first chunk with text",
+        "output_tok_s": "the whole benchmark, from the first request on",
+    },
+    "guidellm": {
+        "tokens": "the server; chunks with text where the server sent no usage",
+        "ttft": "request sent -> first chunk with content",
+        "output_tok_s": "first request sent -> last answered, errors included",
+    },
+    "genai-perf": {
+        "tokens": "chunks with text, one token each",
+        "ttft": "request sent -> first response with text; an empty first one is skipped",
+        "output_tok_s": "first request sent -> last answered",
+    },
+}
+# who counted the output tokens -> whose count it is: those of different counters are not compared
+TOKEN_SOURCES = {
+    "server_usage": "the model's own",  # the server said how many
+    "token_ids":    "the model's own",  # the ids themselves were received
+    "tokenizer":    "a tokenizer's",    # the text was encoded again: rarely the tokens it was generated in
+    "chunks":       "the chunks",       # a chunk with text was taken for a token
+}  # fmt: skip
 
 # requests.parquet; times are nanoseconds of one monotonic clock, null when it did not happen
 REQUEST_COLUMNS = {

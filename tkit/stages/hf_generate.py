@@ -7,6 +7,8 @@ decode step, and a request never waits for another: label and identity say so wh
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import time
 from array import array
@@ -22,20 +24,21 @@ from tkit.loadgen.monitor import rss_bytes
 from tkit.loadgen.point import Place, summarise
 from tkit.loadgen.profiles import Profile, resolve_profile
 from tkit.loadgen.prompts import PromptMaker
-from tkit.loadgen.run_directory import RunDirectory, utc_now
+from tkit.loadgen.run_directory import utc_now
+from tkit.specs.engine import EngineCard
 from tkit.specs.progress import Progress
-from tkit.specs.recipe import SweepRecipe
+from tkit.specs.recipe import HF_GENERATE, SweepRecipe
 from tkit.specs.record import Manifest, PointSummary
 from tkit.stages.calibrate import client_machine
 from tkit.stages.engines import ENGINES_DIR, find_engine, read_card
-from tkit.stages.sweep import REPORTS_DIR, SweepRecord, Target, run_name, sweep_command
+from tkit.stages.sweep import REPORTS_DIR, SweepRecord, Target, open_run, run_name, sweep_command
 from tkit.stages.validate import source_directory
 from tkit.units import NS_PER_S
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROTOCOL = "hf-generate"
+TOKEN_SOURCE = "token_ids"
 
 
 def sweep_generate(
@@ -43,15 +46,17 @@ def sweep_generate(
     engine: str | None,
     *,
     device: str = "auto",
+    label: str | None = None,
     out: Path = REPORTS_DIR,
     name: str | None = None,
+    resume: bool = False,
     engines_dir: Path = ENGINES_DIR,
     progress: Progress | None = None,
 ) -> SweepRecord:
-    """Measures the model that `engine` was built from (None = the newest engine) and writes `out/<name>`."""
+    """Measures the model that `engine` was built from (None = the newest engine) and writes `out/<name>`. `resume`: goes on
+    with the run `out/<name>`, or the newest in `out`, that was cut off."""
     progress = progress or Progress()
-    profile = resolve_profile(recipe)
-    _check(profile, recipe)
+    profile = check_generate(recipe)
     engine_dir = find_engine(engine, engines_dir)
     card = read_card(engine_dir)
     prompts = PromptMaker(engine_dir / "tokenizer", recipe.seed)
@@ -63,51 +68,51 @@ def sweep_generate(
 
     device = pick_device(device)
     model = load_source(source_directory(card.source), device)
-    label = f"{card.source['model']}, transformers generate"
-    run = RunDirectory.create(
-        out, name or run_name(f"{card.source['model']}-generate", profile), is_fixed=name is not None
-    )
-    with contextlib.closing(run):
-        manifest = Manifest(
-            run=run.path.name,
-            label=label,
-            profile=profile.name,
-            profile_digest=profile.digest,
-            seed=recipe.seed,
-            protocol=PROTOCOL,
-            url="this process",
-            model=str(card.source["model"]),
-            shapes=tuple(map(str, profile.shapes)),
-            concurrency=profile.concurrency,
-            repeats=profile.repeats,
-            requests=recipe.requests,
-            duration_s=recipe.duration_s,
-            identity={
-                "tkit": __version__,
-                "tokenizer_sha256": prompts.digest,
-                "token_source": "server_usage",
-                "server": {
-                    "server": "transformers generate",
-                    "version": transformers.__version__,
-                    "torch": torch.__version__,
-                    "batching": "static batches of C prompts, one after the other; no server and no queue",
-                    "dtype": str(model.dtype),
-                    "device": device,
-                    "threads": torch.get_num_threads(),
-                },
-                "hardware": client_machine()["cpu"] if device == "cpu" else torch.cuda.get_device_name(),
-                "client": client_machine(),
+    manifest = Manifest(
+        run=name or run_name(f"{card.source['model']}-generate", profile),
+        label=label or f"{card.source['model']}, transformers generate",
+        profile=profile.name,
+        profile_digest=profile.digest,
+        seed=recipe.seed,
+        protocol=HF_GENERATE,
+        url="this process",
+        model=str(card.source["model"]),
+        shapes=tuple(map(str, profile.shapes)),
+        concurrency=profile.concurrency,
+        repeats=profile.repeats,
+        requests=recipe.requests,
+        duration_s=recipe.duration_s,
+        identity={
+            "tkit": __version__,
+            "source_sha256": source_sha256(card),
+            "tokenizer_sha256": prompts.digest,
+            "token_source": TOKEN_SOURCE,
+            "server": {
+                "server": "transformers generate",
+                "version": transformers.__version__,
+                "torch": torch.__version__,
+                "batching": "static batches of C prompts, one after the other; no server and no queue",
+                "dtype": str(model.dtype),
+                "device": device,
+                "threads": torch.get_num_threads(),
             },
-            command=sweep_command(recipe, Target(protocol=PROTOCOL, engine=card.name), out),
-            started=utc_now(),
-        )
-        run.write_manifest(manifest)
-        run.journal("started", tkit=__version__)
+            "hardware": client_machine()["cpu"] if device == "cpu" else torch.cuda.get_device_name(),
+            "client": client_machine(),
+        },
+        command=sweep_command(recipe, Target(protocol=HF_GENERATE, engine=card.name, label=label), out),
+        started=utc_now(),
+    )
+    run, manifest, kept = open_run(out, name, manifest, progress, resume=resume)
+    with contextlib.closing(run):
+        run.journal("resumed" if resume else "started", tkit=__version__)
         points: list[PointSummary] = []
         for repeat in range(1, profile.repeats + 1):
             for shape in profile.shapes:
                 for concurrency in profile.concurrency:
                     place = Place(shape=shape, concurrency=concurrency, repeat=repeat)
+                    if place.slug in kept:
+                        points.append(kept[place.slug])
+                        continue
                     summary, records = _measure(model, place, profile, prompts, progress)
                     run.write_point(place, summary, records)
                     run.journal("point", point=place.slug, is_valid=summary.is_valid)
@@ -159,7 +164,7 @@ def _measure(
         gave_up=False,
     )
     summary = summarise(
-        place, records, trace, limits=profile.limits, token_source="server_usage", num_gpus=None, started=started
+        place, records, trace, limits=profile.limits, token_source=TOKEN_SOURCE, num_gpus=None, started=started
     )
     return summary, records
 
@@ -187,11 +192,18 @@ def _record(index: int, start_ns: int, token_ns: tuple[int, ...], end_ns: int, i
     )
 
 
-def _check(profile: Profile, recipe: SweepRecipe) -> None:
-    problems = []
+def check_generate(recipe: SweepRecipe) -> Profile:
+    """What will be measured. Raises InputError that lists what static batches cannot do; loads nothing."""
+    profile, problems = resolve_profile(recipe), []
     if not profile.concurrency or profile.rates or profile.find_max:
         problems.append("it runs batches of a fixed size: give --concurrency, not --rate or --find-max")
     if any(shape.spread != 1 or shape.unit != "tokens" for shape in profile.shapes) or recipe.dataset is not None:
         problems.append("the prompts of a batch have one length: give --shape ISL/OSL alone")
     if problems:
-        raise InputError(f"--protocol {PROTOCOL} cannot measure this", problems=problems)
+        raise InputError(f"--protocol {HF_GENERATE} cannot measure this", problems=problems)
+    return profile
+
+
+def source_sha256(card: EngineCard) -> str:
+    """Of the files that the engine was built from, so that engines of one model share its measurement."""
+    return hashlib.sha256(json.dumps(card.source["files"], sort_keys=True).encode()).hexdigest()

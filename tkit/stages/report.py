@@ -42,6 +42,7 @@ def report(
     baseline: str | None = None,
     with_png: bool = False,
     gates: Sequence[Gate] = (),
+    spared: Sequence[Path] = (),
     junit: Path | None = None,
     step_summary: Path | None = None,
     prices: Path | None = None,
@@ -49,7 +50,8 @@ def report(
 ) -> tuple[Path, Comparison]:
     """(path of report.html, what report.json holds). Without `runs`: the newest readable one of every engine.
 
-    `gates` are evaluated and reported, not acted on: that is `check_gates`. `junit` is written and `step_summary`
+    `gates` are evaluated and reported, not acted on: that is `check_gates`. They are not held against the runs in `spared`.
+    `junit` is written and `step_summary`
     appended to after the report is in place.
     """
     found, left_out, chosen = _read(runs, baseline, reports_dir, progress)
@@ -63,7 +65,8 @@ def report(
         asked=asked(gates),
     )
     comparison = with_walls(comparison, read_prices(prices) if prices is not None else None)
-    comparison = replace(comparison, verdict=verdicts(comparison), gates=evaluate(gates, comparison))
+    outcomes = evaluate(gates, comparison, [run.id for run in comparison.runs if Path(run.directory) in spared])
+    comparison = replace(comparison, verdict=verdicts(comparison), gates=outcomes)
     progress.step("rendering", 0, 1)
     parts = sections(comparison, found)
     files: dict[str, str | bytes] = {

@@ -1,8 +1,10 @@
-"""Run: everything a recipe asks for, in order: build and validate each engine, serve and sweep each, one report."""
+"""Run: everything a recipe asks for, in order: build and validate each engine, serve and sweep each, sweep what they are
+compared with, one report."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +18,13 @@ from tkit.planner.gpus import gpu_of_device
 from tkit.report.gates import parse_gates
 from tkit.specs.engine import EngineCard
 from tkit.specs.progress import Progress
-from tkit.specs.recipe import Recipe
+from tkit.specs.recipe import HF_GENERATE, OtherEngine, Recipe
+from tkit.specs.record import Manifest
 from tkit.specs.server import ServeOptions
 from tkit.stages.backends import EnginePlan, build_engine, plan_engine
 from tkit.stages.calibrate import client_machine
 from tkit.stages.engines import ENGINES_DIR
+from tkit.stages.hf_generate import check_generate, source_sha256, sweep_generate
 from tkit.stages.models import ModelSource, fetch_model, find_recipe
 from tkit.stages.plan import plan
 from tkit.stages.report import (
@@ -33,7 +37,7 @@ from tkit.stages.report import (
     report,
 )
 from tkit.stages.serve import running_server
-from tkit.stages.sweep import Target, run_sweep
+from tkit.stages.sweep import SweepRecord, Target, check_target, normal_url, run_sweep
 from tkit.stages.validate import stored_validation, validate
 from tkit.units import format_seconds
 
@@ -49,7 +53,7 @@ class RunRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """`baseline`: what the engines are compared with in place of the recipe's, as `tkit report --baseline` takes it.
+    """`baseline`: what the runs are compared with in place of the recipe's, as `tkit report --baseline` takes it.
 
     `save_baseline`: the name under which the recipe's baseline is kept, once every gate has passed. `is_fresh`: what was
     validated and measured before is done again.
@@ -66,7 +70,8 @@ class RunOptions:
 
 def run_recipe(recipe_name: str, progress: Progress, machine: Machine, options: RunOptions) -> RunRecord:
     """What is done is not done again: engines, validations and whole sweeps of the same inputs are reused, a sweep that was
-    cut off goes on. Every engine is served on ports of its own.
+    cut off goes on. Every engine is served on ports of its own. Gates hold for the engines, not for what they are compared
+    with.
 
     Raises GateFailed, after the report is written, unless every gate passes.
     """
@@ -77,6 +82,7 @@ def run_recipe(recipe_name: str, progress: Progress, machine: Machine, options: 
     )
     gates = parse_gates(fail_on, where) if fail_on is not None else ()
     _check_baseline(options.baseline, recipe)
+    _check_others(recipe, name)
     kept = baseline_directory(options.save_baseline) if options.save_baseline else None
     source = fetch_model(recipe, name)
     plans = _plan_engines(source, recipe, progress, machine, options.backend)  # all are checked before one is built
@@ -93,14 +99,17 @@ def run_recipe(recipe_name: str, progress: Progress, machine: Machine, options: 
             f"top-1 {quality.top1:.2%}"
         )
         engines.append((directory, card))
-    sweeps = [_sweep(directory, card, recipe, progress, options) for directory, card in engines]
-    quants = [engine.quant for engine in recipe.engines]
-    own = sweeps[quants.index(recipe.report.baseline)] if recipe.report.baseline else sweeps[0]
+    sweeps = [_sweep_engine(directory, card, recipe, progress, options) for directory, card in engines]
+    others = [_sweep_other(other, engines[0], recipe, progress, options) for other in recipe.compare_with]
+    measured = [*sweeps, *others]
+    own = measured[recipe.names.index(recipe.report.baseline)] if recipe.report.baseline else sweeps[0]
+    labels = {other.label: str(path) for other, path in zip(recipe.compare_with, others, strict=True)}
     path, comparison = report(
-        sweeps,
+        measured,
         progress,
         out=Path(recipe.report.out) if recipe.report.out else REPORTS_DIR / name,
-        baseline=options.baseline or str(own),
+        baseline=labels.get(options.baseline or "", options.baseline) or str(own),
+        spared=others,
         with_png=True,
         gates=gates,
         junit=options.junit,
@@ -112,7 +121,7 @@ def run_recipe(recipe_name: str, progress: Progress, machine: Machine, options: 
     return RunRecord(
         recipe=name,
         engines=tuple(str(directory) for directory, _ in engines),
-        sweeps=tuple(map(str, sweeps)),
+        sweeps=tuple(map(str, measured)),
         report=str(path),
         seconds=time.monotonic() - started,
     )
@@ -120,15 +129,29 @@ def run_recipe(recipe_name: str, progress: Progress, machine: Machine, options: 
 
 def _check_baseline(baseline: str | None, recipe: Recipe) -> None:
     """Before hours are spent on what it would be compared with."""
-    quants = [engine.quant for engine in recipe.engines]
-    if baseline is None or baseline in quants or find_baseline_directory(baseline) is not None:
+    if baseline is None or baseline in recipe.names or find_baseline_directory(baseline) is not None:
         return
     kept = [path.name for path in (REPORTS_DIR / BASELINES).glob("[!.]*") if path.is_dir()]
     raise InputError(
-        f'--baseline: "{baseline}" is no directory, no kept baseline and no quantization of the recipe'
-        f"{did_you_mean(baseline, [*kept, *quants])}",
-        hint=f"known: {', '.join(sorted([*kept, *quants]))}; keep one with tkit run RECIPE --save-baseline NAME",
+        f'--baseline: "{baseline}" is no directory, no kept baseline and nothing that the recipe measures'
+        f"{did_you_mean(baseline, [*kept, *recipe.names])}",
+        hint=f"known: {', '.join(sorted([*kept, *recipe.names]))}; keep one with tkit run RECIPE --save-baseline NAME",
     )
+
+
+def _check_others(recipe: Recipe, name: str) -> None:
+    """Whether each can be measured as the engines are; asks nobody, since it may be started later."""
+    problems: list[str] = []
+    for other in recipe.compare_with:
+        try:
+            if other.protocol == HF_GENERATE:
+                check_generate(recipe.sweep)
+            else:
+                check_target(_target(other, None))
+        except InputError as error:
+            problems += [f"{other.label}: {line}" for line in (error.problems or (error.message,))]
+    if problems:
+        raise InputError(f"{name}: compare_with: {len(problems)} problem{'s' * (len(problems) > 1)}", problems=problems)
 
 
 def _note_predictions(recipe_name: str, recipe: Recipe, progress: Progress, machine: Machine) -> None:
@@ -152,28 +175,82 @@ def _note_predictions(recipe_name: str, recipe: Recipe, progress: Progress, mach
             progress.note(f"plan {engine.quant}: {'; '.join((error.message, *error.problems))}")
 
 
-def _sweep(directory: Path, card: EngineCard, recipe: Recipe, progress: Progress, options: RunOptions) -> Path:
-    there = None if options.is_fresh else _earlier_sweep(card, recipe, options.baseline)
+def _sweep_engine(directory: Path, card: EngineCard, recipe: Recipe, progress: Progress, options: RunOptions) -> Path:
+    def is_same(manifest: Manifest) -> bool:
+        return (manifest.engine or {}).get("key") == card.key and manifest.validation is not None
+
+    def measure(name: str | None, resume: bool) -> SweepRecord:
+        serving = ServeOptions(device=options.device, http_port=0, grpc_port=0, metrics_port=0, openai_port=0)
+        with running_server(directory, serving, progress=progress):
+            target = Target(engine=str(directory))
+            return run_sweep(recipe.sweep, target, name=name, resume=resume, progress=progress)
+
+    return _sweep(card.name, Target.protocol, is_same, measure, recipe, progress, options)
+
+
+def _sweep_other(
+    other: OtherEngine, first: tuple[Path, EngineCard], recipe: Recipe, progress: Progress, options: RunOptions
+) -> Path:
+    """`first`: the recipe's first engine, which names the model and has its tokenizer."""
+    directory, card = first
+    target = _target(other, directory / "tokenizer")
+
+    def is_same(manifest: Manifest) -> bool:
+        if other.protocol == HF_GENERATE:
+            return manifest.identity.get("source_sha256") == source_sha256(card)
+        is_there = manifest.url == normal_url(other.protocol, str(other.url))
+        return is_there and manifest.label == other.label and other.model in (None, manifest.model)
+
+    def measure(name: str | None, resume: bool) -> SweepRecord:
+        if other.protocol == HF_GENERATE:
+            return sweep_generate(
+                recipe.sweep, str(directory), device=options.device, label=other.name, name=name, resume=resume,
+                progress=progress,
+            )  # fmt: skip
+        return run_sweep(recipe.sweep, target, name=name, resume=resume, progress=progress)
+
+    return _sweep(other.label, other.protocol, is_same, measure, recipe, progress, options)
+
+
+def _sweep(
+    label: str,
+    protocol: str,
+    is_same: Callable[[Manifest], bool],
+    measure: Callable[[str | None, bool], SweepRecord],
+    recipe: Recipe,
+    progress: Progress,
+    options: RunOptions,
+) -> Path:
+    """The directory of the sweep that is there, or that `measure(name, resume)` makes or completes."""
+    there = None if options.is_fresh else _earlier_sweep(is_same, protocol, recipe, options.baseline)
     if there is not None and not there.is_unfinished():
-        progress.note(f"{card.name}: measured in {there.path}")
+        progress.note(f"{label}: measured in {there.path}; --fresh measures it again")
         return there.path
-    serving = ServeOptions(device=options.device, http_port=0, grpc_port=0, metrics_port=0, openai_port=0)
-    with running_server(directory, serving, progress=progress):
-        sweep = run_sweep(
-            recipe.sweep,
-            Target(engine=str(directory)),
-            name=there.path.name if there is not None else None,
-            resume=there is not None,
-            progress=progress,
-        )
-    return Path(sweep.directory)
+    return Path(measure(there.path.name if there is not None else None, there is not None).directory)
 
 
-def _earlier_sweep(card: EngineCard, recipe: Recipe, baseline: str | None) -> RunDirectory | None:
-    """The newest sweep of this engine with this profile, by this tkit on this machine. Never the one that is kept as
+def _target(other: OtherEngine, tokenizer: Path | None) -> Target:
+    return Target(
+        url=other.url,
+        protocol=other.protocol,
+        model=other.model,
+        label=other.label,
+        tokenizer=Path(other.tokenizer) if other.tokenizer else tokenizer,
+        num_gpus=other.num_gpus,
+        api_key_file=Path(other.api_key_file) if other.api_key_file else None,
+        metrics_url=other.metrics_url,
+    )
+
+
+def _earlier_sweep(
+    is_same: Callable[[Manifest], bool], protocol: str, recipe: Recipe, baseline: str | None
+) -> RunDirectory | None:
+    """The newest sweep of the same with this profile, by this tkit on this machine. Never the one that is kept as
     `baseline`: nothing is compared with itself."""
     compared = find_baseline_directory(baseline, REPORTS_DIR) if baseline else None
-    wanted = (card.key, resolve_profile(recipe.sweep).digest, recipe.sweep.seed, __version__, client_machine()["cpu"])
+    wanted = (
+        protocol, resolve_profile(recipe.sweep).digest, recipe.sweep.seed, __version__, client_machine()["cpu"],
+    )  # fmt: skip
     found: list[tuple[str, RunDirectory]] = []
     for path in REPORTS_DIR.glob(f"*/{MANIFEST_FILE}"):
         run = RunDirectory(path.parent)
@@ -183,11 +260,11 @@ def _earlier_sweep(card: EngineCard, recipe: Recipe, baseline: str | None) -> Ru
             continue
         identity = manifest.identity
         measured = (
-            (manifest.engine or {}).get("key"), manifest.profile_digest, manifest.seed, identity.get("tkit"),
+            manifest.protocol, manifest.profile_digest, manifest.seed, identity.get("tkit"),
             (identity.get("client") or {}).get("cpu"),
         )  # fmt: skip
         is_baseline = compared is not None and read_json(compared / MANIFEST_FILE) == read_json(path)
-        if measured == wanted and manifest.validation is not None and not is_baseline:
+        if measured == wanted and is_same(manifest) and not is_baseline:
             found.append((manifest.started, run))
     return max(found, key=lambda pair: pair[0])[1] if found else None
 

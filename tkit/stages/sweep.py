@@ -50,6 +50,7 @@ class Target:
     protocol: str = DEFAULT_PROTOCOL
     model: str | None = None  # None = the one that `tkit serve` serves; openai: the only one there is
     engine: str | None = None  # path or name
+    label: str | None = None  # in reports; None = the engine's name, or the model's
     tokenizer: Path | None = None  # None = the engine's
     num_gpus: int | None = None  # None = those of the engine, unless the reference backend serves it
     timeout_s: float = 60.0  # without a message from the server
@@ -94,7 +95,7 @@ def run_sweep(
     """
     progress = progress or Progress()
     profile = resolve_profile(recipe)
-    _check_options(target, name)
+    check_target(target, name)
     api_key = read_api_key(target.api_key_file) if target.api_key_file is not None else None
     endpoint = _find_endpoint(target, engines_dir)
     _check_shapes(recipe, profile, endpoint)
@@ -109,7 +110,9 @@ def run_sweep(
     num_gpus = _num_gpus(target, endpoint)
     calibration = find_calibration(out, target.protocol)
     chosen = f", the newest of {endpoint.num_servers} running servers" if endpoint.num_servers > 1 else ""
-    progress.note(f"measuring {_label(endpoint)} at {endpoint.url} ({target.protocol}){chosen}, profile {profile.name}")
+    progress.note(
+        f"measuring {_label(target, endpoint)} at {endpoint.url} ({target.protocol}){chosen}, profile {profile.name}"
+    )
     with Session(
         target.protocol,
         endpoint.url,
@@ -128,8 +131,8 @@ def run_sweep(
         for shape in profile.shapes:
             session.probe(shape)
         manifest = Manifest(
-            run=name or run_name(_label(endpoint), profile),
-            label=_label(endpoint),
+            run=name or run_name(_label(target, endpoint), profile),
+            label=_label(target, endpoint),
             profile=profile.name,
             profile_digest=profile.digest,
             seed=recipe.seed,
@@ -150,18 +153,8 @@ def run_sweep(
             command=sweep_command(recipe, target, out),
             started=utc_now(),
         )
-        if resume:
-            run = RunDirectory.unfinished(out, name)
-        else:
-            run = RunDirectory.create(out, manifest.run, is_fixed=name is not None)
+        run, manifest, kept = open_run(out, name, manifest, progress, resume=resume)
         with contextlib.closing(run), _sampler(target, endpoint) as sampler:
-            kept: Mapping[str, PointSummary] = {}
-            if resume:
-                manifest, kept = _resumed(run, manifest)
-                progress.note(f"resuming {run.path}: {len(kept)} points are there")
-            else:
-                manifest = dataclasses.replace(manifest, run=run.path.name)
-                run.write_manifest(manifest)
             grid = Grid(
                 session,
                 profile,
@@ -186,6 +179,25 @@ SAME = {
 }  # fmt: skip
 
 
+def open_run(
+    out: Path, name: str | None, manifest: Manifest, progress: Progress, *, resume: bool
+) -> tuple[RunDirectory, Manifest, Mapping[str, PointSummary]]:
+    """(the run, its manifest, the points that it has): a new one with this manifest, or the one to go on with."""
+    if not resume:
+        run = RunDirectory.create(out, manifest.run, is_fixed=name is not None)
+        manifest = dataclasses.replace(manifest, run=run.path.name)
+        run.write_manifest(manifest)
+        return run, manifest, {}
+    run = RunDirectory.unfinished(out, name)
+    try:
+        manifest, kept = _resumed(run, manifest)
+    except BaseException:
+        run.close()
+        raise
+    progress.note(f"resuming {run.path}: {len(kept)} points are there")
+    return run, manifest, kept
+
+
 def _resumed(run: RunDirectory, typed: Manifest) -> tuple[Manifest, Mapping[str, PointSummary]]:
     """The run's own manifest and the points to keep. Raises InputError unless the same is to be measured again."""
     manifest = run.read_manifest()
@@ -200,6 +212,7 @@ def _resumed(run: RunDirectory, typed: Manifest) -> tuple[Manifest, Mapping[str,
         f"{what} is not the same: {manifest.identity.get(name)} then, {typed.identity.get(name)} now"
         for name, what in (
             ("engine_card_sha256", "the engine"),
+            ("source_sha256", "the model"),
             ("tokenizer_sha256", "the tokenizer"),
             ("dataset", "the data set"),
         )
@@ -214,7 +227,8 @@ def _resumed(run: RunDirectory, typed: Manifest) -> tuple[Manifest, Mapping[str,
     return manifest, run.kept_points()
 
 
-def _check_options(target: Target, name: str | None) -> None:
+def check_target(target: Target, name: str | None = None) -> None:
+    """Raises InputError that lists what is wrong with the options; asks nobody."""
     row = find_protocol(target.protocol)
     problems = []
     if not 0 < target.timeout_s < float("inf"):
@@ -241,10 +255,8 @@ def _find_endpoint(target: Target, engines_dir: Path) -> _Endpoint:
     if target.url is not None:
         engine_dir = find_engine(target.engine, engines_dir) if target.engine is not None else None
         card = read_card(engine_dir) if engine_dir else None
-        row = find_protocol(target.protocol)
-        url = str(http_address(target.url)) if row.is_http else target.url.removeprefix("grpc://")
-        model = target.model or (None if row.lists_models else MODEL_NAME)
-        return _Endpoint(url=url, model=model, engine_dir=engine_dir, card=card)
+        model = target.model or (None if find_protocol(target.protocol).lists_models else MODEL_NAME)
+        return _Endpoint(url=normal_url(target.protocol, target.url), model=model, engine_dir=engine_dir, card=card)
     servers = running_servers(engines_dir)
     if target.engine is not None:
         wanted = str(find_engine(target.engine, engines_dir))
@@ -269,6 +281,11 @@ def _find_endpoint(target: Target, engines_dir: Path) -> _Endpoint:
         num_servers=len(servers),
         metrics_url=f"http://{f'[{host}]' if ':' in host else host}:{server.metrics_port}/metrics",
     )
+
+
+def normal_url(protocol: str, url: str) -> str:
+    """As manifests hold it."""
+    return str(http_address(url)) if find_protocol(protocol).is_http else url.removeprefix("grpc://")
 
 
 def _sampler(target: Target, endpoint: _Endpoint) -> Sampler:
@@ -344,8 +361,8 @@ def _num_gpus(target: Target, endpoint: _Endpoint) -> int | None:
     return endpoint.card.tp_size * endpoint.card.pp_size
 
 
-def _label(endpoint: _Endpoint) -> str:
-    return endpoint.card.name if endpoint.card else endpoint.model or "the model"
+def _label(target: Target, endpoint: _Endpoint) -> str:
+    return target.label or (endpoint.card.name if endpoint.card else endpoint.model or "the model")
 
 
 def run_name(label: str, profile: Profile) -> str:
@@ -418,6 +435,7 @@ def sweep_command(recipe: SweepRecipe, target: Target, out: Path) -> str:
         "url": target.url,
         "protocol": target.protocol if target.protocol != Target.protocol else None,
         "model": target.model,
+        "label": target.label,
         "shape": ",".join(recipe.shapes) if recipe.shapes else None,
         "concurrency": ",".join(map(str, recipe.concurrency)) if recipe.concurrency else None,
         "isl-chars": "" if recipe.isl_chars else None,
