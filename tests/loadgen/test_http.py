@@ -303,6 +303,7 @@ ENDING = completion("", 3) + b"data: [DONE]\n\n"
     [
         ([completion("a"), completion("b"), completion("c"), ENDING], True, [1, 1, 1]),
         ([completion("a"), completion("b"), completion("c") + ENDING], True, [1, 1, 1]),
+        ([m.replace(b"\n", b"\r\n") for m in (completion("a"), completion("b"), completion("c"), ENDING)], True, [1, 1, 1]),
         ([completion("a"), completion("b") + completion("c"), ENDING], False, [1, 1, 1]),
         ([b": alive\n\n", completion("a"), completion("b"), completion("c"), ENDING], False, [1, 1, 1]),
         ([completion("a"), b"data: {oops\n\n" + completion("b"), completion("c"), ENDING], False, [1]),

@@ -26,6 +26,7 @@ PORTS = {"http": 80, "https": 443}
 MAX_IDLE_S = 1.0
 CONNECT_TIMEOUT_S = 10.0
 MAX_HEAD_BYTES = 65536
+CRLF = b"\r\n"
 MAX_LINE_BYTES = 4096  # of the chunk framing
 CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,15}")
 
@@ -186,6 +187,11 @@ class _Connection(asyncio.Protocol):
         if exchange is None:  # bytes that nobody asked for
             self.abort()
             return
+        start = self._body.starts.get(len(data)) if self._body is not None else None
+        if start is not None and data.startswith(start) and data.endswith(CRLF):  # nearly always: one whole chunk
+            exchange.times.append(now)
+            exchange.messages.append(data[len(start) : -2])
+            return
         try:
             if self._body is None:
                 data = self._take_head(data)
@@ -267,8 +273,13 @@ def _body_of(head: Head) -> _Body:
     return _Sized(int(length))
 
 
+NO_STARTS: Mapping[int, bytes] = {}
+
+
 class _Sized:
     """A body whose length was told."""
+
+    starts = NO_STARTS
 
     def __init__(self, length: int):
         self._left = length
@@ -287,6 +298,7 @@ class _Sized:
 class _UntilClosed:
     """A body that ends with the connection."""
 
+    starts = NO_STARTS
     is_complete = False
 
     def feed(self, data: bytes) -> bytes:
@@ -294,22 +306,21 @@ class _UntilClosed:
 
 
 class _Chunked:
-    """`size CR LF data CR LF`, again and again, then `0 CR LF`, trailers, CR LF."""
+    """`size CR LF data CR LF`, again and again, then `0 CR LF`, trailers, CR LF.
+
+    `starts` lets whoever receives tell a whole chunk at a glance: bytes of the chunk with its framing -> what it then
+    begins with, of sizes that came before. Empty while a chunk is incomplete.
+    """
 
     def __init__(self) -> None:
+        self.starts = NO_STARTS
         self.is_complete = False
         self._left = 0
         self._line = b""  # the beginning of a line whose end has not come
         self._take_line = self._take_size
-        self._is_between = True  # nothing of the next chunk has come
-        self._sizes: dict[bytes, int] = {}  # line -> bytes, those that were read
+        self._known_starts: dict[int, bytes] = {}
 
     def feed(self, data: bytes) -> bytes:
-        if self._is_between:
-            end = data.find(b"\r", 0, 20)
-            size = self._sizes.get(data[:end])
-            if size and len(data) == end + size + 4 and data.endswith(b"\r\n"):
-                return data[end + 2 : -2]  # nearly always: one whole chunk, of a size that came before
         parts, position = [], 0
         while position < len(data):
             if self.is_complete:
@@ -329,15 +340,18 @@ class _Chunked:
             line, self._line = self._line.removesuffix(b"\r"), b""
             position = end + 1
             self._take_line(line)
-        self._is_between = not self._left and not self._line and self._take_line == self._take_size
+        is_between = not self._left and not self._line and self._take_line == self._take_size
+        self.starts = self._known_starts if is_between else NO_STARTS
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _take_size(self, line: bytes) -> None:
         size = line.partition(b";")[0].strip()
         if not CHUNK_SIZE.fullmatch(size):
             raise ValueError(f"a chunk's size is {line[:60].decode('latin-1')!r}")
-        self._left = self._sizes[line] = int(size, 16)
+        self._left = int(size, 16)
         self._take_line = self._take_end_of_chunk if self._left else self._take_trailer
+        if self._left:
+            self._known_starts[len(line) + self._left + 2 * len(CRLF)] = line + CRLF
 
     def _take_end_of_chunk(self, line: bytes) -> None:
         if line:

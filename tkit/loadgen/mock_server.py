@@ -445,21 +445,16 @@ class Http2:
             self.windows.pop(stream, None)
 
     def _call(self, stream: int, method: bytes, message: bytes) -> None:
-        from tritonclient.grpc import service_pb2 as pb  # not before gRPC is asked for
-
         self.connection.write(_frame(HEADERS, END_HEADERS, stream, RESPONSE_HEAD))
         if method != b"ModelStreamInfer":
-            answer = _told_over_grpc(pb, method.decode())
-            self._send(stream, answer.SerializeToString())
+            self._send(stream, _told_over_grpc(method.decode()))
             self._send(stream, b"")
             return
-        request = pb.ModelInferRequest.FromString(message)
-        names = [tensor.name for tensor in request.inputs]
-        asked = struct.unpack("<i", request.raw_input_contents[names.index("max_tokens")])[0]
+        id, model, asked = _infer_request(message)
         server = self.connection.server
-        answer = Answer(request.id, request.model_name, asked, self.connection, time.monotonic_ns(), server.seed)
+        answer = Answer(id, model, asked, self.connection, time.monotonic_ns(), server.seed)
         answer.chunk = self._message
-        self.streams[request.id] = stream
+        self.streams[id] = stream
         self.templates[stream] = b""
         server.begin(answer)
 
@@ -507,34 +502,83 @@ class Http2:
         self.connection.write(_frame(DATA, 0, stream, prefix + message))
 
 
+# ---- Triton's protobuf messages, as far as they are needed: importing tritonclient takes longer than a first token ------
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """Number and content of each field that has a length; varints are passed over."""
+    position = 0
+    while position < len(message):
+        key, position = _varint(message, position)
+        value, position = _varint(message, position)
+        if key & 7 == 2:
+            yield key >> 3, message[position : position + value]
+            position += value
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return value, position
+
+
+def _field(number: int, *contents: bytes) -> bytes:
+    """A message, a text or bytes. Field numbers are those of Triton's grpc_service.proto and model_config.proto."""
+    content = b"".join(contents)
+    size, rest = b"", len(content)
+    while rest > 0x7F:
+        size, rest = size + bytes([rest & 0x7F | 0x80]), rest >> 7
+    return _key(number, 2) + size + bytes([rest]) + content
+
+
+def _flag(number: int, value: bool) -> bytes:
+    return _key(number, 0) + bytes([value])
+
+
+def _key(number: int, wire_type: int) -> bytes:
+    key = number << 3 | wire_type
+    return bytes([key]) if key < 0x80 else bytes([key & 0x7F | 0x80, key >> 7])
+
+
+def _infer_request(message: bytes) -> tuple[str, str, int]:
+    """Id, model and max_tokens of a ModelInferRequest."""
+    texts = {number: content.decode() for number, content in _fields(message) if number in (1, 3)}
+    names = [dict(_fields(content))[1] for number, content in _fields(message) if number == 5]
+    raw = [content for number, content in _fields(message) if number == 7]
+    (asked,) = struct.unpack("<i", raw[names.index(b"max_tokens")])
+    return texts.get(3, ""), texts[1], asked
+
+
 def _template(tokens: int, *, is_final: bool) -> bytes:
-    from tritonclient.grpc import service_pb2 as pb
-
-    message = pb.ModelStreamInferResponse()
-    response = message.infer_response
-    response.parameters["triton_final_response"].bool_param = is_final
-    response.outputs.add(name="text_output", datatype="BYTES", shape=[1, 1])
-    response.outputs.add(name="num_output_tokens", datatype="INT32", shape=[1, 1])
+    """A ModelStreamInferResponse but for its last four bytes, which are the number of tokens so far."""
     text = _text(tokens)
-    response.raw_output_contents.extend([struct.pack("<I", len(text)) + text, bytes(4)])
-    return bytes(message.SerializeToString()[:-4])
+    is_last = _field(4, _field(1, b"triton_final_response"), _field(2, _flag(1, is_final)))
+    outputs = (
+        _field(5, _field(1, name), _field(2, kind), _field(3, b"\1\1"))
+        for name, kind in ((b"text_output", b"BYTES"), (b"num_output_tokens", b"INT32"))
+    )
+    contents = _field(6, struct.pack("<I", len(text)), text), _field(6, bytes(4))
+    return _field(2, is_last, *outputs, *contents)[:-4]
 
 
-def _told_over_grpc(pb: Any, method: str) -> Any:
-    answer = getattr(pb, f"{method}Response")()
+def _told_over_grpc(method: str) -> bytes:
+    """The answer to a question about the server or its model, whichever that is."""
     match method:
         case "ModelReady":
-            answer.ready = True
+            return _flag(1, True)
         case "ServerMetadata":
-            answer.name, answer.version = "tkit-mock", "1"
+            return _field(1, b"tkit-mock") + _field(2, b"1")
         case "ModelMetadata":
-            for name in INPUTS:
-                answer.inputs.add(name=name, shape=[1, 1])
-            for name in OUTPUTS:
-                answer.outputs.add(name=name)
+            inputs = (_field(4, _field(1, name.encode()), _field(3, b"\1\1")) for name in INPUTS)
+            return b"".join((*inputs, *(_field(5, _field(1, name.encode())) for name in OUTPUTS)))
         case "ModelConfig":
-            answer.config.model_transaction_policy.decoupled = True
-    return answer
+            return _field(1, _field(19, _flag(1, True)))
+    return b""
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ tokens, not their times: an answer of as many texts as tokens had one token in e
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from tkit.errors import InputError, ServerError, did_you_mean
@@ -17,6 +19,7 @@ DEFAULT_BASE = "/v1"
 
 class OpenAIClient(SseClient):
     text_key = b'"text":'
+    count_pattern = re.compile(rb'"completion_tokens":\s*(\d+)')
     ends_with_done = True
     path = "completions"
 
@@ -92,6 +95,9 @@ class OpenAIClient(SseClient):
             num_output_tokens=count if texts else None,
             total_output_tokens=count,
         )
+
+    def _adds_up(self, counts: Sequence[int], osl: int) -> bool:
+        return counts[-1] == osl
 
 
 class OpenAIChatClient(OpenAIClient):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 # Atomic groups: or backtracking would read one CR LF as two line ends.
 BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)+")
+TWO_LINE_ENDS = re.compile(rb"(?>\r\n|\n|\r){2}")
 LINE_END = re.compile(rb"\r\n|\n|\r")
 FIELDS = (b"data", b"event", b"id", b"retry", b"")  # the empty one is a comment, often a sign of life
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -29,7 +30,8 @@ def sse_events(messages: Sequence[bytes], times: Sequence[int]) -> Iterator[Even
     index, reached = 0, len(messages[0]) if messages else 0
     start = len(BYTE_ORDER_MARK) if body.startswith(BYTE_ORDER_MARK) else 0
     for blank in BLANK_LINE.finditer(body, start):
-        while reached < _first_end(blank):
+        complete = _first_end(blank)
+        while reached < complete:
             index += 1
             reached += len(messages[index])
         data = _data(body[start : blank.start()])
@@ -43,7 +45,7 @@ def sse_events(messages: Sequence[bytes], times: Sequence[int]) -> Iterator[Even
 
 def _first_end(blank: re.Match[bytes]) -> int:
     """Where the second line end is there: an event is complete, however many blank lines follow."""
-    return blank.start() + len(re.match(rb"(?>\r\n|\n|\r){2}", blank[0])[0])  # type: ignore[index]
+    return blank.start() + len(TWO_LINE_ENDS.match(blank[0])[0])  # type: ignore[index]
 
 
 def _data(block: bytes) -> bytes | None:

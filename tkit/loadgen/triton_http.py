@@ -7,6 +7,8 @@ error past the first event is an event, after a 200.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -17,6 +19,7 @@ from tkit.loadgen.triton import ensemble_inputs, refuse_unless_streaming, token_
 
 class TritonHttpClient(SseClient):
     text_key = b'"text_output":'
+    count_pattern = re.compile(rb'"num_output_tokens":\s*\[?(\d+)')
     ends_with_done = False
 
     async def open(self, timeout_s: float) -> None:
@@ -72,3 +75,6 @@ class TritonHttpClient(SseClient):
             num_input_tokens=count_of(event.get("num_input_tokens")),
             num_output_tokens=count_of(event.get("num_output_tokens")),
         )
+
+    def _adds_up(self, counts: Sequence[int], osl: int) -> bool:
+        return counts[0] == 1 and counts[-1] in (1, osl)

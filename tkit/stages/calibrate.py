@@ -10,7 +10,6 @@ from pathlib import Path
 from tkit import __version__
 from tkit.errors import InputError
 from tkit.files import from_mapping, read_json, write_json
-from tkit.loadgen.calibrate import calibrate
 from tkit.loadgen.protocols import find_protocol
 from tkit.loadgen.run_directory import utc_now
 from tkit.specs.client import CLIENT_FILE, CLIENT_SCHEMA, ClientCalibration, ClientRecord
@@ -21,6 +20,8 @@ PROTOCOLS = ("triton-grpc", "triton-http", "openai")  # chat is sent and read as
 
 def run_calibration(out: Path, protocol: str | None = None, progress: Progress | None = None) -> ClientRecord:
     """Measures one protocol, or all, and writes `out/client.json`; what it holds of other protocols stays."""
+    from tkit.loadgen.calibrate import calibrate  # every sweep looks for a calibration, few make one
+
     progress = progress or Progress()
     protocols = PROTOCOLS if protocol is None else (_measured_as(protocol),)
     known = _read(out)
