@@ -345,6 +345,10 @@ def test_every_unreadable_pickle_is_listed(tkit, model):
         ({"hidden_size": True}, "hidden_size is True, expected int"),
         ({"hidden_size": -64}, "hidden_size is -64, expected at least 1"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected float"),
+        ({"rms_norm_eps": -1}, "norm_epsilon is -1.0, expected at least 0"),
+        ({"rms_norm_eps": 10**400}, "expected float"),
+        ({"initializer_range": float("nan")}, "initializer_range is nan, expected float"),
+        ({"task_specific": {"x": [float("inf")]}}, "task_specific.x.0 is inf, expected float"),
         ({"hidden_act": ["silu"]}, "hidden_act is ['silu'], expected str"),
         ({"hidden_act": "cubic"}, "hidden_act is 'cubic', expected one of"),
         ({"rope_parameters": {"rope_type": "spiral"}}, 'unknown rope_type "spiral"'),
@@ -398,7 +402,7 @@ def test_a_config_that_is_no_config_is_refused(tkit, model, text, message):
     assert_refused(tkit, model, f"{model}/config.json: ", message)
 
 
-ODD_VALUES = [None, "x", [], [None], {"a": 1}, -1, 0, 1.5, True, 10**30, float("nan")]
+ODD_VALUES = [None, "x", [], [None], {"a": 1}, -1, 0, 1.5, True, 10**400, float("nan")]
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2-moe", "gemma3", "phi3-longrope", "gptj", "falcon-new"])

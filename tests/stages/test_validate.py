@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from tkit import demo
+from tkit.errors import GateFailed
 from tkit.runtime.load import load_model
+from tkit.stages.engines import read_card
+from tkit.stages.validate import check_gates, stored_validation
 
 
 @pytest.fixture
@@ -131,3 +136,46 @@ def test_a_text_without_a_full_window_is_refused(tkit, built, tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"ab\xff")
     result = tkit("validate", "--text", tmp_path / "bytes.txt")
     assert result.exit_code == 2 and "bytes.txt: not UTF-8 text: byte 2 is 0xff" in result.stderr
+
+
+def test_a_number_that_is_none_passes_no_gate(tkit, built):
+    """NaN is not larger than any limit."""
+    engine = built()
+    tkit("validate", "--windows", "1")
+    record = stored_validation(engine, read_card(engine))
+    with pytest.raises(GateFailed, match="kl nan exceeds 0.1"):
+        check_gates(dataclasses.replace(record, kl=math.nan), max_kl=0.1, max_ppl_ratio=2.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: (model / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
+        (lambda model: (model / "tokenizer.json").write_text("{"), "the tokenizer does not load"),
+        (lambda model: edit(model / "config.json", bos_token_id=[]), "transformers refuses it: Validation error"),
+        (lambda model: edit(model / "config.json", hidden_size=..., architectures=None), "transformers refuses it"),
+    ],
+)
+def test_a_source_that_does_not_load_is_refused(tkit, tmp_path, change, message):
+    model = tmp_path / "model"
+    shutil.copytree(demo.MODEL_DIR, model)
+    change(model)
+    result = tkit("validate", demo.MODEL_DIR, "--source", model, "--windows", "1")
+    assert result.exit_code == 2
+    assert str(model) in result.stderr and message in result.stderr
+
+
+def edit(path, **changes):
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+def test_a_tokenizer_that_transformers_cannot_read_is_refused(tkit, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(demo.MODEL_DIR, model)
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_bytes(b"no SentencePiece model")
+    result = tkit("build", model)
+    assert result.exit_code == 2
+    assert "transformers makes no tokenizer.json of its tokenizer: " in result.stderr
+    assert not list(tmp_path.glob("engines/*"))

@@ -7,6 +7,7 @@ runs: a field that is lost on the way (RoPE scaling, say) then shows as wrong lo
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, get_type_hints
 
@@ -61,7 +62,8 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
             hint=f"known: {', '.join(ARCHITECTURES)}; docs/add-a-model.md shows how to add one",
         )
     row = ARCHITECTURES[architecture]
-    problems = [f"{where}: {problem}" for problem in _type_problems(config, row)]
+    kinds = dict.fromkeys((*_type_problems(config, row), *_infinite(config)))
+    problems = [f"{where}: {problem}" for problem in kinds]
     rope, local_base = rope_parameters(config) if not problems else ({}, None)
     problems += _problems(config, row, rope, where)
     if problems:
@@ -71,6 +73,7 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
     values["num_kv_heads"] = _num_kv_heads(config, row, values)
     values["head_size"] = values["head_size"] or values["hidden_size"] // max(values["num_heads"], 1)
     values["tie_word_embeddings"] = bool(values["tie_word_embeddings"])
+    values["norm_epsilon"] = float(values["norm_epsilon"])  # JSON may write 1, and transformers wants 1.0
     extras = {name: _extra(config, name, default) for name, (_, default) in row.extras.items()}
     if "partial_rotary_factor" in extras:
         extras["partial_rotary_factor"] = rope.pop("partial_rotary_factor", extras["partial_rotary_factor"])
@@ -152,8 +155,21 @@ def _rope_problems(name: str, rope: Any) -> Iterator[str]:
 
 def _is_a(value: Any, kind: type) -> bool:
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and abs(value) <= sys.float_info.max  # an integer may be larger than any float; NaN is not
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _infinite(value: Any, path: str = "") -> Iterator[str]:
+    """Numbers that JSON does not have, at any depth: Python reads them, and no file that is written could hold them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{path.removesuffix('.')} is {value!r}, expected float"
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _infinite(inner, f"{path}{key}.")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _infinite(inner, f"{path}{index}.")
 
 
 def _code_keys(value: Any, path: str = "") -> Iterator[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -14,6 +15,11 @@ from tkit.files import to_json
 from tkit.specs.progress import Progress
 
 PLAIN_LINE_EVERY_S = 10.0  # without a terminal, of a step that tells details
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """None stands for a stream that was closed before the command started."""
+    return stream is not None and stream.isatty()
 
 
 class Output(Progress):
@@ -39,7 +45,7 @@ class Output(Progress):
     def step(self, what: str, done: int, total: int, detail: str = "") -> None:
         if self.quiet:
             return
-        if sys.stderr.isatty():
+        if is_terminal(sys.stderr):
             self._draw(what, done, total, detail)
         elif what not in self._announced:
             self._announced[what] = time.monotonic()
@@ -79,6 +85,16 @@ class Output(Progress):
             self._tasks[what] = self._bar.add_task(what, total=total)
         self._bar.detail = detail
         self._bar.update(self._tasks[what], completed=done, total=total)
+
+
+class FiniteFloat(click.FloatRange):
+    """A float within a range. NaN lies in every range of click's, and a limit that is NaN is never exceeded."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def output_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tkit.cli.output import Output, output_options
+from tkit.cli.output import FiniteFloat, Output, output_options
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
     from tkit.stages.validate import ValidationRecord
@@ -20,8 +20,10 @@ if TYPE_CHECKING:  # a command imports what it needs when it runs
 )
 @click.option("--text", type=click.Path(path_type=Path), help="Held-out text.  [default: ships with tkit]")
 @click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="Windows of 512 tokens.")
-@click.option("--max-kl", type=float, help="Exit 3 when the mean KL divergence, in nats per token, is larger.")
-@click.option("--max-ppl-ratio", type=float, help="Exit 3 when perplexity / source perplexity is larger.")
+@click.option(
+    "--max-kl", type=FiniteFloat(min=0), help="Exit 3 when the mean KL divergence, in nats per token, is larger."
+)
+@click.option("--max-ppl-ratio", type=FiniteFloat(min=0), help="Exit 3 when perplexity / source perplexity is larger.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @output_options
 def command(

@@ -7,8 +7,9 @@ Memory: the whole model in `dtype`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,21 @@ def load_source(directory: Path, device: str = "auto") -> PreTrainedModel:
         return _model(*_read_source(directory, device), device)
     own = checkpoint_dtype(config.get("dtype") or config.get("torch_dtype") or "float32")
     dtype = torch.float32 if device == "cpu" else getattr(torch, own)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, local_files_only=True, trust_remote_code=False
-    )
+    with _transformers_errors(f"{directory}"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
     return model.eval().to(device)
+
+
+@contextlib.contextmanager
+def _transformers_errors(what: str) -> Iterator[None]:
+    """transformers checks a config field by field, and files as it opens them, with errors of many libraries."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]) or type(error).__name__
+        raise InputError(f"{what}: transformers refuses it: {reason}") from error
 
 
 def _model(
@@ -256,7 +268,8 @@ def _kernel_input(quant: QuantFormat, stored: Mapping[str, torch.Tensor], device
 def model_from_weights(spec: ModelSpec, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
     """transformers' own class for `spec`, holding `weights` under their Hugging Face names."""
     arguments = hf_config(spec)
-    config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    with _transformers_errors(f"{spec.architecture} as its config.json has it"):
+        config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     model_class = getattr(transformers, spec.architecture)
     model: PreTrainedModel = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     return model.eval()

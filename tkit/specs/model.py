@@ -50,6 +50,8 @@ class ModelSpec:
                 problems.append(f"{name} is {getattr(self, name)}, expected at most {MAX_COUNT}")
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             problems.append(f"experts_per_token is {self.experts_per_token}, expected 1 to {self.num_experts}")
+        if self.norm_epsilon < 0:
+            problems.append(f"norm_epsilon is {self.norm_epsilon}, expected at least 0")
         if self.dtype not in DTYPES:
             problems.append(f'dtype is "{self.dtype}", expected one of {", ".join(DTYPES)}')
         if self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads:

@@ -41,11 +41,13 @@ class ModelSource:
 
 def find_recipe(model: str | None) -> tuple[str, Recipe]:
     """(name, recipe). A directory or hub id becomes a recipe of its own with every default."""
-    model = model or DEFAULT_MODEL
+    model = DEFAULT_MODEL if model is None else model
     for path in (Path(model), RECIPES_DIR / f"{model}.yaml", _CHECKOUT_RECIPES / f"{model}.yaml"):
         if path.suffix in (".yaml", ".yml") and path.is_file():
             return path.stem, from_mapping(Recipe, read_yaml(path), str(path))
-    if Path(model).is_dir():
+    if Path(model).is_file():
+        raise InputError(f"{model}: a file, expected a model's directory", hint=f"name {Path(model).parent}")
+    if model and Path(model).is_dir():
         return Path(model).resolve().name, Recipe(model=model)
     if model == DEFAULT_MODEL or _HUB_ID.fullmatch(model):
         return model.split("/")[-1], Recipe(model=model)
@@ -65,7 +67,7 @@ def fetch_model(recipe: Recipe, name: str, *, allow_pickle: bool = False) -> Mod
     if directory.is_dir():
         return ModelSource(name=name, directory=directory.resolve(), model=recipe.model)
     if not _HUB_ID.fullmatch(recipe.model):
-        raise InputError(f"{recipe.model}: no such directory")
+        raise InputError(f'no model "{recipe.model}": not a directory, not a hub id (org/name)')
     directory = _download(recipe.model, recipe.revision, _MODEL_FILES)
     if allow_pickle and not has_safetensors(directory):
         directory = _download(recipe.model, directory.name, ("pytorch_model*.bin", f"{PICKLED_FILE}.index.json"))
@@ -89,6 +91,16 @@ def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path
             f"{model}: not fetched from the Hugging Face hub: {first_line}",
             hint="check the name, the network and HF_TOKEN, or give a directory that holds the model",
         ) from error
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file", hint="put the model's tokenizer there")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"{directory}: the tokenizer does not load: {error}") from error
 
 
 def check_hub_digests(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -129,11 +141,14 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> Tokenizer:
             )
         from transformers import AutoTokenizer  # slow to import, and only these models need it
 
-        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(target)
-    try:
-        tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{source}: the tokenizer does not load: {error}") from error
+        try:
+            AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(target)
+        except Exception as error:  # whatever the parser of that kind of file raises
+            raise InputError(
+                f"{source}: transformers makes no tokenizer.json of its tokenizer: {str(error).strip().splitlines()[0]}",
+                hint="put the tokenizer.json of the same model there",
+            ) from error
+    tokenizer = read_tokenizer(target)
     if tokenizer.get_vocab_size() > vocab_size:
         raise InputError(
             f"{source}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model embeds {vocab_size}"

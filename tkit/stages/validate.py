@@ -18,7 +18,7 @@ from tkit.specs.engine import EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.record import VALIDATION_FILE, VALIDATION_SCHEMA
 from tkit.stages.engines import is_engine, read_card, verify_files
-from tkit.stages.models import fetch_model, find_recipe
+from tkit.stages.models import fetch_model, find_recipe, read_tokenizer
 
 if TYPE_CHECKING:  # torch only where it computes
     from tokenizers import Tokenizer
@@ -80,7 +80,6 @@ def validate(
     """Perplexity, mean KL and top-1 agreement of the engine's checkpoint against the model it was built from; of a
     checkpoint without a card against `source`, and nothing is written beside it."""
     import torch
-    from tokenizers import Tokenizer
 
     from tkit.runtime.evaluate import compare_models, layer_snr_db
     from tkit.runtime.load import load_model, load_source, pick_device
@@ -98,7 +97,7 @@ def validate(
     text = text or demo.HELD_OUT
     if not text.is_file():
         raise InputError(f"--text {text}: no such file")
-    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    tokenizer = read_tokenizer(tokenizer_dir)
     try:
         ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids
     except UnicodeDecodeError as error:
@@ -113,8 +112,6 @@ def validate(
         raise InputError(f"{text}: {len(ids)} tokens, one window needs {length}", hint="give a longer --text")
     stride = len(ids) // windows  # spread over the whole text
     tokens = torch.tensor([ids[i * stride : i * stride + length] for i in range(windows)], dtype=torch.int64)
-    device = pick_device(device)
-    candidate, spec = load_model(engine_dir, device)
     original = load_source(source_dir, device)
     result = compare_models(original, candidate, tokens, lambda done: progress.step("validate", done, windows))
     prefix = ARCHITECTURES[spec.architecture].layer_prefix.removesuffix(".")
@@ -174,7 +171,7 @@ def check_gates(record: ValidationRecord, *, max_kl: float | None, max_ppl_ratio
     problems = [
         f"{name} {value:.4g} exceeds {limit:.4g}"
         for name, value, limit in limits
-        if limit is not None and value > limit
+        if limit is not None and not value <= limit
     ]
     if problems:
         raise GateFailed(f"{record.engine}: validation gate failed", problems=problems)
