@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,9 @@ def test_every_problem_is_listed_with_its_place():
         ("", "expected a mapping"),
         ("a: [1\n", "not readable as YAML"),
         ("a: !!python/object/apply:os.system [true]\n", "not readable as YAML"),
+        ("a: 1\nb:\n\tc: 1\n", "line 3, column 1: found character '\\\\t' that cannot start any token$"),
+        ("{" * 2000, "nested too deeply"),
+        ("a: 2026-13-45\n", "month must be in 1..12"),
     ],
 )
 def test_bad_yaml_is_named(tmp_path, text, message):
@@ -66,6 +71,33 @@ def test_bad_json_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         read_json(path)
+
+
+def test_a_mapping_may_merge_another_and_keeps_its_own_keys(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
+    assert read_yaml(path)["b"] == {"x": 1, "y": 3}
+
+
+def test_a_value_of_any_size_is_named_in_a_line():
+    nest: object = "x"
+    for _ in range(30):  # 2^30 strings, were they written out
+        nest = [nest, nest]
+    with pytest.raises(InputError) as error:
+        from_mapping(Outer, {"name": nest, "inner": nest}, "x")
+    assert len(str(error.value)) < 500
+
+
+def test_a_pipe_is_written_to_and_a_link_is_followed(tmp_path):
+    reader, writer = os.pipe()
+    write_atomic(Path(f"/dev/fd/{writer}"), "text")
+    assert os.read(reader, 10) == b"text"
+    os.close(reader)
+    os.close(writer)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "file")
+    write_atomic(link, "text")
+    assert link.is_symlink() and (tmp_path / "file").read_text() == "text"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

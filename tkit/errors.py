@@ -45,5 +45,6 @@ class GateFailed(TkitError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean "tp_size"?)`, or "" when nothing known is close."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f' (did you mean "{near[0]}"?)' if near else ""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    near = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f' (did you mean "{by_lower[near[0]]}"?)' if near else ""

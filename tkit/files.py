@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -19,10 +20,20 @@ from tkit.errors import InputError, did_you_mean
 
 T = TypeVar("T")
 
+_SHORT = reprlib.Repr()  # of a value in a message: YAML's aliases can nest a few lines into gigabytes
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
+
+MAX_NAME_BYTES = 200  # file systems take 255; temporary ones have something in front and behind
+
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Writes `path` so that a reader sees the old file or the new one, also after a crash."""
+    """Writes `path` so that a reader sees the old file or the new one, also after a crash. A pipe or a device, such as
+    /dev/stdout, is written to and stays what it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+        return
+    path = path.resolve()  # what a link leads to is replaced, not the link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -82,9 +93,22 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return keys
 
 
+def name_problem(name: str) -> str | None:
+    """Why a directory cannot be called `name`; None when it can. Those with a dot in front are work in progress."""
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        return f"is {len(os.fsencode(name))} bytes long, expected at most {MAX_NAME_BYTES}"
+    if not re.fullmatch(r"[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*", name):
+        return f"is {name!r}, expected a directory name without a path"
+    return None
+
+
 class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        pairs = [(self.construct_object(key, deep=True), value.start_mark) for key, value in node.value]
+        pairs = [
+            (self.construct_object(key, deep=True), value.start_mark)
+            for key, value in node.value
+            if key.tag != "tag:yaml.org,2002:merge"  # `<<: *anchor`: what it brings gives way to the mapping's own keys
+        ]
         for index, (key, mark) in enumerate(pairs):
             if key in [earlier for earlier, _ in pairs[:index]]:
                 raise yaml.constructor.ConstructorError(None, None, f'key "{key}" stands twice', mark)
@@ -97,7 +121,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # a SafeLoader
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise InputError(f"{path}: not readable as YAML: {place}{error.problem or error.context}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: not readable as YAML: nested too deeply") from error
+    except (
+        yaml.YAMLError,
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: a date like 2026-13-45, bytes that are no UTF-8
         raise InputError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a mapping of keys, found {type(value).__name__}")
@@ -118,7 +152,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(values, Mapping):
-        problems.append(f"{where}: expected keys of {cls.__name__}, found {values!r}")
+        problems.append(f"{where}: expected keys of {cls.__name__}, found {_SHORT.repr(values)}")
         return None
     before = len(problems)
     hints = typing.get_type_hints(cls)
@@ -153,19 +187,19 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         return _convert(hint, value, where, problems)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            problems.append(f"{where}: expected a list, found {value!r}")
+            problems.append(f"{where}: expected a list, found {_SHORT.repr(value)}")
             return None
         return tuple(_convert(parameters[0], item, f"{where}[{i}]", problems) for i, item in enumerate(value))
     if origin in (dict, Mapping) or hint in (dict, Mapping) or typing.get_origin(hint) is Mapping:
         if not isinstance(value, Mapping):
-            problems.append(f"{where}: expected keys, found {value!r}")
+            problems.append(f"{where}: expected keys, found {_SHORT.repr(value)}")
         return value
     if hint is Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
-        problems.append(f"{where}: expected {hint.__name__}, found {value!r}")
+        problems.append(f"{where}: expected {hint.__name__}, found {_SHORT.repr(value)}")
         return None
     return value
 

@@ -93,7 +93,7 @@ def test_what_is_done_is_not_done_again_and_what_was_cut_off_goes_on(tkit, tmp_p
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--save-baseline", "../main", "--save-baseline is '../main', expected a name without a path"),
+        ("--save-baseline", "../main", "--save-baseline is '../main', expected a directory name without a path"),
         (
             "--baseline",
             "mian",

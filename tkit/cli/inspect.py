@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tkit.cli.output import Output, output_options
+from tkit.cli.output import Output, is_terminal, output_options
 from tkit.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def command(output: Output, engine: str | None, tensors: bool) -> None:
 
     record = inspect(find_engine(engine))
     tables = [_card_table(record), _size_table(record), *_tensor_tables(record, is_grouped=not tensors)]
-    output.record(record, "\n\n".join(map(_drawn if sys.stdout.isatty() else _plain, tables)))
+    output.record(record, "\n\n".join(map(_drawn if is_terminal(sys.stdout) else _plain, tables)))
 
 
 @dataclass(frozen=True)

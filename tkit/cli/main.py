@@ -56,6 +56,12 @@ class _CommandTable(click.Group):
         except TkitError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except BrokenPipeError:  # `| head` has seen enough; click ends quietly
+            raise
+        except OSError as error:  # a full disk, a directory that is read-only: no stage knows more about it
+            what = f"{error.filename}: " if error.filename is not None else ""
+            click.echo(f"error: {what}{error.strerror or error}", err=True)
+            ctx.exit(TkitError.exit_code)
 
 
 @click.group(cls=_CommandTable, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

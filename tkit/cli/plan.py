@@ -90,9 +90,10 @@ def command(
 
     plan = stage.plan(model, wish, prices=prices, run=run)
     if html is not None:
+        from tkit.files import write_atomic
         from tkit.planner.page import render_html
 
-        html.write_text(render_html(plan), encoding="utf-8")
+        write_atomic(html, render_html(plan))
         output.note(f"wrote {html}")
     output.record(as_record(plan), render_plan(plan))
 

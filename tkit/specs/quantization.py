@@ -181,8 +181,6 @@ def smaller_groups(format: QuantFormat) -> QuantFormat | None:
 
 def quant_format(name: str, where: str = "--quant") -> QuantFormat:
     if name not in QUANT_FORMATS:
-        raise InputError(
-            f'{where}: unknown quantization "{name}"{did_you_mean(name, QUANT_FORMATS)}',
-            hint=f"known: {', '.join(QUANT_FORMATS)}",
-        )
+        near = did_you_mean(name, QUANT_FORMATS) or f", expected one of {', '.join(QUANT_FORMATS)}"
+        raise InputError(f'{where}: unknown quantization "{name}"{near}')
     return QUANT_FORMATS[name]

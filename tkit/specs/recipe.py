@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from tkit.errors import InputError
+from tkit.files import name_problem
 from tkit.specs.parallel import Parallel
 from tkit.specs.precision import Precision
 
@@ -43,8 +44,13 @@ class EngineRecipe:
     name: str | None = None  # None = made from model, quantization and parallel layout
 
     def __post_init__(self) -> None:
-        _ = self.precision, self.parallel  # refuse unknown formats and impossible sizes
-        problems = [
+        problems: list[str] = []
+        for check in (lambda: self.precision, lambda: self.parallel):  # refuse unknown formats and impossible sizes
+            try:
+                check()
+            except InputError as error:
+                problems += error.problems or (error.message,)
+        problems += [
             f"{name} is {value}, expected at least {least}"
             for name, least in _LEAST.items()
             if (value := getattr(self, name)) is not None and value < least
@@ -53,6 +59,8 @@ class EngineRecipe:
             problems.append(f'goal is "{self.goal}", expected one of {", ".join(GOALS)}')
         if self.format not in FORMATS:
             problems.append(f'format is "{self.format}", expected one of {", ".join(FORMATS)}')
+        if self.name is not None and (problem := name_problem(self.name)):
+            problems.append(f"name {problem}")
         if problems:
             raise InputError("impossible engine", problems=problems)
 
@@ -136,6 +144,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         problems = []
+        if not self.model:
+            problems.append('model is empty, expected a directory, a hub id, or "demo"')
         if not self.engines:
             problems.append("engines is empty, expected at least one")
         elif self.report.baseline is not None and self.report.baseline not in self.names:

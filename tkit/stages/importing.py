@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tkit import __version__
 from tkit.errors import InputError
-from tkit.files import sha256_file
+from tkit.files import name_problem, sha256_file
 from tkit.loadgen.importers import AIPERF_FILE, Imported, read_result, summarise_import
 from tkit.loadgen.run_directory import RunDirectory
 from tkit.specs.record import Manifest, PointSummary
@@ -28,6 +28,8 @@ def import_results(
     files: Sequence[Path], *, out: Path, label: str | None = None, name: str | None = None
 ) -> ImportRecord:
     """One run of all the files, which must come from one tool. Raises InputError for the first that cannot be read."""
+    if name is not None and (problem := name_problem(name)):
+        raise InputError(f"--name {problem}")
     results = [read_result(path) for path in files]
     first = results[0]
     others = sorted({result.definitions for result in results} - {first.definitions})

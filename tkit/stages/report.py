@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tkit import __version__
 from tkit.errors import GateFailed, InputError
-from tkit.files import sync_directory, to_json, write_atomic
+from tkit.files import name_problem, sync_directory, to_json, write_atomic
 from tkit.planner.cost import read_prices
 from tkit.report.compare import compare, find_baseline
 from tkit.report.gates import asked, evaluate, failures, summary
@@ -184,8 +184,8 @@ def find_baseline_directory(name: str, reports_dir: Path = REPORTS_DIR) -> Path 
 
 def baseline_directory(name: str) -> Path:
     """Where a baseline of that name is kept."""
-    if name != Path(name).name or name.startswith("."):
-        raise InputError(f"--save-baseline is {name!r}, expected a name without a path")
+    if problem := name_problem(name):
+        raise InputError(f"--save-baseline {problem}")
     return REPORTS_DIR / BASELINES / name
 
 

@@ -78,12 +78,14 @@ def run_recipe(recipe_name: str, progress: Progress, machine: Machine, options: 
     started = time.monotonic()
     name, recipe = find_recipe(recipe_name)
     fail_on, where = (
-        (options.fail_on, "--fail-on") if options.fail_on else (recipe.report.fail_on, f"{name}: report: fail_on")
+        (options.fail_on, "--fail-on")
+        if options.fail_on is not None
+        else (recipe.report.fail_on, f"{name}: report: fail_on")
     )
     gates = parse_gates(fail_on, where) if fail_on is not None else ()
     _check_baseline(options.baseline, recipe)
     _check_others(recipe, name)
-    kept = baseline_directory(options.save_baseline) if options.save_baseline else None
+    kept = baseline_directory(options.save_baseline) if options.save_baseline is not None else None
     source = fetch_model(recipe, name)
     plans = _plan_engines(source, recipe, progress, machine, options.backend)  # all are checked before one is built
     _note_predictions(recipe_name, recipe, progress, machine)

@@ -17,7 +17,7 @@ from typing import Any
 from tkit import __version__
 from tkit.backends.nvidia import visible_gpus
 from tkit.errors import InputError, ServerError
-from tkit.files import read_api_key, read_json, sha256_file
+from tkit.files import name_problem, read_api_key, read_json, sha256_file
 from tkit.loadgen.arrivals import trace_rate
 from tkit.loadgen.grid import Grid
 from tkit.loadgen.http import http_address
@@ -245,8 +245,8 @@ def check_target(target: Target, name: str | None = None) -> None:
         problems.append(f"--metrics-url is {target.metrics_url!r}, expected http://HOST:PORT/metrics")
     if target.api_key_file is not None and not row.has_api_key:
         problems.append(f"--api-key-file is given, but {target.protocol} sends no key")
-    if name is not None and (name != Path(name).name or name.startswith(".")):
-        problems.append(f"--name is {name!r}, expected a directory name without a path")
+    if name is not None and (problem := name_problem(name)):
+        problems.append(f"--name {problem}")
     if problems:
         raise InputError("impossible sweep", problems=problems)
 

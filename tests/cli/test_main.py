@@ -1,0 +1,73 @@
+"""What every command does with input that cannot be: one error, the exit code, nothing half written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tkit import demo
+
+TKIT = [sys.executable, "-m", "tkit"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".", ".hidden", "", "a\nb", "x" * 300])
+@pytest.mark.parametrize(
+    "command", [["build"], ["sweep", "--url", "127.0.0.1:1"], ["import", "results.json"], ["run", "demo"]]
+)
+def test_a_name_is_that_of_a_directory(tkit, tmp_path, command, name):
+    (tmp_path / "results.json").write_text("{}")
+    option = "--save-baseline" if command[0] == "run" else "--name"
+    result = tkit(*command, option, name)
+    assert result.exit_code == 2
+    assert "expected at most 200" in result.stderr if len(name) > 200 else "without a path" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["build", ""], 'no model ""'),
+        (["run", ""], 'no model ""'),
+        (["plan", ""], 'no model ""'),
+        (["build", demo.MODEL_DIR / "config.json"], "a file, expected a model's directory"),
+        (["build", "--quant", "INT4_AWQ"], 'unknown quantization "INT4_AWQ" (did you mean "int4_awq"?)'),
+        (["build", "--quant", "zzz"], 'unknown quantization "zzz", expected one of none, int8, fp8'),
+        (["run", "demo", "--fail-on", ""], "a gate is empty"),
+        (["validate", "--max-kl", "nan"], "nan is not a finite number"),
+        (["validate", "--max-ppl-ratio", "-1"], "-1.0 is not in the range"),
+    ],
+)
+def test_what_is_typed_wrong_is_named(tkit, tmp_path, command, message):
+    result = tkit(*command)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["build", "--out"],
+        ["plan", "--html"],
+        ["sweep", "--protocol", "hf-generate", "--engine", demo.MODEL_DIR, "--out"],
+    ],
+)
+def test_what_the_system_refuses_is_an_error_and_no_traceback(tkit, tmp_path, command):
+    (tmp_path / "file").write_text("a file")
+    result = tkit(*command, "file/below")
+    assert result.exit_code in (1, 2)
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.count("error: ") == 1
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+def test_a_full_and_a_closed_stdout():
+    with open("/dev/full", "w") as stdout:
+        full = subprocess.run([*TKIT, "plan", "demo"], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (full.returncode, full.stderr) == (1, "error: No space left on device\n")
+    closed = subprocess.run(
+        ["sh", "-c", '"$@" >&- 2>&-', "sh", *TKIT, "plan", "demo"], capture_output=True, text=True, timeout=60
+    )
+    assert (closed.returncode, closed.stdout, closed.stderr) == (0, "", "")
