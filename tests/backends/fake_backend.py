@@ -72,7 +72,9 @@ class Locked(Fake):
     )
 
 
-ROWS = {backend.__name__.lower(): f"{__name__}:{backend.__name__}" for backend in (Fake, Failing, Hanging, Mute, Locked)}
+ROWS = {
+    backend.__name__.lower(): f"{__name__}:{backend.__name__}" for backend in (Fake, Failing, Hanging, Mute, Locked)
+}
 
 
 def write_engine(directory: Path, *, created: str = "2026-01-01T00:00:00Z", **changes: Any) -> EngineCard:

@@ -129,7 +129,10 @@ def test_four_slots_make_users_wait(mock: str, tokenizer_dir: Path, max_outstand
     least_ms = np.array([(begin - due) * 1000 + 50 for begin, due in zip(begins, scheduled, strict=True)])
     waited = np.array([((r.first_token_ns or 0) - (r.scheduled_ns or 0)) / MS for r in point.records])
     due_ms = np.array(scheduled) * 1000
-    ideal, seen = np.sort(due_ms + least_ms), np.sort(due_ms + waited)  # sorted: a busy server may take them in any order
+    ideal, seen = (
+        np.sort(due_ms + least_ms),
+        np.sort(due_ms + waited),
+    )  # sorted: a busy server may take them in any order
     assert (seen > ideal - 2).all(), "no earlier than an ideal server could"
     assert np.median(waited[-40:] / least_ms[-40:]) < 1.5
     assert waited.max() > 1000
