@@ -153,11 +153,26 @@ def test_the_limit_is_the_slowest_of_bytes_and_operations():
     assert limit(m, 64, 128, 8192).binds == "memory bandwidth (KV cache)"
 
 
+def test_the_limit_of_the_first_token_is_one_prompt_alone():
+    m = on("Llama-3.1-8B", "l4")
+    short, long = limit(m, 64, 1, 512), limit(m, 64, 2048, 512)
+    assert (short.ttft_s, short.ttft_binds) == (
+        pytest.approx(2 * (8_030_261_248 - 128256 * 4096) / 300e9),
+        "memory bandwidth (weights)",
+    )
+    assert (long.ttft_s, long.ttft_binds) == (pytest.approx(float(prefill_s(m, 2048, FULL)), rel=1e-6), "compute")
+    stages = machine(shape_table()["Llama-3.1-8B"], precision("none"), "fp16", find_gpu("l4"), Parallel(pp_size=2))
+    assert limit(stages, 64, 2048, 512).ttft_s == pytest.approx(long.ttft_s / 2)  # its parts are in both stages at once
+    assert limit(stages, 64, 1, 512).ttft_s == pytest.approx(short.ttft_s)  # one token passes one after the other
+
+
 def test_nothing_published_is_faster_than_the_limit():
     """Rows of NVIDIA, InferenceX and MLPerf. Those above are known: a Mixtral row whose 16-bit weights alone would take
-    longer to read, and two of attention ranks that share no sequence."""
-    above, count = [], 0
+    longer to read, and two of attention ranks that share no sequence. No first token comes sooner."""
+    above, count, first = [], 0, []
     for row in read_table()[0]:
+        if row.metric == "ttft":
+            first.append(row.value / limit(row.machine, 1, row.isl, row.osl).ttft_s)
         if row.load == "rate" or row.metric == "ttft":
             continue
         batch = row.amount
@@ -168,4 +183,5 @@ def test_nothing_published_is_faster_than_the_limit():
         if row.value > found.tok_s if row.metric == "throughput" else row.value < found.tpot_s:
             above.append((row.shape.name, row.gpu))
     assert count > 2500
+    assert len(first) > 1000 and 1 < min(first) < 2
     assert sorted(above) == [("DeepSeek-V3/R1", "GB200"), ("DeepSeek-V3/R1", "GB200"), ("Mixtral-8x7B", "A100-SXM-80")]

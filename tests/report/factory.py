@@ -147,6 +147,21 @@ def make_run(
     return directory
 
 
+def as_open_loop(run: Path, rate: float) -> Path:
+    """Its points, all of one concurrency, as if they had been driven at a rate; every request was due 30 ms earlier."""
+    edit(run / "manifest.json", concurrency=[], rates=[rate], arrivals="poisson")
+    for point in sorted((run / "points").iterdir()):
+        edit(
+            point / "point.json", concurrency=None, rate=rate, arrivals="poisson", client={"delivered_concurrency": 4.0}
+        )
+        table = pq.read_table(point / "requests.parquet")
+        due = pa.array([sent.as_py() - 30_000_000 for sent in table["sent_ns"]], pa.int64())
+        index = table.column_names.index("scheduled_ns")
+        pq.write_table(table.set_column(index, "scheduled_ns", due), point / "requests.parquet")
+        point.rename(point.with_name(point.name.replace("-c4-", f"-rate{rate:g}-")))
+    return run
+
+
 def simulate(
     generator: np.random.Generator,
     shape: str,

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from factory import card, edit, make_run, validation
+from factory import as_open_loop, card, edit, make_run, validation
 
 from tkit.errors import InputError
 from tkit.report.compare import compare, find_baseline, run_ids
@@ -142,21 +141,6 @@ def test_other_shapes_stand_apart(tmp_path: Path) -> None:
         ("16/8", ("A", "B")),
         ("128/64", ("A",)),
     ]
-
-
-def as_open_loop(run: Path, rate: float) -> Path:
-    """Its points, all of one concurrency, as if they had been driven at a rate; every request was due 30 ms earlier."""
-    edit(run / "manifest.json", concurrency=[], rates=[rate], arrivals="poisson")
-    for point in sorted((run / "points").iterdir()):
-        edit(
-            point / "point.json", concurrency=None, rate=rate, arrivals="poisson", client={"delivered_concurrency": 4.0}
-        )
-        table = pq.read_table(point / "requests.parquet")
-        due = pa.array([sent.as_py() - 30_000_000 for sent in table["sent_ns"]], pa.int64())
-        index = table.column_names.index("scheduled_ns")
-        pq.write_table(table.set_column(index, "scheduled_ns", due), point / "requests.parquet")
-        point.rename(point.with_name(point.name.replace("-c4-", f"-rate{rate:g}-")))
-    return run
 
 
 def test_open_loops_are_compared_by_latency_and_not_by_the_rate_that_was_asked_for(tmp_path: Path) -> None:

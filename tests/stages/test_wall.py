@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from click.testing import Result
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 
-from factory import card, make_run
+from factory import as_open_loop, card, make_run
 
 from tkit import demo
 from tkit.stages.host_speed import host_speed
@@ -39,6 +40,7 @@ def walls(tkit: Tkit, run: Path, *options: str) -> tuple[list[dict[str, Any]], s
         )
         predicted = wall and wall["predicted_tok_s"]
         assert row["predicted_tok_s_high"] == (str(predicted["high"]) if predicted else "")
+        assert row["limit_ttft_ms"] == (str(wall["limit_ttft_ms"]) if wall else "")
     hardware = record["runs"][0]["hardware"]
     assert hardware.replace("*", "") in Path("out/report.html").read_text().replace("&#34;", '"').replace("&#39;", "'")
     assert ("<summary>The wall</summary>" in Path("out/report.md").read_text()) and "The wall" in Path(
@@ -71,7 +73,34 @@ def test_an_engine_on_a_gpu_is_held_against_the_data_sheet_and_the_plan(tkit, tm
         plan = json.loads(tkit("plan", "demo", "--gpu", "h100", *arguments, "--concurrency", load, "--json").stdout)
         assert wall["predicted_tok_s"] == {name: plan["tok_s"][name] for name in ("value", "low", "high")}
         assert wall["predicted_tpot_ms"]["value"] == pytest.approx(plan["tpot_ms"]["value"])
+        assert wall["predicted_ttft_ms"] == pytest.approx(
+            {name: plan["ttft_ms"][name] for name in ("value", "low", "high")}
+        )
+        assert wall["limit_ttft_ms"] < wall["predicted_ttft_ms"]["low"]
         assert wall["predicted_tok_s"]["low"] < wall["predicted_tok_s"]["value"] < wall["limit_tok_s"]
+
+
+def test_an_open_loop_is_held_against_as_many_requests_as_were_in_flight(tkit, tmp_path):
+    """Few arrivals: each finds the engine idle, so TTFT is that of one request, and the rate is the one asked for."""
+    reports = tmp_path / "reports"
+    runs = [make_run(reports, name, engine=gpu_engine(), concurrency=(4,), requests=40) for name in ("few", "many")]
+    for run, rate in zip(runs, (0.5, 1e5), strict=True):
+        as_open_loop(run, rate)
+    (few,), _ = walls(tkit, runs[0])
+    record = json.loads(Path("out/report.json").read_text())
+    cell = record["groups"][0]["levels"][0]["cells"][0]
+    rows = pd.read_parquet(runs[0] / "points" / "128x64-rate0.5-r1" / "requests.parquet").query("phase == 'measured'")
+    assert cell["in_flight"] == pytest.approx(cell["requests_s"] * (rows.last_token_ns - rows.sent_ns).mean() / 1e9)
+    assert cell["ttft_mean"]["value"] == pytest.approx((rows.first_token_ns - rows.scheduled_ns).mean() / 1e6)
+    options = ["--gpu", "h100", "--tp", 2, "--pp", 1, "--quant", "fp8", "--kv-cache", "fp16", "--isl", 128, "--osl", 64]
+    alone = json.loads(tkit("plan", "demo", *options, "--concurrency", 1, "--json").stdout)
+    assert few["predicted_ttft_ms"]["value"] == pytest.approx(alone["ttft_ms"]["value"], rel=0.1)
+    assert (few["predicted_tok_s"]["value"], few["predicted_binds"]) == (pytest.approx(0.5 * 64), "the arrivals")
+    (many,), _ = walls(tkit, runs[1])
+    assert many["limit_ttft_ms"] == few["limit_ttft_ms"]
+    assert many["predicted_ttft_ms"]["value"] > 5 * few["predicted_ttft_ms"]["value"]
+    assert many["predicted_tok_s"]["value"] < 1e5 * 64 and many["predicted_binds"] != "the arrivals"
+    assert "requests per second asked" in Path("out/report.html").read_text()
 
 
 def test_constants_that_were_refitted_to_the_run_say_so(tkit, tmp_path):

@@ -20,7 +20,7 @@ from tkit.planner.memory import kv_bytes_per_sequence, kv_bytes_per_token, store
 from tkit.planner.precision import KV_DTYPES, KV_MIN_SM, Precision, kv_dtype, precision
 from tkit.planner.roofline import Efficiencies, Machine, decode_step, experts_read, machine, prefill_s
 from tkit.planner.shapes import ModelShape, num_active_params, num_params
-from tkit.planner.speed import idle_ttft_s, marginal_prefill_s, served, throughput, tpot_s, way_in_s
+from tkit.planner.speed import Served, idle_ttft_s, marginal_prefill_s, served, throughput, tpot_s, way_in_s
 from tkit.specs.hardware import Gpu
 from tkit.specs.parallel import Parallel
 from tkit.specs.record import SLO_TIERS
@@ -205,7 +205,7 @@ def make_plan(
     running = max(min(wish.concurrency, chosen.max_concurrency), 1)
     speed = Speed(shape, weights, kv, wish, used, m, chosen)
     tok_s = speed.estimate("throughput", speed.tok_s(running))
-    run = served(m, wish.isl, wish.osl, max(chosen.max_concurrency, 1), e, concurrency=wish.concurrency)
+    run = speed.simulated(concurrency=wish.concurrency)
     requests_s = tok_s.value / wish.osl
     return Plan(
         model=shape.name,
@@ -343,6 +343,35 @@ class Speed:
             tok_s_gpu=tok_s / self.chosen.parallel.world_size,
             tok_s_user=1 / tpot,
             binds="prefill" if (running - 1) / wish.osl * self.prompt_s > float(step.total) else step.binds,
+        )
+
+    def simulated(self, *, concurrency: int | None = None, rate: float | None = None) -> Served:
+        """A run of so many clients, or of 500 Poisson arrivals."""
+        most = max(self.chosen.max_concurrency, 1)
+        return served(
+            self.m, self.wish.isl, self.wish.osl, most, self.e, concurrency=concurrency, rate=rate,
+            spread=0.2 if rate is None else 0.0,
+        )  # fmt: skip
+
+    def open_point(self, rate: float) -> Point:
+        """Of Poisson arrivals of `rate` requests per second, simulated, latencies from the arrival. Where the engine cannot
+        keep up, they are those of a run of 500 requests, and would grow with a longer one."""
+        wish, most = self.wish, max(self.chosen.max_concurrency, 1)
+        run = self.simulated(rate=rate)
+        ttft, tpot = float(run.ttft.mean()), float(run.tpot.mean())
+        in_flight = max(round(rate * (ttft + wish.osl * tpot)), 1)
+        running = min(in_flight, most)
+        asked, highest = rate * wish.osl, self.tok_s(most)
+        tok_s = min(asked, highest)
+        return Point(
+            concurrency=in_flight,
+            running=running,
+            ttft_ms=1e3 * ttft,
+            tpot_ms=1e3 * tpot,
+            tok_s=tok_s,
+            tok_s_gpu=tok_s / self.chosen.parallel.world_size,
+            tok_s_user=1 / tpot,
+            binds="the arrivals" if asked < highest else self.point(most).binds,
         )
 
     def _queue_s(self, batch: int) -> float:

@@ -118,12 +118,14 @@ class Machine:
 @dataclass(frozen=True, kw_only=True)
 class Limit:
     """What no engine can beat: every byte read once per step at full bandwidth, every operation at the peak rate, and all
-    of them at the same time. `binds` is what limits the rate.
+    of them at the same time. `binds` is what limits the rate. TTFT is that of a prompt on an idle engine.
     """
 
     tok_s: float
     tpot_s: float
+    ttft_s: float
     binds: str
+    ttft_binds: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,10 +275,20 @@ def limit(m: Machine, batch: float, isl: int, osl: int) -> Limit:
     binds = max(terms, key=lambda name: terms[name])
     if binds == "memory bandwidth":
         binds += " (weights)" if step.weights >= step.kv else " (KV cache)"
+    first = {
+        "memory bandwidth (weights)": float(
+            _reading(m, isl, IDEAL)
+        ),  # of every stage in turn: the last token passes them all
+        "compute": float(prompt / m.pp),  # the parts of a prompt can be in all stages at once
+        "interconnect": float(_all_reduce(m, isl, IDEAL) / m.pp),
+    }
+    ttft_binds = max(first, key=lambda name: first[name])
     return Limit(
         tok_s=batch / max(terms.values()),
         tpot_s=float(max(step.weights + step.kv, step.products, step.communication)),
+        ttft_s=first[ttft_binds],
         binds=binds,
+        ttft_binds=ttft_binds,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from tkit.planner.engines import Engine
 from tkit.planner.fit import Demand, layout
@@ -15,7 +15,15 @@ from tkit.specs.hardware import Gpu
 from tkit.specs.parallel import Parallel
 from tkit.specs.wall import Prediction, Wall
 
-Place = tuple[int, int, int]  # ISL, OSL, requests in flight
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A load of equal requests: C in flight, or so many on average where they arrive at `rate` per second."""
+
+    isl: int
+    osl: int
+    in_flight: float
+    rate: float | None = None
 
 
 def gpu_walls(
@@ -55,9 +63,14 @@ def cpu_walls(shape: ModelShape, bytes_per_s: float, flops: float, places: Itera
 
 
 def _limit(m: Machine, place: Place) -> Wall:
-    isl, osl, in_flight = place
-    found = limit(m, in_flight, isl, osl)
-    return Wall(limit_tok_s=float(found.tok_s), limit_tpot_ms=1e3 * found.tpot_s, limit_binds=found.binds)
+    found = limit(m, place.in_flight, place.isl, place.osl)
+    return Wall(
+        limit_tok_s=float(found.tok_s),
+        limit_tpot_ms=1e3 * found.tpot_s,
+        limit_ttft_ms=1e3 * found.ttft_s,
+        limit_binds=found.binds,
+        limit_ttft_binds=found.ttft_binds,
+    )
 
 
 def _predicted(
@@ -71,19 +84,25 @@ def _predicted(
     m: Machine,
     constants: Engine,
 ) -> Wall:
-    isl, osl, in_flight = place
+    isl, osl, in_flight = place.isl, place.osl, max(round(place.in_flight), 1)
     weights = precision(quant)
     wish = Wish(gpu=gpu, quant=quant, isl=isl, osl=osl, concurrency=in_flight)
     reserved = int(constants.efficiencies.reserved_bytes)
     demand = Demand(isl=isl, osl=osl, concurrency=in_flight, engine=constants.name, reserved_bytes=reserved)
     chosen = layout(shape, weights, kv, gpu, parallel, demand)
     speed = Speed(shape, weights, kv, wish, constants, m, chosen)
-    point = speed.point(in_flight)
+    if place.rate is None:
+        point = speed.point(in_flight)
+        ttft_ms = 1e3 * float(speed.simulated(concurrency=in_flight).ttft.mean())
+    else:
+        point = speed.open_point(place.rate)
+        ttft_ms = point.ttft_ms
     return replace(
         wall,
         predicted_tok_s=_banded(speed.estimate("throughput", point.tok_s)),
         predicted_tpot_ms=_banded(speed.estimate("tpot", point.tpot_ms)),
-        predicted_binds="room for the KV cache" if point.running < in_flight else point.binds,
+        predicted_ttft_ms=_banded(speed.estimate("ttft", ttft_ms)),
+        predicted_binds="room for the KV cache" if point.running < point.concurrency else point.binds,
     )
 
 

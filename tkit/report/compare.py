@@ -30,6 +30,7 @@ from tkit.report.statistics import (
     Statistic,
     change,
     estimate,
+    mean,
     min_requests,
     percentile_of,
     ratio_of_sums,
@@ -324,10 +325,19 @@ def _cell(
             for reason in (point.summary.invalid_reasons or ("no reason given",))
         ),
         requests_s=float(np.median([point.summary.requests_s for point in used])),
+        in_flight=float(load.concurrency or _in_flight(used)),
+        ttft_mean=of(("ttft" if load.rate is None else "ttft_sched",), mean),
         estimates=estimates,
         output_tok_s_repeats=tuple(reported),
         goodput=_goodput(used),
     )
+
+
+def _in_flight(points: Sequence[Point]) -> float:
+    """Little's law: the mean over the time is the rate times the mean time in flight."""
+    durations = np.concatenate([point.measured["e2e"].dropna().to_numpy(dtype=float) for point in points])
+    rate = float(np.median([point.summary.requests_s for point in points]))
+    return rate * float(durations.mean()) / 1000 if len(durations) else 0.0
 
 
 def _block(points: Sequence[Point]) -> int:

@@ -180,39 +180,46 @@ def latency_against_throughput(comparison: Comparison, group: Group, metric: str
     )
 
 
-def wall(comparison: Comparison, group: Group, plot_id: str) -> Plot:
-    """Measured rates below the line that physics draws, within the band of the plan where there is one."""
+# quantity -> (axis, key of the limit in Wall, of the prediction, is a higher number better)
+WALLS = {
+    "rate": ("output tok/s", "limit_tok_s", "predicted_tok_s", True),
+    "ttft": ("TTFT mean, ms", "limit_ttft_ms", "predicted_ttft_ms", False),
+}
+
+
+def wall(comparison: Comparison, group: Group, quantity: str, plot_id: str) -> Plot:
+    """`quantity` of WALLS: measured points, the line that physics draws, and the band of the plan where there is one."""
+    name, limit_key, predicted_key, is_rate = WALLS[quantity]
     rows = []
     for run_id in group.runs:
         for segment, cell in _segments(group, run_id):
-            rate = cell.estimates["output_tok_s"]
-            if rate is None or cell.wall is None:
+            measured = cell.estimates["output_tok_s"] if is_rate else cell.ttft_mean
+            if measured is None or cell.wall is None:
                 continue
-            predicted = cell.wall.predicted_tok_s
+            limit, predicted = getattr(cell.wall, limit_key), getattr(cell.wall, predicted_key)
             rows.append(
                 _row(comparison, run_id, segment, cell)
                 | {
                     "x": cell.load.order,
-                    "y": rate.value,
-                    "limit": cell.wall.limit_tok_s,
-                    "share": rate.value / cell.wall.limit_tok_s,
-                    "binds": cell.wall.limit_binds,
+                    "y": measured.value,
+                    "limit": limit,
+                    "binds": cell.wall.limit_binds if is_rate else cell.wall.limit_ttft_binds,
                     "low": predicted.low if predicted else None,
                     "high": predicted.high if predicted else None,
                     "state": "valid" if cell.is_valid else "invalid",
                 }
             )
-    x, y = _logarithmic("x", "requests in flight (C)"), _logarithmic("y", "output tok/s")
+    load = "requests in flight (C)" if group.arrivals is None else "requests per second asked"
+    x, y = _logarithmic("x", load), _logarithmic("y", name)
     x["axis"] |= {"values": sorted({row["x"] for row in rows})}
     tooltip = [
         _tip("run", "run"),
-        _tip("x", "C", "~r"),
-        _tip("y", "output tok/s", ".4~r"),
-        _tip("limit", "limit, tok/s", ".4~r"),
-        _tip("share", "of the limit", ".1%"),
+        _tip("x", _load_name(group), "~r"),
+        _tip("y", name, ".4~r"),
+        _tip("limit", f"limit, {name}", ".4~r"),
         _tip("binds", "limit set by"),
-        _tip("low", "predicted from, tok/s", ".4~r"),
-        _tip("high", "predicted to, tok/s", ".4~r"),
+        _tip("low", "predicted from", ".4~r"),
+        _tip("high", "predicted to", ".4~r"),
         _tip("state", "state"),
     ]
     band = {
@@ -228,14 +235,13 @@ def wall(comparison: Comparison, group: Group, plot_id: str) -> Plot:
         _line(comparison, x, y),
         _points(comparison, x, y, tooltip),
     ]
+    side = "No engine is above it" if is_rate else "No engine is below it"
     return Plot(
         id=plot_id,
-        title=f"Measured, predicted, possible: {group.title}",
-        caption="Dashed: the limit of the hardware. Shaded: what tkit plan predicts, where it knows the engine and the "
-        "hardware. Points: measured; hollow: invalid. Both axes are logarithmic.",
-        spec=_spec(
-            rows, layers, height=300, description=f"Output rate against the limit of the hardware, {group.title}"
-        ),
+        title=f"{'Measured, predicted, possible' if is_rate else 'The first token'}: {group.title}",
+        caption=f"Dashed: the limit of the hardware. {side}. Shaded: what tkit plan predicts, where it knows the engine and "
+        "the hardware. Points: measured; hollow: invalid. Both axes are logarithmic.",
+        spec=_spec(rows, layers, height=300, description=f"{name} against the limit of the hardware, {group.title}"),
     )
 
 

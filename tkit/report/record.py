@@ -86,6 +86,8 @@ class Cell:
     invalid_reasons: tuple[str, ...]
     is_on_frontier: bool = False
     requests_s: float  # answered, median of the repeats
+    in_flight: float  # C; in an open loop the mean
+    ttft_mean: Estimate | None  # in an open loop from the schedule
     estimates: Mapping[str, Estimate | None]  # by MEASURES, and by what gates ask for
     output_tok_s_repeats: tuple[float, ...]
     goodput: Mapping[str, Goodput]  # by tier

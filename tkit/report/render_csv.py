@@ -58,6 +58,8 @@ def _row(comparison: Comparison, group: Group, level: Level, cell: Cell) -> dict
         "repeats": cell.repeats,
         "requests": cell.requests,
         "requests_s": cell.requests_s,
+        "in_flight": cell.in_flight,
+        "ttft_mean": cell.ttft_mean.value if cell.ttft_mean else None,
         "errors": sum(cell.errors.values()),
         "is_valid": cell.is_valid,
         "invalid_reasons": "; ".join(cell.invalid_reasons),
@@ -88,11 +90,14 @@ def _row(comparison: Comparison, group: Group, level: Level, cell: Cell) -> dict
     row |= {
         "limit_tok_s": wall.limit_tok_s if wall else None,
         "limit_tpot_ms": wall.limit_tpot_ms if wall else None,
+        "limit_ttft_ms": wall.limit_ttft_ms if wall else None,
         "limit_binds": wall.limit_binds if wall else None,
+        "limit_ttft_binds": wall.limit_ttft_binds if wall else None,
     }
     predictions = {
         "predicted_tok_s": wall.predicted_tok_s if wall else None,
         "predicted_tpot_ms": wall.predicted_tpot_ms if wall else None,
+        "predicted_ttft_ms": wall.predicted_ttft_ms if wall else None,
     }
     for name, predicted in predictions.items():
         row |= {

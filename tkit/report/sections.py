@@ -188,7 +188,8 @@ def wall(comparison: Comparison, runs: Runs) -> Section:
     lead = [
         "Limit: what physics allows, every byte of weights and KV cache read once per step at full bandwidth while every "
         "operation runs at the peak rate; no engine is faster. Prediction: what tkit plan expects of the engine, with the "
-        "band that holds nine measurements of ten. Closed loops only: in an open loop the schedule sets the rate.",
+        "band that holds nine measurements of ten; of open loops it simulates the arrivals. There, the limit is that of as "
+        "many requests as were in flight on average.",
         *(f"{run.id}: {run.hardware}." for run in comparison.runs),
     ]
     known = [
@@ -200,8 +201,14 @@ def wall(comparison: Comparison, runs: Runs) -> Section:
         id="wall",
         title="The wall",
         lead=tuple(lead),
-        plots=tuple(plots.wall(comparison, group, f"wall-{tables.group_id(comparison, group)}") for group in known),
-        tables=tuple(tables.wall_table(comparison, group) for group in known),
+        plots=tuple(
+            plots.wall(comparison, group, quantity, f"wall-{quantity}-{tables.group_id(comparison, group)}")
+            for group in known
+            for quantity in plots.WALLS
+        ),
+        tables=tuple(
+            table(comparison, group) for group in known for table in (tables.wall_table, tables.wall_ttft_table)
+        ),
     )
 
 

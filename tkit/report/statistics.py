@@ -123,6 +123,11 @@ def percentile_of(percentile: float) -> Statistic:
     return lambda rows: np.percentile(rows[..., 0], percentile, axis=-1)
 
 
+def mean(rows: Floats) -> Floats:
+    """Of column 0."""
+    return rows[..., 0].mean(axis=-1)
+
+
 def ratio_of_sums(rows: Floats) -> Floats:
     """sum of column 0 / sum of column 1: in a closed loop, tokens over request time is the output rate per stream."""
     return rows[..., 0].sum(axis=-1) / rows[..., 1].sum(axis=-1)

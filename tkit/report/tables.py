@@ -214,6 +214,7 @@ def wall_table(comparison: Comparison, group: Group) -> Table:
     columns = (
         _load_column(group),
         Column(name="Run", kind="text"),
+        *([] if group.arrivals is None else [Column(name="in flight", meaning="requests, the mean over the time")]),
         Column(name="output tok/s", meaning=METRICS["output_tok_s"][1]),
         Column(name="limit", meaning="the highest rate that physics allows"),
         Column(name="of the limit"),
@@ -234,6 +235,7 @@ def wall_table(comparison: Comparison, group: Group) -> Table:
             return [Entry(text=text.ABSENT, tone="absent")] * (len(columns) - 2)
         expected = f"expected: {wall.predicted_binds}" if wall.predicted_binds else ""
         return [
+            *([] if group.arrivals is None else [Entry(text=text.number(cell.in_flight))]),
             Entry(text=text.number(rate.value if rate else None)),
             Entry(text=text.number(wall.limit_tok_s)),
             _share_of_limit(rate.value / wall.limit_tok_s if rate else None),
@@ -247,6 +249,43 @@ def wall_table(comparison: Comparison, group: Group) -> Table:
     return _per_load(
         comparison, group, f"wall-{group_id(comparison, group)}", f"The wall, {group.title}", columns, entries
     )
+
+
+def wall_ttft_table(comparison: Comparison, group: Group) -> Table:
+    """The same of the first token."""
+    scheduled = "" if group.arrivals is None else ", from the schedule"
+    columns = (
+        _load_column(group),
+        Column(name="Run", kind="text"),
+        Column(name="TTFT mean, ms", meaning=f"{METRICS['ttft'][1]}{scheduled}; the mean, as the plan predicts it"),
+        Column(name="limit", meaning="the shortest prefill that physics allows, of one prompt on an idle engine"),
+        Column(name="of it", meaning="the measurement in multiples of the limit"),
+        Column(name="predicted", meaning="by tkit plan, with the queue; under it the error band"),
+        Column(name="what binds", kind="text", meaning="what sets the limit"),
+    )
+
+    def entries(level: Level, cell: Cell) -> list[Entry]:
+        wall, ttft = cell.wall, cell.ttft_mean
+        if wall is None or ttft is None:
+            return [Entry(text=text.ABSENT, tone="absent")] * (len(columns) - 2)
+        multiple = ttft.value / wall.limit_ttft_ms
+        is_wrong = multiple < 1
+        return [
+            Entry(text=text.number(ttft.value), aside=text.interval(ttft.low, ttft.high)),
+            Entry(text=text.number(wall.limit_ttft_ms)),
+            Entry(
+                text=f"{text.number(multiple)}{text.THIN}x",
+                note="the limit is told too high" if is_wrong else "",
+                tone="invalid" if is_wrong else "",
+            ),
+            _predicted(wall.predicted_ttft_ms, ttft),
+            Entry(text=wall.limit_ttft_binds),
+        ]
+
+    return _per_load(
+        comparison, group, f"wall-ttft-{group_id(comparison, group)}", f"The wall of the first token, {group.title}",
+        columns, entries,
+    )  # fmt: skip
 
 
 def _share_of_limit(share: float | None) -> Entry:

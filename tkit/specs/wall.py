@@ -18,15 +18,19 @@ class Prediction:
 class Wall:
     """One load of one run. `limit_` is what physics allows: no server is faster.
 
-    Tokens per second of the whole engine, milliseconds. `limit_binds` names what sets the limit on the rate, and
-    `predicted_binds` what takes most of a predicted step.
+    Tokens per second of the whole engine, milliseconds; TTFT is the mean, as published measurements give it, in an open loop
+    from the schedule. `limit_binds` names what sets the limit on the rate, `limit_ttft_binds` that on TTFT, and
+    `predicted_binds` what takes most of a predicted step, or that the arrivals set the rate.
     """
 
     limit_tok_s: float
     limit_tpot_ms: float
+    limit_ttft_ms: float
     limit_binds: str
+    limit_ttft_binds: str
     predicted_tok_s: Prediction | None = None
     predicted_tpot_ms: Prediction | None = None
+    predicted_ttft_ms: Prediction | None = None
     predicted_binds: str | None = None
 
 

@@ -43,7 +43,7 @@ class _Held:
 
 
 def with_walls(comparison: Comparison, prices: Prices | None = None) -> Comparison:
-    """The same, each run with the hardware it was held against, each closed-loop cell with its wall where that is known.
+    """The same, each run with the hardware it was held against, each cell with its wall where that is known.
 
     With `prices`, each cell on a GPU that has one with its cost too.
     """
@@ -102,11 +102,11 @@ def _held(comparison: Comparison, run: RunFacts) -> _Held:
 
 
 def _place(group: Group, cell: Cell) -> Place | None:
-    """None for open loops, and unless all requests are alike in tokens: not characters, a data set, a common beginning."""
+    """None unless all requests are alike in tokens: not characters, a data set, a common beginning."""
     plain = re.fullmatch(r"(\d+)/(\d+)", group.shape)
-    if plain is None or cell.load.concurrency is None:
+    if plain is None or not cell.in_flight:
         return None
-    return int(plain[1]), int(plain[2]), cell.load.concurrency
+    return Place(isl=int(plain[1]), osl=int(plain[2]), in_flight=cell.in_flight, rate=cell.load.rate)
 
 
 def _against_hardware(run: RunFacts, card: EngineCard, places: set[Place]) -> _Held:
@@ -146,7 +146,7 @@ def _against_hardware(run: RunFacts, card: EngineCard, places: set[Place]) -> _H
     mixed = f"; as {card.quant} throughout" if is_mixed else ""
     book = ledger(
         shape, precision(card.quant), kv, gpu, parallel,
-        context=max((isl + osl for isl, osl, _ in places), default=1),
+        context=max((place.isl + place.osl for place in places), default=1),
         engine=constants.name, reserved_bytes=int(constants.efficiencies.reserved_bytes),
     )  # fmt: skip
     return _Held(
