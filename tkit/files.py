@@ -179,6 +179,8 @@ def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
 def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     origin, parameters = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
         return _build(hint, value, where, problems)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in parameters:
@@ -193,7 +195,10 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     if origin in (dict, Mapping) or hint in (dict, Mapping) or typing.get_origin(hint) is Mapping:
         if not isinstance(value, Mapping):
             problems.append(f"{where}: expected keys, found {_SHORT.repr(value)}")
-        return value
+            return None
+        if not parameters:
+            return value
+        return {key: _convert(parameters[1], item, f"{where}: {key}", problems) for key, item in value.items()}
     if hint is Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

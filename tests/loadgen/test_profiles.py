@@ -65,9 +65,9 @@ def test_everything_wrong_is_said_at_once() -> None:
     with pytest.raises(InputError) as caught:
         resolve_profile(recipe)
     assert caught.value.problems == (
-        'shape "128": expected input/output tokens of at least 1, like 128/64',
-        'shape "0/5": expected input/output tokens of at least 1, like 128/64',
-        'shape "a/b": expected input/output tokens of at least 1, like 128/64',
+        'shape "128": expected input/output tokens, 1 to 10,000,000 each, like 128/64',
+        'shape "0/5": expected input/output tokens, 1 to 10,000,000 each, like 128/64',
+        'shape "a/b": expected input/output tokens, 1 to 10,000,000 each, like 128/64',
         "concurrency holds a value twice: 4, 0, 4",
         "concurrency is 4, 0, 4, expected at least 1 each",
         "requests is 0, expected at least 1",

@@ -55,6 +55,10 @@ def test_total_cost_of_ownership(tmp_path):
         ("date: 2026-11-01\ngpus:\n  h100: {usd_per_hours: 1}\n", 'did you mean "usd_per_hour"'),
         ("gpus:\n  h100: {usd_per_hour: 1}\n", 'key "date" is missing'),
         ("date: x\ngpus:\n  h100: {hosting_usd_per_month: 1}\n", "usd_per_hour or capex_usd"),
+        ("date: x\ngpus:\n  h1000: {usd_per_hour: 1}\n", "prices.yaml: gpus: unknown GPU"),
+        ("date: x\ngpus:\n  h100: {usd_per_hour: .nan}\n", "usd_per_hour is nan, expected at least 0"),
+        ("date: x\nutilisation: 0\ngpus:\n  h100: {usd_per_hour: 1}\n", "utilisation is 0.0, expected more than 0"),
+        ("date: x\npue: 0.5\nyears: 0\ngpus:\n  h100: {usd_per_hour: 1}\n", "years is 0.0, expected more than 0"),
     ],
 )
 def test_wrong_price_files_are_named(tmp_path, text, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ def test_unfinished_engine_is_refused(tmp_path: Path) -> None:
 def test_card_of_another_schema(tmp_path: Path) -> None:
     write_engine(tmp_path, schema="tkit.engine/9")
     with pytest.raises(InputError, match="schema is 'tkit.engine/9', this tkit reads \"tkit.engine/1\""):
+        read_card(tmp_path)
+
+
+@pytest.mark.parametrize("facts", [3, {}, {"bytes": 7}, {"bytes": "7", "sha256": "0"}])
+def test_card_whose_files_are_none(tmp_path: Path, facts: object) -> None:
+    write_engine(tmp_path)
+    values = json.loads((tmp_path / "engine.json").read_text())
+    (tmp_path / "engine.json").write_text(json.dumps({**values, "files": {"a": facts}}))
+    with pytest.raises(InputError, match="files: a: expected"):
         read_card(tmp_path)
 
 

@@ -108,6 +108,10 @@ def test_the_hub_cache_comes_before_the_table(tmp_path, monkeypatch):
         (["--tp", "2", "--pp", "2", "--num-gpus", "8"], ["tp 2 x pp 2 is not num-gpus 8"]),
         (["--engine", "vlm"], ['unknown engine "vlm" (did you mean "vllm"?)']),
         (["--tp", "two"], ['"two" is neither a whole number nor auto']),
+        (["--compare", "gpu=h100", "--html", "x"], ["--html takes one plan"]),
+        (["--rate", "nan"], ["nan is not a finite number"]),
+        (["--concurrency", "999999999999"], ["not in the range"]),
+        (["--calibrate", "nowhere"], ["--calibrate nowhere: no points/*/point.json in it"]),
         (["--compare", "gpus=h100"], ['"gpus=h100" (did you mean "gpu"?)']),
     ],
 )
@@ -116,6 +120,20 @@ def test_nonsense_is_refused_with_the_nearest_sensible_choice(tkit, arguments, m
     assert result.exit_code == 2
     for message in messages:
         assert message in result.stderr
+
+
+def test_a_recipe_says_its_kv_cache(tkit, tmp_path):
+    (tmp_path / "r.yaml").write_text("model: meta-llama/Llama-3.1-8B-Instruct\nengines: [{kv_cache: fp8}]\n")
+    assert "none weights, fp8 KV cache" in tkit("plan", "r.yaml").stdout
+    assert "none weights, fp16 KV cache" in tkit("plan", "r.yaml", "--kv-cache", "fp16").stdout
+
+
+@pytest.mark.parametrize("architectures", [3, [1], True, "LlamaForCausalLM"])
+def test_a_config_without_an_architecture_is_refused(tkit, tmp_path, architectures):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": architectures}))
+    result = tkit("plan", ".")
+    assert result.exit_code == 2, result.exception
+    assert "config.json: " in result.stderr
 
 
 def test_what_does_not_fit_says_what_binds(tkit):

@@ -155,3 +155,21 @@ def test_predictions_come_before_the_work(tmp_path, monkeypatch):
     assert notes[1].endswith("fp8 needs compute capability 8.9, A100-SXM-80 has 8.0")
     _note_predictions("r.yaml", recipe, progress, Machine())
     assert len(notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("sweep: {profile: nope}", 'r: sweep: no profile "nope"'),
+        ("sweep: {concurrency: [0], requests: -1}", "r: sweep: impossible sweep\n  - concurrency is 0"),
+        ("sweep: {arrivals: sometimes, rates: [1.0]}", 'r: sweep: --arrivals: unknown process "sometimes"'),
+        ("sweep: {dataset: nowhere.jsonl}", "r: sweep: --dataset: nowhere.jsonl: No such file"),
+        ("report: {out: r.yaml}", "r: report: out is r.yaml, a file"),
+        ("engines: [{quant: fp9, tp_size: 0, goal: x}]", "tp_size is 0, expected at least 1"),
+    ],
+)
+def test_what_comes_last_is_checked_first(tkit, tmp_path, keys, message):
+    Path("r.yaml").write_text(f"model: demo\n{keys}\n")
+    result = tkit("run", "r.yaml")
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]

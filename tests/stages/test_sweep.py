@@ -239,7 +239,7 @@ def test_a_shape_that_the_engine_cannot_hold(tkit: Tkit, served: Path) -> None:
     [
         (["quik"], 2, 'no profile "quik" (did you mean "quick"?)'),
         (["--protocol", "triton-grcp"], 2, '--protocol: unknown protocol "triton-grcp" (did you mean "triton-grpc"?)'),
-        (["--shape", "128"], 2, 'shape "128": expected input/output tokens of at least 1, like 128/64'),
+        (["--shape", "128"], 2, 'shape "128": expected input/output tokens, 1 to 10,000,000 each, like 128/64'),
         (["--concurrency", "0"], 2, "concurrency is 0, expected at least 1 each"),
         (["--concurrency", "1,x"], 2, "'1,x' is not a list of whole numbers like 1,4,16"),
         (["--rate", "0"], 2, "rate is 0.0, expected more than 0 each"),

@@ -32,7 +32,9 @@ def test_an_untouched_engine_is_as_built(tkit, engine):
     card = json.loads((engine / "engine.json").read_text())
     assert record.pop("seconds") < 10
     assert record == {
-        "schema": "tkit.verification/1", "engine": engine.name, "path": str(engine), "key": card["key"], "files": 6,
+        "schema": "tkit.verification/1", "engine": engine.name, "path": str(engine), "key": card["key"],
+        "command": card["command"],
+        "files": 6,
         "bytes": sum(facts["bytes"] for facts in card["files"].values()), "world_size": 2, "changed": [], "refused": [],
     }  # fmt: skip
 
@@ -50,7 +52,7 @@ def test_one_flipped_bit_is_found(tkit, engine):
         "verifying ...\n"
         f"error: {engine}: not as built\n"
         f"  - checkpoint/rank1.safetensors: sha256 is {after[:12]}..., the card says {before[:12]}...\n"
-        "hint: rebuild the engine: tkit build --force\n"
+        f"hint: rebuild the engine: {card['command']} --force\n"
     )
 
 

@@ -49,7 +49,7 @@ from tkit.units import format_bytes, format_seconds
 @click.option("--seed", type=int, help="Seed of the calibration windows.  [default: 0]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu", show_default=True,
               help="Where calibration runs.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(min=1), help="Threads that hash and write.  [default: one per core]")
+@click.option("--workers", type=click.IntRange(1, 256), help="Threads that hash and write.  [default: one per core]")
 @click.option("--out", type=click.Path(path_type=Path), default="engines", show_default=True, help="Engines directory.")
 @click.option("--name", help="Engine name.  [default: made from model, quantization, layout and inputs]")
 @click.option("--force", is_flag=True, help="Build again even when the engine exists.")

@@ -48,13 +48,14 @@ class _Table:
 
 def _card_table(record: InspectionRecord) -> _Table:
     card = record.card
+    num_gpus = card.tp_size * card.pp_size
     revision = f" @ {card.source['revision']}" if card.source.get("revision") else ""
     rows = [
         ("architecture", card.architecture),
         ("dtype", card.dtype),
         ("quantization", f"{card.quant} ({card.quant_algo})" if card.quant_algo else card.quant),
         ("KV cache", card.recipe.get("kv_cache", "auto").replace("auto", card.dtype)),
-        ("layout", f"tp {card.tp_size}, pp {card.pp_size}: {card.tp_size * card.pp_size} GPUs"),
+        ("layout", f"tp {card.tp_size}, pp {card.pp_size}: {num_gpus} GPU{'s' * (num_gpus > 1)}"),
         ("parameters", f"{card.num_params / 1e6:,.1f} M"),
         ("weights", format_bytes(card.weight_bytes)),
         ("context", f"{card.max_position_embeddings} tokens"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tkit.cli.output import Output, output_options
+from tkit.cli.output import FiniteFloat, Output, output_options
 
 
 class _SizeOrAuto(click.ParamType):
@@ -34,12 +34,14 @@ class _SizeOrAuto(click.ParamType):
 @click.option("--tp", type=_SizeOrAuto(), help="Tensor-parallel size, in GPUs, or auto.  [default: auto]")
 @click.option("--pp", type=_SizeOrAuto(), help="Pipeline-parallel size, in GPUs, or auto.  [default: auto]")
 @click.option("--quant", help="Weight quantization.  [default: the recipe's first engine]")
-@click.option("--kv-cache", default="auto", show_default=True, help="auto, fp16, fp8, int8 or nvfp4.")
+@click.option("--kv-cache", help="auto, fp16, fp8, int8 or nvfp4.  [default: the recipe's first engine, or auto]")
 @click.option("--isl", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of a prompt.")
 @click.option("--osl", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of an answer.")
-@click.option("--concurrency", type=click.IntRange(min=1), default=16, show_default=True, help="Requests in flight.")
+@click.option(
+    "--concurrency", type=click.IntRange(1, 1_000_000), default=16, show_default=True, help="Requests in flight."
+)
 @click.option("--slo", help="Tier whose TTFT and TPOT must hold: interactive, conversational or batch.")
-@click.option("--rate", "requests_s", type=click.FloatRange(min=0, min_open=True),
+@click.option("--rate", "requests_s", type=FiniteFloat(min=0, min_open=True),
               help="Requests per second to size for.")  # fmt: skip
 @click.option("--engine", default="tensorrt-llm", show_default=True, help="tensorrt-llm, vllm or sglang.")
 @click.option("--engine-version", help="Version of the engine.  [default: the newest that was measured]")
@@ -69,6 +71,10 @@ def command(
     if table is not None:
         _selfcheck(output, table)
         return
+    if axes and (html is not None or run is not None):
+        raise click.UsageError(
+            f"{'--html' if html is not None else '--calibrate'} takes one plan, --compare makes many"
+        )
     from tkit.planner.gpus import find_gpu
     from tkit.stages import plan as stage
 

@@ -66,6 +66,10 @@ def command(
     from tkit.stages.engines import find_engine
     from tkit.stages.serve import serve, serve_detached
 
+    if render is None and out is not None:
+        raise click.UsageError("--out goes with --render")
+    if render is not None and (detach or replaces):
+        raise click.UsageError(f"--render starts nothing; leave out {'--detach' if detach else '--replace'}")
     serve_options = ServeOptions(timeout_s=timeout, **options)
     engine_dir = find_engine(engine)
     if render is not None:

@@ -246,7 +246,7 @@ def _shape(text: str, problems: list[str]) -> Shape | None:
         isl, osl = int(sizes[0]), int(sizes[1])
         if 1 <= isl <= MAX_SHAPE_TOKENS and 1 <= osl <= MAX_SHAPE_TOKENS:
             return Shape(isl=isl, osl=osl)
-    problems.append(f'shape "{text}": expected input/output tokens of at least 1, like 128/64')
+    problems.append(f'shape "{text}": expected input/output tokens, 1 to {MAX_SHAPE_TOKENS:,} each, like 128/64')
     return None
 
 

@@ -31,9 +31,13 @@ class GpuPrice:
     def __post_init__(self) -> None:
         if self.usd_per_hour is None and self.capex_usd is None:
             raise InputError("a price needs usd_per_hour or capex_usd")
-        for name in ("usd_per_hour", "capex_usd", "hosting_usd_per_month"):
-            if (getattr(self, name) or 0) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 0")
+        problems = [
+            f"{name} is {value}, expected at least 0"
+            for name in ("usd_per_hour", "capex_usd", "hosting_usd_per_month")
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf
+        ]
+        if problems:
+            raise InputError("impossible price", problems=problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,19 @@ class Prices:
     years: float = 4.0  # of amortisation
     utilisation: float = 0.6  # share of the hours in which the GPUs work at the planned rate
     source: str = ""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 <= self.usd_per_kwh < math.inf:
+            problems.append(f"usd_per_kwh is {self.usd_per_kwh}, expected at least 0")
+        if not 1 <= self.pue < math.inf:
+            problems.append(f"pue is {self.pue}, expected at least 1")
+        if not 0 < self.years < math.inf:
+            problems.append(f"years is {self.years}, expected more than 0")
+        if not 0 < self.utilisation <= 1:
+            problems.append(f"utilisation is {self.utilisation}, expected more than 0, at most 1")
+        if problems:
+            raise InputError("impossible prices", problems=problems)
 
     def of(self, gpu: Gpu) -> GpuPrice:
         if gpu.name not in self.gpus:
@@ -79,7 +96,7 @@ def read_prices(path: Path) -> Prices:
     if not isinstance(gpus, dict) or not gpus:
         raise InputError(f"{path}: gpus is missing", hint="gpus: {H100-SXM: {usd_per_hour: 2.5}}")
     priced = {
-        find_gpu(str(name)).name: from_mapping(GpuPrice, values, f"{path}: gpus: {name}")
+        find_gpu(str(name), f"{path}: gpus").name: from_mapping(GpuPrice, values, f"{path}: gpus: {name}")
         for name, values in gpus.items()
     }
     if "date" in raw:

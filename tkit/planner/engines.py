@@ -57,7 +57,9 @@ def engine(name: str = DEFAULT_ENGINE, version: str | None = None) -> Engine:
     """The constants of the generation that `version` belongs to; the newest without one."""
     known = sorted(path.stem for path in DIRECTORY.glob("*.json"))
     if name not in known:
-        raise InputError(f'--engine: unknown engine "{name}"{did_you_mean(name, known)}', hint=f"known: {known}")
+        raise InputError(
+            f'--engine: unknown engine "{name}"{did_you_mean(name, known)}', hint=f"known: {', '.join(known)}"
+        )
     record = read_json(DIRECTORY / f"{name}.json")
     generations = record["generations"]
     generation = generations[generation_index([row["before"] for row in generations], version)]

@@ -41,14 +41,14 @@ def gpu_of_device(name: str) -> Gpu | None:
 
 
 @functools.cache
-def find_gpu(name: str) -> Gpu:
+def find_gpu(name: str, where: str = "--gpu") -> Gpu:
     """By the table's name or a usual short one, in any case. Raises InputError with the near name."""
     gpus = gpu_table()
     by_key = {_key(known): known for known in gpus} | {_key(alias): known for alias, known in ALIASES.items()}
     key = _key(name)
     if key not in by_key:
         near = did_you_mean(name.lower(), [*(known.lower() for known in gpus), *ALIASES])
-        raise InputError(f'--gpu: unknown GPU "{name}"{near}', hint=f"known: {', '.join(gpus)}")
+        raise InputError(f'{where}: unknown GPU "{name}"{near}', hint=f"known: {', '.join(gpus)}")
     return gpus[by_key[key]]
 
 

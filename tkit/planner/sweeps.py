@@ -125,12 +125,13 @@ def read_calibration(run: Path) -> Engine | None:
     return from_mapping(Engine, record.get("engine") or {}, f"{path}: engine")
 
 
-def read_points(run: Path) -> list[Measured]:
-    """The valid points of a sweep's closed loops. Raises InputError when there are too few to fit three factors."""
-    files = sorted(run.glob("points/*/point.json"))
-    records = [read_json(path) for path in files]
-    measured = [
-        Measured(
+def _measured(path: Path) -> Measured | None:
+    """One valid point of a closed loop; None for any other."""
+    record = read_json(path)
+    try:
+        if not record["is_valid"] or record["output_tok_s"] <= 0 or record["concurrency"] is None:
+            return None
+        return Measured(
             isl=record["isl"],
             osl=record["osl"],
             concurrency=record["concurrency"],
@@ -138,9 +139,16 @@ def read_points(run: Path) -> list[Measured]:
             tpot_s=_seconds(record["tpot"]),
             tok_s=record["output_tok_s"],
         )
-        for record in records
-        if record["is_valid"] and record["output_tok_s"] > 0 and record["concurrency"] is not None
-    ]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a point that tkit sweep wrote: {error}") from error
+
+
+def read_points(run: Path) -> list[Measured]:
+    """The valid points of a sweep's closed loops. Raises InputError when there are too few to fit three factors."""
+    files = sorted(run.glob("points/*/point.json"))
+    if not files:
+        raise InputError(f"--calibrate {run}: no points/*/point.json in it", hint="measure it: tkit sweep")
+    measured = [point for path in files if (point := _measured(path)) is not None]
     if len(measured) < MIN_POINTS:
         raise InputError(
             f"--calibrate {run}: {len(measured)} valid points of {len(files)}, expected at least {MIN_POINTS}",

@@ -277,7 +277,7 @@ def calibration_tokens(
     if len(ids) < length + num_samples:
         raise InputError(
             f"{file}: {len(ids)} tokens, {num_samples} samples of {length} need at least {length + num_samples}",
-            hint="give a longer --calib text, or lower --calib-len",
+            hint="give a longer --calib text, or lower --calib-samples or --calib-len",
         )
     if max(ids) >= vocab_size:
         raise InputError(

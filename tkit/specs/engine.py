@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tkit.errors import InputError
+
 CARD_FILE = "engine.json"
 CARD_SCHEMA = "tkit.engine/1"
 
@@ -42,3 +44,12 @@ class EngineCard:
     # of an engine that trtllm-build made: {"sm", "gpu", "num_gpus", "version", "max_batch_size", ..., "arguments"}
     compiled: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"files: {name}: expected its bytes and its sha256"
+            for name, facts in self.files.items()
+            if not isinstance(facts.get("bytes"), int) or not isinstance(facts.get("sha256"), str)
+        ]
+        if problems:
+            raise InputError("impossible card", problems=problems)

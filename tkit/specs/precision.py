@@ -37,9 +37,6 @@ class Precision:
         cls, quant: str, overrides: Mapping[str, str] | None = None, exclude: Iterable[str] = (), kv_cache: str = "auto"
     ) -> Precision:
         """From what a recipe says; excluded patterns come before every override. Raises InputError for unknown formats."""
-        unnamed = [f'"{pattern}": {name!r}' for pattern, name in (overrides or {}).items() if not isinstance(name, str)]
-        if unnamed:
-            raise InputError("quant_overrides: expected the name of a quantization", problems=unnamed)
         return cls(
             default=quant_format(quant, where="quant"),
             overrides=(

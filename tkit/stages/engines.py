@@ -87,7 +87,7 @@ def verify_files(engine_dir: Path, card: EngineCard, progress: Progress | None =
         raise InputError(
             f"{engine_dir}: {len(problems)} of {len(card.files)} files are not as built",
             problems=problems,
-            hint="rebuild the engine: tkit build --force",
+            hint=f"rebuild the engine: {card.command} --force",
         )
     if progress is not None:
         progress.step("verifying", len(card.files), len(card.files))

@@ -73,8 +73,9 @@ def shape_from_hf(config: Any, name: str, where: str) -> ModelShape:
     """Of a config.json's content; `where` is what errors call it."""
     if not isinstance(config, Mapping):
         raise InputError(f"{where}: expected a mapping of keys, found {type(config).__name__}")
-    architecture = (config.get("architectures") or [None])[0]
-    if architecture in ARCHITECTURES:
+    names = config.get("architectures") or [None]
+    is_name = isinstance(names, list) and isinstance(names[0], str | None)
+    if not is_name or names[0] in ARCHITECTURES:  # what is no name is refused there
         return shape_from_spec(spec_from_hf(_unquantized(config), where), name)
     return shape_from_config(config, name, where)
 

@@ -12,6 +12,7 @@ from tkit import __version__
 from tkit.backends.nvidia import Machine
 from tkit.errors import InputError, did_you_mean
 from tkit.files import read_json
+from tkit.loadgen.datasets import read_dataset
 from tkit.loadgen.profiles import resolve_profile
 from tkit.loadgen.run_directory import MANIFEST_FILE, RunDirectory
 from tkit.planner.gpus import gpu_of_device
@@ -84,7 +85,11 @@ def run_recipe(recipe_name: str, progress: Progress, machine: Machine, options: 
     )
     gates = parse_gates(fail_on, where) if fail_on is not None else ()
     _check_baseline(options.baseline, recipe)
+    _check_sweep(recipe, name)
     _check_others(recipe, name)
+    out = Path(recipe.report.out) if recipe.report.out else REPORTS_DIR / name
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{name}: report: out is {out}, a file", hint="name a directory, or move the file away")
     kept = baseline_directory(options.save_baseline) if options.save_baseline is not None else None
     source = fetch_model(recipe, name)
     plans = _plan_engines(source, recipe, progress, machine, options.backend)  # all are checked before one is built
@@ -109,7 +114,7 @@ def run_recipe(recipe_name: str, progress: Progress, machine: Machine, options: 
     path, comparison = report(
         measured,
         progress,
-        out=Path(recipe.report.out) if recipe.report.out else REPORTS_DIR / name,
+        out=out,
         baseline=labels.get(options.baseline or "", options.baseline) or str(own),
         spared=others,
         with_png=True,
@@ -139,6 +144,16 @@ def _check_baseline(baseline: str | None, recipe: Recipe) -> None:
         f"{did_you_mean(baseline, [*kept, *recipe.names])}",
         hint=f"known: {', '.join(sorted([*kept, *recipe.names]))}; keep one with tkit run RECIPE --save-baseline NAME",
     )
+
+
+def _check_sweep(recipe: Recipe, name: str) -> None:
+    """Whether the load can be made: before hours are spent on what is to bear it."""
+    try:
+        resolve_profile(recipe.sweep)
+        if recipe.sweep.dataset is not None:
+            read_dataset(Path(recipe.sweep.dataset))
+    except InputError as error:
+        raise InputError(f"{name}: sweep: {error.message}", problems=error.problems, hint=error.hint) from error
 
 
 def _check_others(recipe: Recipe, name: str) -> None:

@@ -39,7 +39,7 @@ from tkit.stages.host_speed import host_speed
 from tkit.stages.servers import running_servers
 
 REPORTS_DIR = Path("reports")
-GRPC_ADDRESS = re.compile(r"(grpc://)?(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}")
+GRPC_ADDRESS = re.compile(r"(grpc://)?(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +239,7 @@ def check_target(target: Target, name: str | None = None) -> None:
         problems.append(f"--gpus is {target.num_gpus}, expected at least 1")
     if target.url is not None and row.is_http:
         http_address(target.url)
-    elif target.url is not None and not GRPC_ADDRESS.fullmatch(target.url):
+    elif target.url is not None and not _is_grpc_address(target.url):
         problems.append(f"--url is {target.url!r}, expected host:port")
     if target.metrics_url is not None and not re.match(r"https?://[^/\s]+", target.metrics_url):
         problems.append(f"--metrics-url is {target.metrics_url!r}, expected http://HOST:PORT/metrics")
@@ -249,6 +249,11 @@ def check_target(target: Target, name: str | None = None) -> None:
         problems.append(f"--name {problem}")
     if problems:
         raise InputError("impossible sweep", problems=problems)
+
+
+def _is_grpc_address(url: str) -> bool:
+    found = GRPC_ADDRESS.fullmatch(url)
+    return found is not None and 0 < int(found["port"]) < 65536
 
 
 def _find_endpoint(target: Target, engines_dir: Path) -> _Endpoint:

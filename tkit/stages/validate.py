@@ -179,6 +179,8 @@ def check_gates(record: ValidationRecord, *, max_kl: float | None, max_ppl_ratio
 
 def source_directory(source: Mapping[str, Any]) -> Path:
     """Where the model was when the engine was built, or where its name leads now."""
+    if not source.get("path") or not source.get("model"):
+        raise InputError("the engine's card does not say what it was built from", hint="give --source")
     directory = Path(source["path"])
     if directory.is_dir():
         return directory

@@ -25,6 +25,7 @@ class VerificationRecord:
     engine: str
     path: str
     key: str | None
+    command: str | None = None  # builds it again
     files: int
     bytes: int
     world_size: int
@@ -45,6 +46,7 @@ def verify(engine_dir: Path, progress: Progress) -> VerificationRecord:
         engine=card.name,
         path=str(engine_dir),
         key=card.key,
+        command=card.command,
         files=len(card.files),
         bytes=sum(facts["bytes"] for facts in card.files.values()),
         world_size=card.tp_size * card.pp_size,
@@ -79,7 +81,7 @@ def check_verified(record: VerificationRecord) -> None:
         raise InputError(
             f"{record.path}: not as built",
             problems=[*record.changed, *refused],
-            hint="rebuild the engine: tkit build --force",
+            hint=f"rebuild the engine: {record.command} --force",
         )
     if refused and record.key is None:
         raise TkitError(
@@ -90,7 +92,7 @@ def check_verified(record: VerificationRecord) -> None:
         raise TkitError(
             f"{record.path}: as built, but TensorRT-LLM would not load it",
             problems=record.refused or (),
-            hint="rebuild it with this tkit: tkit build --force",
+            hint=f"rebuild it with this tkit: {record.command} --force",
         )
 
 
