@@ -270,7 +270,13 @@ def test_a_slow_host_is_told_from_slow_memory(tkit, tmp_path):
 
 
 def test_too_few_points_are_refused(tkit, tmp_path):
-    (tmp_path / "run").mkdir()
-    result = tkit("plan", "demo", "--calibrate", "run")
-    assert result.exit_code == 2
-    assert "--calibrate run: 0 valid points of 0, expected at least 3" in result.stderr
+    point = tmp_path / "run" / "points" / "a" / "point.json"
+    point.parent.mkdir(parents=True)
+    for text, message in (
+        ('{"is_valid": false}', "--calibrate run: 0 valid points of 1, expected at least 3"),
+        ('{"is_valid": true}', "point.json: not a point that tkit sweep wrote: 'output_tok_s'"),
+        ("[]", "point.json: not a point that tkit sweep wrote"),
+    ):
+        point.write_text(text)
+        result = tkit("plan", "demo", "--calibrate", "run")
+        assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
