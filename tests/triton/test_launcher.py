@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -42,10 +43,33 @@ def test_command_line() -> None:
         "--metrics-address=127.0.0.1",
         "--metrics-port=8002",
         "--allow-gpu-metrics=false",
-        "--pinned-memory-pool-byte-size=0",
-        "--exit-timeout-secs=10",
         "--reuse-http-port=true",
         "--reuse-grpc-port=true",
+        "--pinned-memory-pool-byte-size=0",
+        "--exit-timeout-secs=10",
+    ]
+
+
+def test_ranks_behind_the_first_load_the_engine_and_open_no_port() -> None:
+    spec = replace(SPEC, num_ranks=2, rank_model="tensorrt_llm")
+    command = server_command(Path("/x/tritonserver"), spec, "k", "/x/mpirun")
+    assert command[:5] == ["/x/mpirun", "--allow-run-as-root", "-n", "1", "/x/tritonserver"]
+    second = command[command.index(":") + 1 :]
+    assert second == [
+        "-n",
+        "1",
+        "/x/tritonserver",
+        "--model-repository=/run/repository",
+        "--model-control-mode=explicit",
+        "--load-model=tensorrt_llm",
+        "--disable-auto-complete-config",
+        "--backend-directory=/run/backends",
+        "--backend-config=python,shm-region-prefix-name=tkit{pid}_1_",
+        "--allow-http=false",
+        "--allow-grpc=false",
+        "--allow-metrics=false",
+        "--pinned-memory-pool-byte-size=0",
+        "--exit-timeout-secs=10",
     ]
 
 

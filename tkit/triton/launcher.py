@@ -30,6 +30,8 @@ RESTRICTED_APIS = "model-repository,shared-memory,trace,logging"
 # After the exit timeout. Then the server has failed to end by itself: a client that keeps an idle gRPC stream open blocks
 # it for ever; a gRPC request refused for an unknown input, or cancelled after its end, until the exit timeout.
 GRACE_S = 5
+# A rank behind the first waits in its model for work from that one. Should it ever get past, it must not take its ports.
+NO_PORTS = ("--allow-http=false", "--allow-grpc=false", "--allow-metrics=false")
 ASKED_TO_END = "Signal (15) received"  # in the log
 LOG_LINES = 15
 LINE_CHARACTERS = 400
@@ -67,14 +69,25 @@ def server_command(binary: Path, spec: LaunchSpec, key: str, mpirun: str = "mpir
 
 
 def _rank_command(binary: Path, spec: LaunchSpec, key: str, rank: int) -> list[str]:
-    only_the_engine = ["--model-control-mode=explicit", f"--load-model={spec.rank_model}"]
     return [
         str(binary),
         f"--model-repository={spec.repository}",
-        *(only_the_engine if rank else ["--model-control-mode=none"]),
+        *(
+            ["--model-control-mode=explicit", f"--load-model={spec.rank_model}"]
+            if rank
+            else ["--model-control-mode=none"]
+        ),
         "--disable-auto-complete-config",
         *([f"--backend-directory={spec.backends}"] if spec.backends else []),
         f"--backend-config=python,shm-region-prefix-name=tkit{{pid}}_{f'{rank}_' if rank else ''}",
+        *(NO_PORTS if rank else _port_options(spec, key)),
+        "--pinned-memory-pool-byte-size=0",
+        f"--exit-timeout-secs={spec.exit_timeout_s}",
+    ]
+
+
+def _port_options(spec: LaunchSpec, key: str) -> list[str]:
+    return [
         f"--http-address={spec.host}",
         f"--http-port={spec.http_port}",
         f"--http-restricted-api={RESTRICTED_APIS}:tkit-key={key}",
@@ -84,9 +97,7 @@ def _rank_command(binary: Path, spec: LaunchSpec, key: str, rank: int) -> list[s
         f"--metrics-address={spec.host}",
         f"--metrics-port={spec.metrics_port}",
         f"--allow-gpu-metrics={str(spec.has_gpu_metrics).lower()}",
-        "--pinned-memory-pool-byte-size=0",
-        f"--exit-timeout-secs={spec.exit_timeout_s}",
-        *(["--reuse-http-port=true", "--reuse-grpc-port=true"] if spec.shares_ports and not rank else []),
+        *(["--reuse-http-port=true", "--reuse-grpc-port=true"] if spec.shares_ports else []),
     ]
 
 
