@@ -20,7 +20,8 @@ MISSING = {"seed", "count_input", "count_output", "min_tokens", "return_log_prob
 
 
 class OldServer(service_pb2_grpc.GRPCInferenceServiceServicer):
-    def __init__(self) -> None:
+    def __init__(self, outputs: tuple[str, ...]) -> None:
+        self.outputs = outputs
         self.requests: list[dict[str, tuple[str, list[int], bytes]]] = []
 
     async def ModelReady(self, request: Any, context: Any) -> Any:
@@ -36,6 +37,8 @@ class OldServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         for what, (name, data_type) in INPUTS.items():
             if what not in MISSING:
                 response.inputs.add(name=name, datatype=data_type, shape=[-1, -1])
+        for name in self.outputs:
+            response.outputs.add(name=name)
         return response
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
@@ -55,14 +58,14 @@ def bytes_tensor(text: str) -> bytes:
     return struct.pack("<I", len(text)) + text.encode()
 
 
-async def generate(request: GenerationRequest) -> tuple[list[Piece], OldServer]:
-    servicer, server = OldServer(), grpc.aio.server()
+async def generate(request: GenerationRequest, *outputs: str, stream: bool = True) -> tuple[list[Piece], OldServer]:
+    servicer, server = OldServer(("text_output", *outputs)), grpc.aio.server()
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
     model = TritonModel(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", "ensemble", "mine")
     await server.start()
     try:
         await model.connect()
-        return [piece async for piece in model.generate(request, "id")], servicer
+        return [piece async for piece in model.generate(request, "id", stream=stream)], servicer
     finally:
         await model.close()
         await server.stop(0)
@@ -84,6 +87,13 @@ def test_responses_count_as_tokens_where_the_model_does_not_count() -> None:
             "exclude_input_in_output": ("BOOL", [1, 1], b"\1"),
         }
     ]
+
+
+@pytest.mark.parametrize(("outputs", "stream"), [((), b"\1"), (("num_output_tokens",), b"\0")])
+def test_a_whole_answer_comes_at_once_where_the_model_counts(outputs: tuple[str, ...], stream: bytes) -> None:
+    _, servicer = asyncio.run(generate(GenerationRequest(prompt="x", max_tokens=9), *outputs, stream=False))
+    [request] = servicer.requests
+    assert request["stream"] == ("BOOL", [1, 1], stream)
 
 
 def test_what_the_model_has_no_input_for_is_refused() -> None:

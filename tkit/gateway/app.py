@@ -101,7 +101,7 @@ class _Front:
             tokenizer=self._tokenizer,
         )
         answer = Answer(asked, self._settings.model)
-        generation = self._model.generate(asked.generation, answer.id)
+        generation = self._model.generate(asked.generation, answer.id, stream=asked.stream)
         if asked.stream:
             return await _EventStream.opened(answer, generation, request.receive)
         async with _cancelled_when_the_client_leaves(generation, request.receive):

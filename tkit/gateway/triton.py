@@ -1,7 +1,8 @@
 """Generating on Triton over gRPC: one channel, one ModelStreamInfer per request. Knows the inputs of TensorRT-LLM's
 `ensemble`; nothing of HTTP.
 
-Every request streams, also when its client wants one answer: only so does a client that leaves end it early.
+Every request goes out as a stream of its own, over which cancelling reaches the server. Whether the answer comes token by
+token is the request's to say.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class TritonModel:
         self._address = address
         self._instance = instance
         self._inputs: dict[str, int] = {}  # -> rank
+        self._counts_tokens = False
 
     async def connect(self) -> None:
         """Waits until the model of this instance is ready. Another server may hold the same port for a while."""
@@ -108,6 +110,7 @@ class TritonModel:
         except grpc.aio.AioRpcError:
             return False
         self._inputs = {tensor.name: len(tensor.shape) for tensor in metadata.inputs}
+        self._counts_tokens = any(tensor.name == "num_output_tokens" for tensor in metadata.outputs)
         return True
 
     async def _ask(self, method: str, timeout_s: float) -> Any:
@@ -115,11 +118,16 @@ class TritonModel:
         call = self._channel.unary_unary(SERVICE + method)
         return response.FromString(await call(request.SerializeToString(), timeout=timeout_s))
 
-    def generate(self, request: GenerationRequest, request_id: str) -> Generation:
-        """Raises ApiError when the model has no input for something that the request asks for."""
+    def generate(self, request: GenerationRequest, request_id: str, *, stream: bool) -> Generation:
+        """Raises ApiError when the model has no input for something that the request asks for.
+
+        Without `stream` the answer is one piece, which spares a response per token; in several all the same where only
+        those tell how many tokens there are, or which text is whose log probability.
+        """
         message = pb.ModelInferRequest(model_name=self.name, id=request_id)
         missing = []
-        for what, value in _values(request).items():
+        stream = stream or request.return_log_probs or not self._counts_tokens
+        for what, value in {**_values(request), "stream": stream}.items():
             tensor, data_type = INPUTS[what]
             if tensor in self._inputs:
                 rank = self._inputs[tensor]
@@ -193,7 +201,6 @@ def _values(request: GenerationRequest) -> dict[str, Any]:
     """What differs from the default, and top_p: without it and top_k, TensorRT-LLM decodes greedily."""
     values: dict[str, Any] = {
         "prompt": request.prompt,
-        "stream": True,
         "max_tokens": request.max_tokens,
         "exclude_input": True,
         "count_input": True,

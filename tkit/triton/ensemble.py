@@ -6,7 +6,7 @@ are not here (prompt tables, LoRA, guided decoding) are refused by Triton, which
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tkit.specs.server import MODEL_NAME
 from tkit.triton.model_config import ModelConfig, TensorSpec
@@ -65,8 +65,13 @@ OUTPUTS = (
 # fmt: on
 
 
-def ensemble_config(parameters: Mapping[str, str]) -> ModelConfig:
+def ensemble_config(parameters: Mapping[str, str], outputs: Sequence[TensorSpec] = OUTPUTS) -> ModelConfig:
     """Decoupled, so that a request may stream. One prompt per request: the engine batches requests, not Triton."""
     return ModelConfig(
-        name=MODEL_NAME, inputs=INPUTS, outputs=OUTPUTS, max_batch_size=1, is_decoupled=True, parameters=parameters
+        name=MODEL_NAME,
+        inputs=INPUTS,
+        outputs=tuple(outputs),
+        max_batch_size=1,
+        is_decoupled=True,
+        parameters=parameters,
     )
