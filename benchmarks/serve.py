@@ -1,17 +1,21 @@
 """What serving costs: `model.generate`, the engine alone, through Triton, and through the OpenAI front, in one run.
 
+Streamed, a response per token, and whole, one response per request, as `generate` answers.
+
     python -m benchmarks.serve [--model demo|100m] [--requests 16] [--prompt-tokens 128] [--new-tokens 64] [--rounds 3]
 
 The same prompts go every way, all at once, greedily and with the end of sequence ignored; rounds alternate between the
-ways and the best of each counts. `CPU` is that of everything but the client, who is told apart; `x static` compares it
-with `generate` on a static batch, which is the comparison in time on an idle machine with one thread. Requests sent one
-after the other give the time to the first token and between tokens without a queue.
+ways. The best round of each is told, and beside it the median of the rounds' ratios to `generate` on a static batch, of
+the rate and of the CPU time of everything but the client, who is told apart; the ratio of rates holds for an idle machine.
+Requests sent one after the other give the time to the first token and between tokens without a queue.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
+import json
 import os
 import queue
 import shutil
@@ -21,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,8 +58,10 @@ class Cost:
     tpot_ms: list[float] = field(default_factory=list)
 
     @property
-    def own_cpu(self) -> float:
-        return sum(min(seconds) for name, seconds in self.cpu.items() if name != "client")
+    def own_cpu(self) -> list[float]:
+        """Of everything but the client, per round."""
+        own = [seconds for name, seconds in self.cpu.items() if name != "client"]
+        return [sum(of_round) for of_round in zip(*own, strict=True)]
 
 
 def main() -> None:
@@ -118,9 +125,12 @@ def measure(
     """`prompts` at once, `rounds` times; `alone` one after the other."""
     [model_pid] = record.model_pids
     pids = {"engine's process": model_pid, "Triton": record.pid}
-    clients = {
-        "Triton gRPC": (Client("triton-grpc", record, maker), pids),
-        "OpenAI front": (Client("openai", record, maker), {**pids, "front": record.openai_pid}),
+    with_front = {**pids, "front": record.openai_pid}
+    clients: dict[str, tuple[Client | WholeClient, dict[str, int]]] = {
+        "Triton gRPC, streamed": (Client("triton-grpc", record, maker), pids),
+        "Triton HTTP, whole": (WholeClient(record.http_port, "/v2/models/ensemble/generate", triton_body), pids),
+        "OpenAI front, streamed": (Client("openai", record, maker), with_front),
+        "OpenAI front, whole": (WholeClient(record.openai_port, "/v1/completions", openai_body), with_front),
     }
     costs = {name: Cost() for name in ("generate, static batch", "engine alone", *clients)}
     with Engine.load(engine_dir, device="cpu", max_batch_size=len(prompts), num_threads=1) as engine:
@@ -235,23 +245,67 @@ class Client:
         self._loop.close()
 
 
+class WholeClient:
+    """A thread and a connection per request; each answer comes as one."""
+
+    def __init__(self, port: int, path: str, body: Callable[[str, int], dict[str, Any]]):
+        self._port = port
+        self._path = path
+        self._body = body
+
+    def run(self, prompts: list[str], new_tokens: int) -> list[Times]:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda prompt: self._ask(prompt, new_tokens), prompts))
+
+    def _ask(self, prompt: str, new_tokens: int) -> Times:
+        sent = time.monotonic_ns()
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
+        connection.request("POST", self._path, json.dumps(self._body(prompt, new_tokens)))
+        response = connection.getresponse()
+        answer = response.read()
+        connection.close()
+        if response.status != 200:
+            sys.exit(answer.decode())
+        return sent, [time.monotonic_ns()]
+
+    def close(self) -> None:
+        pass
+
+
+def triton_body(prompt: str, new_tokens: int) -> dict[str, Any]:
+    return {"text_input": prompt, "max_tokens": new_tokens, "end_id": -1}
+
+
+def openai_body(prompt: str, new_tokens: int) -> dict[str, Any]:
+    return {"model": "ensemble", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+
+
 def note_alone(cost: Cost, answers: list[Times], new_tokens: int) -> None:
-    """Several tokens may arrive at once."""
+    """Several tokens may arrive at once; of a whole answer only its end is known."""
     [(sent, times)] = answers
+    if len(times) == 1:
+        return
     cost.ttft_ms.append((times[0] - sent) / 1e6)
     cost.tpot_ms.append((times[-1] - times[0]) / 1e6 / (new_tokens - 1))
 
 
 def report(costs: dict[str, Cost], num_tokens: int) -> None:
-    reference = costs["generate, static batch"].own_cpu
-    print(f"{'':24} {'tok/s':>7} {'wall':>8} {'CPU':>8} {'x static':>9} {'TTFT':>9} {'TPOT':>9}   CPU us per token")
+    static = costs["generate, static batch"]
+    print(f"{'of generate:':>53}")
+    print(f"{'':24} {'tok/s':>7} {'CPU us/tok':>10} {'rate':>6} {'CPU':>6} {'TTFT':>9} {'TPOT':>9}   CPU us per token")
     for name, cost in costs.items():
         shares = ", ".join(f"{who} {min(seconds) / num_tokens * 1e6:.0f}" for who, seconds in cost.cpu.items())
         alone = [f"{statistics.median(values):6.2f} ms" if values else "" for values in (cost.ttft_ms, cost.tpot_ms)]
+        rate, cpu = median_ratio(static.wall, cost.wall), median_ratio(static.own_cpu, cost.own_cpu)
         print(
-            f"{name:24} {num_tokens / min(cost.wall):7.0f} {min(cost.wall):7.2f}s {cost.own_cpu:7.2f}s "
-            f"{reference / cost.own_cpu:9.2f} {alone[0]:>9} {alone[1]:>9}   {shares}"
+            f"{name:24} {num_tokens / min(cost.wall):7.0f} {min(cost.own_cpu) / num_tokens * 1e6:10.0f} "
+            f"{rate:6.2f} {cpu:6.2f} {alone[0]:>9} {alone[1]:>9}   {shares}"
         )
+
+
+def median_ratio(reference: list[float], own: list[float]) -> float:
+    """Of the rounds, each beside the reference's of the same round: what disturbs one disturbs the other."""
+    return statistics.median(each / other for each, other in zip(reference, own, strict=True))
 
 
 if __name__ == "__main__":

@@ -11,15 +11,19 @@ request still waiting for its first token is given up as soon as one that stream
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
 import queue
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from tkit.backends.requests import Answer, EnsembleRequest, read_request
@@ -92,7 +96,8 @@ class TritonPythonModel:
         """Sends chunks as they come and looks for clients that left, until the queue says None."""
         open_streams: set[_Stream] = set()
         next_look = time.monotonic() + CANCEL_PERIOD_S
-        while True:
+        is_ended = False
+        while not is_ended:
             wait_s = next_look - time.monotonic()
             if wait_s <= 0:
                 for stream in open_streams:
@@ -100,19 +105,27 @@ class TritonPythonModel:
                 self._metrics.load(self._engine.stats())
                 next_look = time.monotonic() + CANCEL_PERIOD_S
                 continue
-            try:
-                item = self._chunks.get(timeout=wait_s)
-            except queue.Empty:
-                continue
-            if item is None:
-                return
-            stream, chunk = item
-            if chunk is not None:
-                stream.send(chunk)
-            if stream.is_closed:
-                open_streams.discard(stream)
-            else:
-                open_streams.add(stream)
+            items = self._arrived(wait_s)
+            is_ended = None in items
+            # All responses are made before the first is sent: one by one, each would find Python's lock taken and the
+            # processor's caches full of the model, and would stop the engine for as long.
+            made = [(stream, stream.prepared(chunk) if chunk else None) for stream, chunk in filter(None, items)]
+            for stream, send in made:
+                if send is not None:
+                    send()
+                if stream.is_closed:
+                    open_streams.discard(stream)
+                else:
+                    open_streams.add(stream)
+
+    def _arrived(self, timeout_s: float) -> list[tuple[_Stream, GenerationChunk | None] | None]:
+        """All that waits in the queue; when it is empty, what comes first within that time."""
+        items = []
+        with contextlib.suppress(queue.Empty):
+            items.append(self._chunks.get(timeout=timeout_s))
+            while True:
+                items.append(self._chunks.get_nowait())
+        return items
 
 
 class _Stream:
@@ -122,15 +135,23 @@ class _Stream:
         self.handle: Any = None  # set before the delivery thread hears of the stream
         self.is_closed = False
         self._answer = Answer(request)
+        self._tensors: dict[str, tuple[np.ndarray, Any]] = {}
         self._sender = sender
         self._metrics = metrics
 
-    def send(self, chunk: GenerationChunk) -> None:
+    def prepared(self, chunk: GenerationChunk) -> Callable[[], None]:
+        """Makes the response to a chunk; what is returned sends it."""
+        try:
+            return partial(self._send, chunk, self._response(chunk))
+        except Exception as error:
+            pb_utils.Logger.log_error(f"response could not be made: {error!r}")
+            return partial(self._close, chunk, is_sent=False)
+
+    def _send(self, chunk: GenerationChunk, response: Any) -> None:
         if self.is_closed:
             return
         is_last, is_sent = chunk.finish_reason is not None, False
         try:
-            response = self._response(chunk)
             if response is not None:
                 self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0)
             is_sent = True
@@ -145,6 +166,8 @@ class _Stream:
             self.handle.cancel()  # the engine answers with a last chunk
 
     def _close(self, chunk: GenerationChunk, is_sent: bool) -> None:
+        if self.is_closed:
+            return
         self.is_closed = True
         if not is_sent:
             try:
@@ -164,7 +187,15 @@ class _Stream:
         arrays = self._answer.outputs(chunk)
         if arrays is None:
             return None
-        return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()])
+        return pb_utils.InferenceResponse([self._tensor(name, array) for name, array in arrays.items()])
+
+    def _tensor(self, name: str, array: np.ndarray) -> Any:
+        """An array that is the last response's own keeps its tensor, and its place in shared memory."""
+        last, tensor = self._tensors.get(name, (None, None))
+        if array is not last:
+            tensor = pb_utils.Tensor(name, array)
+            self._tensors[name] = array, tensor
+        return tensor
 
 
 def _check_that_it_generates(engine: Any) -> None:

@@ -28,6 +28,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 NUMBERS = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "end_id")
 FLAGS = ("stream", "return_num_input_tokens", "return_num_output_tokens", "return_perf_metrics", "return_log_probs")
 IGNORE_END = -1  # end_id: no token ends the text
+ONE_TOKEN = np.array([[1]], dtype=np.int32)  # num_output_tokens of nearly every response of a stream
+Arrays = dict[str, np.ndarray]  # by output name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +121,9 @@ class Answer:
         self._log_probs: list[float] = []
         self._num_tokens = 0
         self._cum_log_prob = 0.0
+        self._num_input_tokens: np.ndarray | None = None  # the same array for every response
 
-    def outputs(self, chunk: GenerationChunk) -> dict[str, np.ndarray] | None:
+    def outputs(self, chunk: GenerationChunk) -> Arrays | None:
         """The next response, or None while there is nothing to send."""
         self._text.append(chunk.text)
         self._log_probs += chunk.log_probs
@@ -132,17 +135,20 @@ class Answer:
         self._text, self._log_probs, self._num_tokens = [], [], 0
         return arrays
 
-    def _arrays(self, chunk: GenerationChunk) -> dict[str, np.ndarray]:
+    def _arrays(self, chunk: GenerationChunk) -> Arrays:
         """Counts and log probabilities are those of this response, as TensorRT-LLM's; cum_log_probs runs on."""
         request = self._request
-        arrays = {"text_output": np.array([["".join(self._text).encode("utf-8")]], dtype=np.object_)}
+        arrays: Arrays = {"text_output": np.array([["".join(self._text).encode("utf-8")]], dtype=np.object_)}
         if request.generation.return_log_probs:
             arrays["cum_log_probs"] = np.array([[self._cum_log_prob]], dtype=np.float32)
             arrays["output_log_probs"] = np.array([[self._log_probs]], dtype=np.float32)
         if request.return_num_input_tokens:
-            arrays["num_input_tokens"] = np.array([[chunk.num_input_tokens]], dtype=np.int32)
+            if self._num_input_tokens is None:
+                self._num_input_tokens = np.array([[chunk.num_input_tokens]], dtype=np.int32)
+            arrays["num_input_tokens"] = self._num_input_tokens
         if request.return_num_output_tokens:
-            arrays["num_output_tokens"] = np.array([[self._num_tokens]], dtype=np.int32)
+            is_one = self._num_tokens == 1
+            arrays["num_output_tokens"] = ONE_TOKEN if is_one else np.array([[self._num_tokens]], dtype=np.int32)
         if request.return_perf_metrics:
             arrays["arrival_time_ns"] = np.array([[chunk.arrival_ns]], dtype=np.int64)
             arrays["first_scheduled_time_ns"] = np.array([[chunk.first_scheduled_ns]], dtype=np.int64)
