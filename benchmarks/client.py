@@ -166,7 +166,7 @@ def tkit_sweep(protocol: str, url: str, streams: int, work: Path) -> tuple[list[
             ttft_p99=point["ttft"]["p99"] or point["ttft"]["max"],
             itl_p50=point["chunk_gap"]["p50"],
             tok_s=point["output_tok_s"],
-            cpu_us=point["client"]["cpu_share"] / point["output_tok_s"] * 1e6,
+            cpu_us=point["client"]["cpu_cores"] / point["output_tok_s"] * 1e6,
             rss_bytes=point["client"]["rss_bytes"],
         )
 

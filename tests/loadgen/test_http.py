@@ -25,6 +25,7 @@ from tkit.errors import InputError, ServerError, TkitError
 from tkit.files import read_json, write_json
 from tkit.loadgen.exchange import Exchange, RequestRecord, request_record
 from tkit.loadgen.http import _Connection, http_address
+from tkit.loadgen.load import loop_factory
 from tkit.loadgen.metrics import tpot_ms
 from tkit.loadgen.monitor import Monitor
 from tkit.loadgen.openai_http import OpenAIClient
@@ -32,7 +33,7 @@ from tkit.loadgen.point import Place
 from tkit.loadgen.profiles import Profile, Shape, find_profile
 from tkit.loadgen.prompts import PromptMaker
 from tkit.loadgen.protocols import make_client
-from tkit.loadgen.session import Measurement, Session, loop_factory
+from tkit.loadgen.session import Measurement, Session
 from tkit.loadgen.sse import sse_events
 from tkit.loadgen.token_counts import tokens_of_total
 from tkit.specs.engine import EngineCard

@@ -45,7 +45,7 @@ def trace(start_ms: float, steady_start_ms: float, steady_end_ms: float, end_ms:
     times = [round(when * MS) for when in (start_ms, steady_start_ms, steady_end_ms, end_ms)]
     return LoadTrace(
         sent=(), start_ns=times[0], steady_start_ns=times[1], steady_end_ns=times[2], end_ns=times[3],
-        cpu_share=0.1, lags_ms=[0.1] * 100, rss_bytes=1, gave_up=False,
+        cpu_shares=(0.1,), lags_ms=[0.1] * 100, rss_bytes=1, gave_up=False,
     )  # fmt: skip
 
 

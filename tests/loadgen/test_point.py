@@ -37,7 +37,7 @@ def steady_records(count: int = 40, **changes: float) -> list[RequestRecord]:
 def steady_trace(records: list[RequestRecord], **changes: object) -> LoadTrace:
     end = min(record.end_ns for record in records[-PLACE.concurrency :])  # where the first stream runs dry
     values = dict(
-        sent=(), start_ns=0, steady_start_ns=70 * MS, steady_end_ns=end, end_ns=records[-1].end_ns, cpu_share=0.1,
+        sent=(), start_ns=0, steady_start_ns=70 * MS, steady_end_ns=end, end_ns=records[-1].end_ns, cpu_shares=(0.1,),
         lags_ms=[0.1] * 100, rss_bytes=1, gave_up=False,
     )  # fmt: skip
     return LoadTrace(**{**values, **changes})  # type: ignore[arg-type]
@@ -119,7 +119,9 @@ def test_quick_judges_lags_at_the_percentiles_it_prints() -> None:
 
 
 def test_a_busy_client() -> None:
-    assert point(steady_records(), cpu_share=0.8).invalid_reasons == ("the client used 80% of its core (limit 70%)",)
+    assert point(steady_records(), cpu_shares=(0.8,)).invalid_reasons == (
+        "the client used 80% of its core (limit 70%)",
+    )
 
 
 def test_more_than_the_client_was_calibrated_for() -> None:

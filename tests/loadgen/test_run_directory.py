@@ -38,7 +38,7 @@ def measured() -> tuple[PointSummary, list[RequestRecord]]:
     cut = dict(whole, id=6, osl=2, chunks=2, status="error", error="timeout", detail="no message", token_ns=times[:2],
                token_counts=array("q", [1, 1]))  # fmt: skip
     records = [RequestRecord(**fields) for fields in (whole, lost, cut)]  # type: ignore[arg-type]
-    trace = LoadTrace(sent=(), start_ns=0, steady_start_ns=15, steady_end_ns=100, end_ns=110, cpu_share=0.1, lags_ms=[0.1],
+    trace = LoadTrace(sent=(), start_ns=0, steady_start_ns=15, steady_end_ns=100, end_ns=110, cpu_shares=(0.1,), lags_ms=[0.1],
                       rss_bytes=1, gave_up=False)  # fmt: skip
     summary = summarise(PLACE, records, trace, limits=HealthLimits(), token_source="server_usage", num_gpus=None,
                         started="2026-01-01T00:00:00Z")  # fmt: skip

@@ -46,6 +46,19 @@ class _Rates(_Words):
             self.fail(f"{value!r} is not a list of numbers like 0.5,2,4", param, ctx)
 
 
+class _Workers(click.ParamType):
+    """`4` -> 4; `auto` -> None, as if nothing had been given."""
+
+    name = "workers"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value == "auto":
+            return None
+        if not str(value).isdecimal():
+            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+        return int(str(value))
+
+
 @click.command("sweep")
 @click.argument("profile", required=False)
 @click.option("--url", metavar="HOST:PORT", help="Server to measure.  [default: the newest that tkit serve started]")
@@ -90,6 +103,9 @@ class _Rates(_Words):
 @click.option("--gpus", "num_gpus", type=int, metavar="N", help="GPUs for tok/s/GPU.  [default: the engine's]")
 @click.option("--metrics-url", metavar="URL",
               help="The server's Prometheus metrics, kept with the run.  [default: where such servers have them]")  # fmt: skip
+@click.option("--workers", "num_workers", type=_Workers(), metavar="N",
+              help="Processes that send; auto: one per 256 streams, or per as many as --calibrate saw one follow, no more "
+              "than there are cores.  [default: auto]")  # fmt: skip
 @click.option("--timeout", "timeout_s", type=float, metavar="S",
               help="Seconds without a message before a request counts as failed.  [default: 60]")  # fmt: skip
 @click.option("--reconnect", "reconnect_s", type=float, metavar="S",

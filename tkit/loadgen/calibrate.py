@@ -16,11 +16,11 @@ import numpy as np
 from tkit.loadgen.closed_loop import ClosedLoop, run_closed_loop
 from tkit.loadgen.exchange import Exchange, RequestRecord, request_record
 from tkit.loadgen.http import HttpConnections, http_address
+from tkit.loadgen.load import loop_factory
 from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.metrics import assign_phases, tokens_between
 from tkit.loadgen.mock_server import DEFAULT_ITL_MS, DEFAULT_TTFT_MS, running_mock
 from tkit.loadgen.protocols import Client, make_client
-from tkit.loadgen.session import loop_factory
 from tkit.specs.client import ClientCalibration
 from tkit.units import NS_PER_MS, NS_PER_S
 
@@ -146,7 +146,7 @@ def _compare(streams: int, records: Sequence[RequestRecord], trace: LoadTrace, d
     return Load(
         streams=streams,
         tok_s=tokens / window_s if window_s else 0.0,
-        cpu_share=trace.cpu_share,
+        cpu_share=sum(trace.cpu_shares),
         ttft_errors=np.concatenate(ttft_errors) / NS_PER_MS,
         gap_errors=np.concatenate(gap_errors) / NS_PER_MS,
         delays=np.concatenate(delays) / NS_PER_MS,

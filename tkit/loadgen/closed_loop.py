@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tkit.loadgen.board import ENDED, FAILURES, GAVE_UP, MEASURED, START, STARTED, STEADY_END, STEADY_START, Board
 from tkit.loadgen.exchange import Exchange
 from tkit.loadgen.live import Live, LiveCounter
 from tkit.loadgen.load_trace import LoadTrace
@@ -42,38 +43,45 @@ class ClosedLoop:
 
 
 async def run_closed_loop(
-    client: Client, exchanges: Sequence[Exchange], load: ClosedLoop, on_progress: Callable[[Live], None]
+    client: Client,
+    exchanges: Sequence[Exchange],
+    load: ClosedLoop,
+    on_progress: Callable[[Live], None],
+    board: Board | None = None,
 ) -> LoadTrace:
     """Sends from `exchanges` in order until the load is complete or they are used up. `on_progress` is called
-    some times a second. Ends within `total_timeout_s` after the last request was sent."""
+    some times a second. Ends within `total_timeout_s` after the last request was sent.
+
+    One of several workers has its part of the exchanges, runs its part of the streams, and shares the board.
+    """
     with quiet_interpreter():
-        return await _Run(client, exchanges, load, on_progress).run()
+        return await _Run(client, exchanges, load, on_progress, board or Board()).run()
 
 
 class _Run:
     def __init__(
-        self, client: Client, exchanges: Sequence[Exchange], load: ClosedLoop, on_progress: Callable[[Live], None]
+        self,
+        client: Client,
+        exchanges: Sequence[Exchange],
+        load: ClosedLoop,
+        on_progress: Callable[[Live], None],
+        board: Board,
     ):
         self.client = client
         self.exchanges = exchanges
         self.load = load
         self.on_progress = on_progress
+        self.board = board
         self.monitor = Monitor(load.idle_timeout_s, load.total_timeout_s, self._report)
         self.counter = LiveCounter()
         self.next = 0
-        self.num_started = 0
-        self.num_ended = 0
-        self.num_measured = 0
         self.failures_in_a_row = 0
-        self.gave_up = False
-        self.steady_start_ns: int | None = None
-        self.steady_end_ns: int | None = None
-        self.cpu_start_ns = self.cpu_end_ns = 0
 
     async def run(self) -> LoadTrace:
-        start = time.monotonic_ns()
+        board = self.board
+        start = board.time(START) or time.monotonic_ns()
         monitor = asyncio.create_task(self.monitor.run())
-        streams = [asyncio.create_task(self._stream(start, i)) for i in range(self.load.concurrency)]
+        streams = [asyncio.create_task(self._stream(start, i)) for i in board.share(self.load.concurrency)]
         try:
             await asyncio.gather(*streams)
         finally:
@@ -82,27 +90,29 @@ class _Run:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         end = time.monotonic_ns()
-        steady_start = end if self.steady_start_ns is None else self.steady_start_ns
-        steady_end = end if self.steady_end_ns is None else self.steady_end_ns
-        window_ns = steady_end - steady_start
+        steady_start, steady_end = board.time(STEADY_START) or end, board.time(STEADY_END) or end
         return LoadTrace(
             sent=self.exchanges[: self.next],
             start_ns=start,
             steady_start_ns=steady_start,
             steady_end_ns=steady_end,
             end_ns=end,
-            cpu_share=(self.cpu_end_ns - self.cpu_start_ns) / window_ns if window_ns else 0.0,
+            cpu_shares=(self.monitor.cpu_share(steady_start, steady_end),),
             lags_ms=self.monitor.lags_ms(steady_start, steady_end),
             rss_bytes=rss_bytes(),
-            gave_up=self.gave_up,
+            gave_up=board.time(GAVE_UP) is not None,
         )
+
+    @property
+    def is_over(self) -> bool:
+        return self.board.time(STEADY_END) is not None or self.board.time(GAVE_UP) is not None
 
     async def _stream(self, start_ns: int, index: int) -> None:
         delay_s = self.load.spread_s * index / self.load.concurrency
-        await asyncio.sleep(delay_s)
-        self.num_started += 1
         scheduled_ns = start_ns + round(delay_s * NS_PER_S)
-        while self.steady_end_ns is None and not self.gave_up:
+        await asyncio.sleep((scheduled_ns - time.monotonic_ns()) / NS_PER_S)
+        self.board.add(STARTED)
+        while not self.is_over:
             if self.next == len(self.exchanges):
                 self._end_window(time.monotonic_ns())
                 return
@@ -116,39 +126,39 @@ class _Run:
             self._ended(exchange)
 
     def _ended(self, exchange: Exchange) -> None:
-        load, now = self.load, exchange.end_ns
-        self.num_ended += 1
+        load, board, now = self.load, self.board, exchange.end_ns
+        board.add(ENDED)
         self.counter.ended(exchange)
         self.failures_in_a_row = self.failures_in_a_row + 1 if exchange.error else 0
-        self.gave_up = self.failures_in_a_row >= max(load.concurrency, MIN_FAILURES)
-        if self.gave_up:
+        board.set(FAILURES, self.failures_in_a_row)
+        steady_start = board.time(STEADY_START)
+        if min(board.of_each(FAILURES)) >= max(load.concurrency / board.num_workers, MIN_FAILURES):
+            board.set_time(GAVE_UP, now)
             self._end_window(now)
-        elif self.steady_start_ns is None:
-            if self.num_ended >= load.num_warmup and self.num_started == load.concurrency:
-                self.steady_start_ns = now
-                self.cpu_start_ns = time.process_time_ns()
-        elif self.steady_end_ns is None and exchange.sent_ns >= self.steady_start_ns:
-            self.num_measured += 1
-            elapsed_s = (now - self.steady_start_ns) / NS_PER_S
-            is_enough = self.num_measured >= load.num_requests and elapsed_s >= load.min_duration_s
+        elif steady_start is None:
+            if board.total(ENDED) >= load.num_warmup and board.total(STARTED) == load.concurrency:
+                board.set_time(STEADY_START, now)
+        elif board.time(STEADY_END) is None and exchange.sent_ns >= steady_start:
+            board.add(MEASURED)
+            elapsed_s = (now - steady_start) / NS_PER_S
+            is_enough = board.total(MEASURED) >= load.num_requests and elapsed_s >= load.min_duration_s
             if is_enough or (load.max_duration_s is not None and elapsed_s >= load.max_duration_s):
                 self._end_window(now)
 
     def _end_window(self, now: int) -> None:
-        if self.steady_end_ns is None and self.steady_start_ns is not None:
-            self.steady_end_ns = now
-            self.cpu_end_ns = time.process_time_ns()
+        if self.board.time(STEADY_END) is None and self.board.time(STEADY_START) is not None:
+            self.board.set_time(STEADY_END, now)
 
     def _report(self) -> None:
         load, left_s = self.load, None
-        begun_ns = time.monotonic_ns() if self.steady_start_ns is None else self.steady_start_ns
-        elapsed_s = (time.monotonic_ns() - begun_ns) / NS_PER_S
-        if self.num_measured:
-            by_count_s = elapsed_s * max(load.num_requests / self.num_measured - 1, 0.0)
+        now, num_measured = time.monotonic_ns(), self.board.total(MEASURED)
+        elapsed_s = (now - (self.board.time(STEADY_START) or now)) / NS_PER_S
+        if num_measured:
+            by_count_s = elapsed_s * max(load.num_requests / num_measured - 1, 0.0)
             left_s = max(by_count_s, load.min_duration_s - elapsed_s, 0.0)
             if load.max_duration_s is not None:
                 left_s = min(left_s, max(load.max_duration_s - elapsed_s, 0.0))
-        done, total = self.num_measured, load.num_requests
+        done, total = num_measured, load.num_requests
         if load.min_duration_s:
             done, total = int(elapsed_s), int(load.min_duration_s)
         self.on_progress(self.counter.live(self.monitor.in_flight, min(done, total), total, left_s))

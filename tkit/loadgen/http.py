@@ -8,6 +8,7 @@ no JSON, no events and no token. Proxies are not spoken.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 import ssl
 import time
@@ -54,6 +55,16 @@ def http_address(url: str) -> HttpAddress:
         raise InputError(f"--url is {url!r}, expected host:port or http://host:port")
     host, path = found["host"].strip("[]"), found["path"].rstrip("/")
     return HttpAddress(host=host, port=port, path=path, is_tls=found["scheme"] == "https")
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a server at this address is on this machine; a name other than localhost is not looked up."""
+    found = re.match(rf"(?:\w+://)?{HOST_AND_PATH}", url)
+    host = found["host"].strip("[]") if found is not None else ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @dataclass(slots=True, kw_only=True)

@@ -7,6 +7,7 @@ allows, so the server never waits for the client. Knows no protobuf, no model an
 from __future__ import annotations
 
 import asyncio
+import itertools
 import struct
 import time
 from urllib.parse import unquote
@@ -44,12 +45,13 @@ class GrpcConnections:
         self._authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._connections: list[_Connection | None] = [None] * count
         self._locks = [asyncio.Lock() for _ in range(count)]
+        self._turns = itertools.cycle(range(count))
         self._heads: dict[str, bytes] = {}
 
     async def call(self, method: str, exchange: Exchange) -> None:
         """Fills in the exchange, a message each; what went wrong is its error. `method`: `/package.Service/Method`."""
         exchange.sent_ns = time.monotonic_ns()
-        connection = await self._open(exchange.index % len(self._connections), exchange)
+        connection = await self._open(next(self._turns), exchange)
         if connection is None:
             exchange.end_ns = time.monotonic_ns()
             return

@@ -95,8 +95,8 @@ def summarise_import(imported: Imported, point: ImportedPoint, repeat: int, star
     if point.window_s is not None:
         end = start + round(point.window_s * NS_PER_S)
     trace = LoadTrace(
-        sent=(), start_ns=start, steady_start_ns=start, steady_end_ns=end, end_ns=end, cpu_share=0.0, lags_ms=(), rss_bytes=0,
-        gave_up=False, is_open=is_scheduled,
+        sent=(), start_ns=start, steady_start_ns=start, steady_end_ns=end, end_ns=end, cpu_shares=(0.0,), lags_ms=(),
+        rss_bytes=0, gave_up=False, is_open=is_scheduled,
     )  # fmt: skip
     summary = summarise(
         place, point.records, trace, limits=HealthLimits(), token_source=point.token_source, num_gpus=None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tkit.loadgen.exchange import Exchange
@@ -78,3 +78,19 @@ class LiveCounter:
             errors=self._num_errors,
             left_s=left_s,
         )
+
+
+def joined(lives: Sequence[Live]) -> Live:
+    """What the workers of one load say, as one. They count what is done, and what is left, together."""
+    firsts = [live.first_ms for live in lives if live.first_ms is not None]
+    lefts = [live.left_s for live in lives if live.left_s is not None]
+    return Live(
+        done=max(live.done for live in lives),
+        total=max(live.total for live in lives),
+        tok_s=sum(live.tok_s for live in lives),
+        first_ms=statistics.median(firsts) if firsts else None,
+        is_ttft=all(live.is_ttft for live in lives),
+        in_flight=sum(live.in_flight for live in lives),
+        errors=sum(live.errors for live in lives),
+        left_s=max(lefts) if lefts else None,
+    )

@@ -43,6 +43,7 @@ class Monitor:
         self.in_flight: set[Exchange] = set()
         self.tick_ns = array("q")
         self.lag_ns = array("q")
+        self.cpu_ns = array("q")
         self._idle_ns = round(idle_timeout_s * NS_PER_S)
         self._total_ns = round(total_timeout_s * NS_PER_S)
         self._on_round = on_round
@@ -57,6 +58,7 @@ class Monitor:
             now = time.monotonic_ns()
             self.tick_ns.append(now)
             self.lag_ns.append(max(now - due, 0))
+            self.cpu_ns.append(time.process_time_ns())
             ticks += 1
             if ticks % TICKS_PER_ROUND == 0:
                 self._abort_silent(now)
@@ -85,6 +87,14 @@ class Monitor:
         pairs = zip(self.tick_ns, self.lag_ns, strict=True)
         late = (range(lag, -1, -tick_ns) for when, lag in pairs if start_ns <= when <= end_ns)
         return [lag / NS_PER_MS for lags in late for lag in lags]
+
+    def cpu_share(self, start_ns: int, end_ns: int) -> float:
+        """CPU time of this process over time, between the first and the last tick within; 0 where there are none."""
+        ticks = [i for i, when in enumerate(self.tick_ns) if start_ns <= when <= end_ns]
+        if len(ticks) < 2:
+            return 0.0
+        first, last = ticks[0], ticks[-1]
+        return (self.cpu_ns[last] - self.cpu_ns[first]) / (self.tick_ns[last] - self.tick_ns[first])
 
 
 def rss_bytes() -> int:

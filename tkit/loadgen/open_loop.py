@@ -18,6 +18,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tkit.loadgen.board import FAILURES, GAVE_UP, MEASURED, PLANNED, START, Board
 from tkit.loadgen.exchange import Exchange
 from tkit.loadgen.live import Live, LiveCounter
 from tkit.loadgen.load_trace import LoadTrace
@@ -43,79 +44,82 @@ class OpenLoop:
 
 
 async def run_open_loop(
-    client: Client, exchanges: Sequence[Exchange], load: OpenLoop, on_progress: Callable[[Live], None]
+    client: Client,
+    exchanges: Sequence[Exchange],
+    load: OpenLoop,
+    on_progress: Callable[[Live], None],
+    board: Board | None = None,
 ) -> LoadTrace:
     """Sends `exchanges`, ordered by schedule, until all that are measured have ended or nothing but failures comes back.
 
-    Ends within `total_timeout_s` after the steady window. `on_progress` is called some times a second.
+    Ends within `total_timeout_s` after the steady window. `on_progress` is called some times a second. One of several
+    workers has its part of the exchanges and shares the board.
     """
     with quiet_interpreter():
-        return await _Run(client, exchanges, load, on_progress).run()
+        return await _Run(client, exchanges, load, on_progress, board or Board()).run()
 
 
 class _Run:
     def __init__(
-        self, client: Client, exchanges: Sequence[Exchange], load: OpenLoop, on_progress: Callable[[Live], None]
+        self,
+        client: Client,
+        exchanges: Sequence[Exchange],
+        load: OpenLoop,
+        on_progress: Callable[[Live], None],
+        board: Board,
     ):
         self.client = client
         self.exchanges = exchanges
         self.load = load
+        self.board = board
+        self.max_outstanding = max(len(board.share(load.max_outstanding)), 1)
         self.start_offset_ns = round(load.steady_start_s * NS_PER_S)
         self.end_offset_ns = round(load.steady_end_s * NS_PER_S)
         self.num_measured = sum(self._is_measured(exchange.scheduled_ns) for exchange in exchanges)
+        board.set(PLANNED, self.num_measured)
         self.on_progress = on_progress
         self.monitor = Monitor(load.idle_timeout_s, load.total_timeout_s, self._report)
         self.tasks: set[asyncio.Task[None]] = set()
         self.slot_is_free = asyncio.Event()
         self.counter = LiveCounter()
         self.num_sent = 0
-        self.num_measured_ended = 0
         self.num_held_back = 0
         self.num_unsent = 0
         self.late_ns = array("q")
         self.failures_in_a_row = 0
-        self.gave_up_ns: int | None = None
-        self.cpu_ns: list[int] = []  # process time at the edges of the window
         self.start_ns = 0
 
     def _is_measured(self, offset_ns: int) -> bool:
         return self.start_offset_ns <= offset_ns < self.end_offset_ns
 
     async def run(self) -> LoadTrace:
-        self.start_ns = time.monotonic_ns()
+        self.start_ns = self.board.time(START) or time.monotonic_ns()
         steady_start, steady_end = self.start_ns + self.start_offset_ns, self.start_ns + self.end_offset_ns
-        loop = asyncio.get_running_loop()
-        timers = [
-            loop.call_later(seconds, lambda: self.cpu_ns.append(time.process_time_ns()))
-            for seconds in (self.load.steady_start_s, self.load.steady_end_s)
-        ]
         monitor = asyncio.create_task(self.monitor.run())
         try:
             await self._send_all(steady_end)
             while self.tasks:
                 await asyncio.wait(self.tasks)
         finally:
-            for timer in timers:
-                timer.cancel()
             tasks = (monitor, *self.tasks)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         end = time.monotonic_ns()
-        if self.gave_up_ns is not None:
-            steady_end = min(steady_end, self.gave_up_ns)
+        gave_up = self.board.time(GAVE_UP)
+        if gave_up is not None:
+            steady_end = min(steady_end, gave_up)
             steady_start = min(steady_start, steady_end)
-        window_ns = steady_end - steady_start
         return LoadTrace(
             sent=self.exchanges[: self.num_sent],
             start_ns=self.start_ns,
             steady_start_ns=steady_start,
             steady_end_ns=steady_end,
             end_ns=end,
-            cpu_share=(self.cpu_ns[1] - self.cpu_ns[0]) / window_ns if len(self.cpu_ns) == 2 and window_ns else 0.0,
+            cpu_shares=(self.monitor.cpu_share(steady_start, steady_end),),
             lags_ms=self.monitor.lags_ms(steady_start, steady_end),
             rss_bytes=rss_bytes(),
-            gave_up=self.gave_up_ns is not None,
+            gave_up=gave_up is not None,
             is_open=True,
             late_ms=[late / NS_PER_MS for late in self.late_ns],
             num_held_back=self.num_held_back,
@@ -127,8 +131,8 @@ class _Run:
             is_measured = self._is_measured(exchange.scheduled_ns)
             exchange.scheduled_ns += self.start_ns
             await self._wait_until(exchange.scheduled_ns)
-            is_held_back = len(self.tasks) >= self.load.max_outstanding
-            while len(self.tasks) >= self.load.max_outstanding and not self._is_over(steady_end_ns):
+            is_held_back = len(self.tasks) >= self.max_outstanding
+            while len(self.tasks) >= self.max_outstanding and not self._is_over(steady_end_ns):
                 self.slot_is_free.clear()
                 await self.slot_is_free.wait()
             self.num_held_back += is_held_back and is_measured
@@ -150,28 +154,32 @@ class _Run:
             await asyncio.sleep(left_s - TIMER_S if left_s > TIMER_S else 0)
 
     def _is_over(self, steady_end_ns: int) -> bool:
-        if self.gave_up_ns is not None:
+        board = self.board
+        if board.time(GAVE_UP) is not None:
             return True
-        return self.num_measured_ended == self.num_measured and time.monotonic_ns() >= steady_end_ns
+        return board.total(MEASURED) == board.total(PLANNED) and time.monotonic_ns() >= steady_end_ns
 
     async def _perform(self, exchange: Exchange, is_measured: bool) -> None:
         self.monitor.in_flight.add(exchange)
         await self.client.perform(exchange)
         self.monitor.in_flight.discard(exchange)
-        self.num_measured_ended += is_measured
+        if is_measured:
+            self.board.add(MEASURED)
         self.counter.ended(exchange)
         is_failing = exchange.error is not None and exchange.error != "overloaded"
         self.failures_in_a_row = self.failures_in_a_row + 1 if is_failing else 0
-        if self.failures_in_a_row >= MIN_FAILURES and self.gave_up_ns is None:
-            self.gave_up_ns = exchange.end_ns
+        self.board.set(FAILURES, self.failures_in_a_row)
+        if min(self.board.of_each(FAILURES)) >= MIN_FAILURES and self.board.time(GAVE_UP) is None:
+            self.board.set_time(GAVE_UP, exchange.end_ns)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
         self.slot_is_free.set()
 
     def _report(self) -> None:
+        board = self.board
         since_start_ns = time.monotonic_ns() - self.start_ns
         left_s = max(self.end_offset_ns - since_start_ns, 0) / NS_PER_S
         told_s = left_s if since_start_ns >= self.start_offset_ns else None
-        live = self.counter.live(self.monitor.in_flight, self.num_measured_ended, self.num_measured, told_s)
+        live = self.counter.live(self.monitor.in_flight, board.total(MEASURED), board.total(PLANNED), told_s)
         self.on_progress(live)

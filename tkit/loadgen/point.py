@@ -78,7 +78,7 @@ def summarise(
     reasons = _invalid_reasons(place, records, measured, trace, client, limits)
     ttft = distribution(present(map(ttft_ms, ok)))
     if calibration is not None:
-        reasons += _beyond_calibration(rate.output_tok_s, ttft.p50, calibration, limits)
+        reasons += _beyond_calibration(rate.output_tok_s, len(trace.cpu_shares), ttft.p50, calibration, limits)
     return PointSummary(
         shape=str(place.shape),
         isl=place.shape.isl,
@@ -133,19 +133,24 @@ def _half_widths(
 def _client_numbers(
     place: Place, records: Sequence[RequestRecord], ok: Sequence[RequestRecord], trace: LoadTrace
 ) -> dict[str, float]:
-    sent_lag = np.asarray(trace.late_ms)
+    sent_lags = [np.asarray(trace.late_ms)]
     if not trace.is_open:
-        sent_lag = present(
-            (record.sent_ns - record.scheduled_ns) / NS_PER_MS if record.scheduled_ns is not None else None
-            for record in records
-            if record.phase == "measured"
-        )
+        sent_lags = [
+            present(
+                (record.sent_ns - record.scheduled_ns) / NS_PER_MS if record.scheduled_ns is not None else None
+                for record in records
+                if record.phase == "measured" and record.worker == worker
+            )
+            for worker in range(len(trace.cpu_shares))
+        ]
     numbers = {
-        "cpu_share": trace.cpu_share,
+        "workers": len(trace.cpu_shares),
+        "cpu_share": max(trace.cpu_shares),
+        "cpu_cores": sum(trace.cpu_shares),
         "rss_bytes": trace.rss_bytes,
         "standstill_s": max(trace.lags_ms, default=0.0) / 1000,
         "delivered_concurrency": delivered_concurrency(records, trace),
-        **{f"schedule_lag_p{p}_ms": _percentile(sent_lag, p) for p in (50, *TAIL_PERCENTILES)},
+        **{f"schedule_lag_p{p}_ms": max(_percentile(lags, p) for lags in sent_lags) for p in (50, *TAIL_PERCENTILES)},
         **{f"loop_lag_p{p}_ms": _percentile(np.asarray(trace.lags_ms), p) for p in (50, *TAIL_PERCENTILES)},
     }
     # Waves of C requests: fewer than four say nothing about drift, and with few of them only a clear one is told apart
@@ -213,7 +218,8 @@ def _invalid_reasons(
         limit = f"limit {limits.standstill_share:.0%} of the {window_s:.1f} s measured"
         reasons.append(f"the client stood still for {client['standstill_s']:.2f} s ({limit})")
     if client["cpu_share"] > limits.cpu_share:
-        reasons.append(f"the client used {client['cpu_share']:.0%} of its core (limit {limits.cpu_share:.0%})")
+        its_core = "its core" if len(trace.cpu_shares) == 1 else f"a core in one of its {len(trace.cpu_shares)} workers"
+        reasons.append(f"the client used {client['cpu_share']:.0%} of {its_core} (limit {limits.cpu_share:.0%})")
     for name, words in (("tok_s", "tok/s"), ("tpot", "tpot")):
         change = client.get(f"{name}_drift", 0.0)
         is_real = bool(client.get(f"{name}_drift_is_beyond_chance"))
@@ -226,11 +232,12 @@ def _invalid_reasons(
 
 
 def _beyond_calibration(
-    tok_s: float, ttft_p50_ms: float | None, calibration: ClientCalibration, limits: HealthLimits
+    tok_s: float, num_workers: int, ttft_p50_ms: float | None, calibration: ClientCalibration, limits: HealthLimits
 ) -> list[str]:
     reasons = []
-    if calibration.max_tok_s is not None and tok_s > calibration.max_tok_s:
-        reasons.append(f"{tok_s:.0f} tok/s are more than this client was seen to follow ({calibration.max_tok_s:.0f})")
+    if calibration.max_tok_s is not None and tok_s > num_workers * calibration.max_tok_s:
+        each = f"{calibration.max_tok_s:.0f}" + f" in each of {num_workers} workers" * (num_workers > 1)
+        reasons.append(f"{tok_s:.0f} tok/s are more than this client was seen to follow ({each})")
     error_ms = calibration.ttft_error_ms["p50"]
     if ttft_p50_ms is not None and error_ms > limits.ttft_error_share * ttft_p50_ms:
         limit = f"limit {limits.ttft_error_share:.0%}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import sys
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +14,20 @@ from typing import Any
 
 from tkit.errors import ServerError
 from tkit.loadgen.arrivals import arrival_times
-from tkit.loadgen.closed_loop import ClosedLoop, run_closed_loop
+from tkit.loadgen.board import MAX_WORKERS
+from tkit.loadgen.closed_loop import ClosedLoop
 from tkit.loadgen.exchange import ERRORS, Exchange, RequestRecord, request_record
+from tkit.loadgen.http import is_loopback
 from tkit.loadgen.live import Live
+from tkit.loadgen.load import loop_factory, run_load
 from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.metrics import e2e_ms
-from tkit.loadgen.open_loop import OpenLoop, run_open_loop
+from tkit.loadgen.open_loop import OpenLoop
 from tkit.loadgen.point import Place, summarise
 from tkit.loadgen.profiles import Profile, Shape
 from tkit.loadgen.protocols import find_protocol, make_client
 from tkit.loadgen.run_directory import utc_now
+from tkit.loadgen.worker_pool import WorkerPool
 from tkit.loadgen.workload import RequestSource
 from tkit.specs.client import ClientCalibration
 from tkit.specs.record import PointSummary
@@ -35,6 +39,7 @@ RETRY_S = 0.5
 # many their prompts would take longer to make than most points last; the point ends when they are used up.
 MAX_REQUESTS = 20_000
 SPARE = 1.5
+STREAMS_PER_WORKER = 256  # where calibration has not told: a core follows more, but not with margin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +69,13 @@ class Session:
         num_gpus: int | None = None,
         api_key: str | None = None,
         calibration: ClientCalibration | None = None,
+        num_workers: int | None = None,
     ):
-        self._make_client = lambda: make_client(protocol, url, model, prompts.token_ends, api_key)
+        arguments = (protocol, url, model, prompts.token_ends, api_key)
+        self._make_client = lambda: make_client(*arguments)
         self._client = self._make_client()
+        self._workers = WorkerPool(arguments, min(OPEN_TIMEOUT_S, idle_timeout_s))
+        self._num_workers = num_workers
         self._url = url
         self._prompts = prompts
         self._profile = profile
@@ -92,6 +101,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
+            self._workers.close()
             self._runner.run(self._client.close())
         finally:
             self._runner.close()
@@ -116,6 +126,7 @@ class Session:
 
     def reconnect(self, shapes: Sequence[Shape], timeout_s: float) -> str | None:
         """Tries until the server answers a lone request of each shape; afterwards why it does not, None when it does."""
+        self._workers.close()  # those that the next point needs connect anew
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -149,7 +160,7 @@ class Session:
         """Drives one point. Whatever the server does, it ends, and the failures are in the records."""
         load, exchanges = self._closed(place) if place.concurrency is not None else self._open(place)
         started = utc_now()
-        trace, records = self._run(exchanges, load, on_progress)
+        trace, records = self._run(exchanges, load, on_progress, self._workers_for(place))
         summary = summarise(
             place,
             records,
@@ -169,7 +180,10 @@ class Session:
         profile, shape, concurrency = self._profile, place.shape, place.concurrency
         assert concurrency is not None
         name = (shape.osl, concurrency, place.repeat)
-        exchanges = [self._exchange(i, shape, name) for i in range(self._num_exchanges(shape, concurrency))]
+        count = self._num_exchanges(shape, concurrency)
+        if self._workers_for(place) > 1:  # one cannot send what another leaves over of its part
+            count += concurrency
+        exchanges = [self._exchange(i, shape, name) for i in range(count)]
         load = self._load(
             exchanges,
             concurrency=concurrency,
@@ -256,19 +270,30 @@ class Session:
         return Exchange(index=index, request=request, isl=ask.isl, osl=ask.osl)
 
     def _run(
-        self, exchanges: list[Exchange], load: ClosedLoop | OpenLoop, on_progress: Callable[[Live], None]
+        self,
+        exchanges: list[Exchange],
+        load: ClosedLoop | OpenLoop,
+        on_progress: Callable[[Live], None],
+        num_workers: int = 1,
     ) -> tuple[LoadTrace, list[RequestRecord]]:
-        if isinstance(load, ClosedLoop):
-            trace = self._runner.run(run_closed_loop(self._client, exchanges, load, on_progress))
-        else:
-            trace = self._runner.run(run_open_loop(self._client, exchanges, load, on_progress))
+        if num_workers > 1:
+            outcome = self._workers.run(num_workers, exchanges, load, on_progress)
+            self._client.token_source = outcome.token_source
+            return outcome.trace, outcome.records
+        trace = self._runner.run(run_load(self._client, exchanges, load, on_progress))
         return trace, [request_record(exchange, self._client.answer(exchange)) for exchange in trace.sent]
 
-
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """What makes the fastest loop there is."""
-    if sys.platform == "win32":
-        return asyncio.new_event_loop
-    import uvloop
-
-    return uvloop.new_event_loop
+    def _workers_for(self, place: Place) -> int:
+        """As many as asked for; else one per so many streams as calibration saw one follow, as far as there are cores: a
+        server on this machine needs one too."""
+        streams = place.concurrency
+        if streams is None:
+            assert place.rate is not None
+            streams = min(math.ceil(place.rate * self._e2e_s[place.shape, 0]), self._profile.max_outstanding)
+        most = min(streams, MAX_WORKERS)
+        if self._num_workers is not None:
+            return max(min(self._num_workers, most), 1)
+        known = self._calibration.max_streams if self._calibration is not None else None
+        needed = math.ceil(streams / (known or STREAMS_PER_WORKER))
+        cores = len(os.sched_getaffinity(0)) - is_loopback(self._url)
+        return max(min(needed, most, cores), 1)

@@ -198,7 +198,8 @@ class PointSummary:
     e2e_sched: Distribution | None = None
     # half of the 95 % interval over the value, of output_tok_s and ttft_p50; none where the requests are too few
     half_width: Mapping[str, float] = field(default_factory=dict)
-    # cpu_share, {loop,schedule}_lag_p{50,90,95,99}_ms, rss_bytes, delivered_concurrency, {tok_s,tpot}_drift;
+    # workers, cpu_share (of a core, the busiest worker's), cpu_cores (of all), {loop,schedule}_lag_p{50,90,95,99}_ms,
+    # rss_bytes, delivered_concurrency, {tok_s,tpot}_drift;
     # open loop: num_held_back, num_unsent
     client: Mapping[str, float]
     # means over the point, all GPUs together: gpus, gpu_{power_w,memory_bytes,utilisation,sm_clock_mhz},

@@ -158,7 +158,7 @@ def _measure(
         steady_start_ns=steady_ns,
         steady_end_ns=end_ns,
         end_ns=end_ns,
-        cpu_share=0.0,  # there is no client
+        cpu_shares=(0.0,),  # there is no client
         lags_ms=(),
         rss_bytes=rss_bytes(),
         gave_up=False,

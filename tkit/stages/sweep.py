@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import ipaddress
 import re
 import shlex
 from collections.abc import Mapping
@@ -19,8 +18,9 @@ from tkit.backends.nvidia import visible_gpus
 from tkit.errors import InputError, ServerError
 from tkit.files import name_problem, read_api_key, read_json, sha256_file
 from tkit.loadgen.arrivals import trace_rate
+from tkit.loadgen.board import MAX_WORKERS
 from tkit.loadgen.grid import Grid
-from tkit.loadgen.http import http_address
+from tkit.loadgen.http import http_address, is_loopback
 from tkit.loadgen.profiles import Profile, resolve_profile
 from tkit.loadgen.protocols import DEFAULT_PROTOCOL, find_protocol
 from tkit.loadgen.run_directory import RunDirectory, utc_now
@@ -57,6 +57,7 @@ class Target:
     reconnect_s: float = 60.0  # that a server which stopped answering is waited for
     api_key_file: Path | None = None  # the key itself is written nowhere
     metrics_url: str | None = None  # the server's Prometheus metrics; None = where such servers have them
+    num_workers: int | None = None  # processes that send; None = as many as the load of each point needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,7 @@ def run_sweep(
         num_gpus=num_gpus,
         api_key=api_key,
         calibration=calibration,
+        num_workers=target.num_workers,
     ) as session:
         endpoint = dataclasses.replace(endpoint, model=session.model)
         _refuse_stranger(endpoint, session.identity)
@@ -237,6 +239,8 @@ def check_target(target: Target, name: str | None = None) -> None:
         problems.append(f"--reconnect is {target.reconnect_s}, expected 0 or more seconds")
     if target.num_gpus is not None and target.num_gpus < 1:
         problems.append(f"--gpus is {target.num_gpus}, expected at least 1")
+    if target.num_workers is not None and not 1 <= target.num_workers <= MAX_WORKERS:
+        problems.append(f"--workers is {target.num_workers}, expected 1 to {MAX_WORKERS}, or auto")
     if target.url is not None and row.is_http:
         http_address(target.url)
     elif target.url is not None and not _is_grpc_address(target.url):
@@ -299,7 +303,7 @@ def _sampler(target: Target, endpoint: _Endpoint) -> Sampler:
     if url is None and find_protocol(target.protocol).lists_models:
         address = http_address(endpoint.url)
         url = f"{'https' if address.is_tls else 'http'}://{address.authority}/metrics"
-    return Sampler(url, asks_gpus=_is_loopback(endpoint.url))
+    return Sampler(url, asks_gpus=is_loopback(endpoint.url))
 
 
 def _refuse_stranger(endpoint: _Endpoint, identity: Mapping[str, Any]) -> None:
@@ -410,28 +414,20 @@ def _hardware(endpoint: _Endpoint, session: Session) -> str | None:
     """The name of what runs the engine, where that is a part of this machine; None where nobody tells."""
     if _runs_on_this_cpu(endpoint, session):
         return client_machine()["cpu"]
-    gpus, _ = visible_gpus() if endpoint.card is not None and _is_loopback(endpoint.url) else ((), None)
+    gpus, _ = visible_gpus() if endpoint.card is not None and is_loopback(endpoint.url) else ((), None)
     return gpus[0].name if gpus else None
 
 
 def _runs_on_this_cpu(endpoint: _Endpoint, session: Session) -> bool:
     """The reference engine, told to or left without a GPU."""
     device = session.identity.get("parameters", {}).get("device")
-    return _is_loopback(endpoint.url) and (device == "cpu" or (device == "auto" and not visible_gpus()[0]))
+    return is_loopback(endpoint.url) and (device == "cpu" or (device == "auto" and not visible_gpus()[0]))
 
 
 def _host_speed(endpoint: _Endpoint, session: Session) -> HostSpeed | None:
     if endpoint.card is None or not _runs_on_this_cpu(endpoint, session):
         return None
     return host_speed(4 * endpoint.card.num_params)
-
-
-def _is_loopback(url: str) -> bool:
-    host = url.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def sweep_command(recipe: SweepRecipe, target: Target, out: Path) -> str:
@@ -461,6 +457,7 @@ def sweep_command(recipe: SweepRecipe, target: Target, out: Path) -> str:
         "gpus": target.num_gpus,
         "api-key-file": target.api_key_file,
         "metrics-url": target.metrics_url,
+        "workers": target.num_workers,
         "timeout": target.timeout_s if target.timeout_s != Target.timeout_s else None,
         "reconnect": target.reconnect_s if target.reconnect_s != Target.reconnect_s else None,
         "out": out if out != REPORTS_DIR else None,
