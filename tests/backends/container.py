@@ -101,10 +101,11 @@ class TritonPythonModel:
             parts = [tokens[i : i + 1] for i in range(count)] if get("streaming").as_numpy()[0] else [tokens]
             sender = request.get_response_sender()
             for part in parts:
-                sender.send(pb_utils.InferenceResponse([
-                    pb_utils.Tensor("output_ids", part[None, None]),
-                    pb_utils.Tensor("sequence_length", np.array([[part.size]], np.int32)),
-                ]))
+                outputs = {"output_ids": part[None, None], "sequence_length": np.array([[part.size]], np.int32)}
+                for name, size in (("num_input_tokens", prompt.size), ("num_output_tokens", part.size)):
+                    if (asked := get(f"return_{name}")) is not None and asked.as_numpy().item():
+                        outputs[name] = np.array([[size]], np.int32)
+                sender.send(pb_utils.InferenceResponse([pb_utils.Tensor(n, a) for n, a in outputs.items()]))
             sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 """,
     "postprocessing": """

@@ -98,6 +98,6 @@ def test_a_whole_answer_comes_at_once_where_the_model_counts(outputs: tuple[str,
 
 def test_what_the_model_has_no_input_for_is_refused() -> None:
     request = GenerationRequest(prompt="x", max_tokens=9, min_tokens=2, temperature=0, return_log_probs=True)
-    with pytest.raises(ApiError, match="the served model cannot do min_tokens, return_log_probs") as error:
+    with pytest.raises(ApiError, match="the served model cannot do min_tokens, logprobs") as error:
         asyncio.run(generate(request))
     assert error.value.status == 400

@@ -53,6 +53,13 @@ def test_the_llm_api_is_served_behind_the_same_surface(tkit, tmp_path: Path, mon
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
             assert json.load(answer)["choices"][0]["text"] == text_of(3)
+        size = ("--shape", "16/8", "--concurrency", "2", "--requests", "4")
+        result = tkit("sweep", *size)  # without the inputs that the model lacks; the stand-in's words are no tokens
+        assert result.exit_code == 0, result.output
+        [point] = Path(result.stdout.split("\n", 1)[0]).glob("points/*/point.json")
+        assert json.loads(point.read_text())["token_source"] == "tokenizer"
+        refused = tkit("sweep", *size, "--protocol", "openai")
+        assert (refused.exit_code, "the served model cannot do min_tokens, ignore_eos" in refused.stderr) == (1, True)
         with pytest.raises(ServerError, match="max_tokens is 0, expected at least 1"):
             probe.generate("127.0.0.1", record.grpc_port, "a", 0, 30)
 

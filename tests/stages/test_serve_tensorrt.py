@@ -55,6 +55,7 @@ def test_a_compiled_engine_is_served_on_both_its_ranks_and_keeps_others_off_its_
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
             assert json.load(answer)["choices"][0]["text"] == "xyzx"
+        assert swept(tkit, "triton-grpc") == swept(tkit, "openai") == "server_usage"
         assert record.kv_cache_shares == {"GPU-00000000": 0.9, "GPU-10000000": 0.9}
         processes = [leader, *leader.children(recursive=True)]
 
@@ -63,6 +64,17 @@ def test_a_compiled_engine_is_served_on_both_its_ranks_and_keeps_others_off_its_
         assert "GPU GPU-10000000: --kv-cache-fraction 0.9 beside 0.9 of compiled is more than all its memory" in message
     assert not [process for process in processes if launcher.is_running(process.pid)]
     assert not list(Path("/dev/shm").glob(f"tkit{record.pid}_*"))
+
+
+def swept(tkit, protocol: str) -> str:
+    """Who counted the tokens of a sweep, which ends well. Its point is invalid: the stand-in's tokens are bytes."""
+    size = ("--shape", "16/8", "--concurrency", "2", "--requests", "4")
+    result = tkit("sweep", "--protocol", protocol, *size)
+    assert result.exit_code == 0, result.output
+    [point] = Path(result.stdout.split("\n", 1)[0]).glob("points/*/point.json")
+    record = json.loads(point.read_text())
+    assert record["errors"] == {}
+    return str(record["token_source"])
 
 
 def test_a_killed_foreground_leaves_no_rank_behind(engine: Path) -> None:

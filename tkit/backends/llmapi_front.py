@@ -31,15 +31,13 @@ INPUTS = {
 }
 # Inputs that the model has no word for -> values that ask for nothing; any other is refused.
 NEUTRAL = {
-    "min_tokens": (0,),
     "repetition_penalty": (1.0,),
     "beam_width": (1,),
     "num_return_sequences": (1,),
     "return_context_logits": (False,),
     "return_generation_logits": (False,),
 }
-# The rest changes nothing for one sequence (`pad_id`, `length_penalty`), is the model's own (`end_id`), or asks for counts,
-# which no answer carries: clients that ask for them count by themselves.
+# The rest changes nothing for one sequence (`pad_id`, `length_penalty`), or asks for counts, which no answer carries.
 TIMES = ("arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns")
 # the model's output -> `ensemble`'s
 OUTPUTS = {"cumulative_logprob": "cum_log_probs", **{name: name for name in TIMES}}

@@ -13,7 +13,7 @@ from tkit.backends.nvidia import has_llm_api, this_machine
 from tkit.backends.tensorrt import code_problems, models_directory
 from tkit.files import read_yaml
 from tkit.specs.server import ServeOptions
-from tkit.triton.ensemble import OUTPUTS, ensemble_config
+from tkit.triton.ensemble import ensemble_config
 from tkit.triton.install import TritonInstall
 from tkit.triton.llmapi import LLM_CODE, LLM_MODEL, llmapi_config, model_yaml
 from tkit.triton.probe import INSTANCE_PARAMETER
@@ -21,7 +21,8 @@ from tkit.triton.repository import ServedModel
 
 CODE = Path("llmapi") / LLM_MODEL / "1"
 FRONT = Path(__file__).with_name("llmapi_front.py")
-NOT_TOLD = ("num_input_tokens", "num_output_tokens")  # outputs of `ensemble` that the LLM API's model has nothing for
+# Of `ensemble`, what the LLM API's model has nothing for and common clients leave out where it is not there.
+LACKING = ("min_tokens", "end_id", "num_input_tokens", "num_output_tokens")
 
 
 class PyTorch:
@@ -67,10 +68,7 @@ def served_models(
             files={"model.yaml": model_yaml(_options(engine_dir), str(checkpoint), options.kv_cache_fraction)},
             links={path.name: models / path for path in model_code()},
         ),
-        ServedModel(
-            config=ensemble_config(parameters, [output for output in OUTPUTS if output.name not in NOT_TOLD]),
-            source=FRONT.read_text("utf-8"),
-        ),
+        ServedModel(config=ensemble_config(parameters, without=LACKING), source=FRONT.read_text("utf-8")),
     ]
 
 

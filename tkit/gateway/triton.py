@@ -57,6 +57,7 @@ INPUTS = {
     "count_output":       ("return_num_output_tokens", "BOOL"),
 }
 # fmt: on
+OPENAI_NAMES = {"stop_words": "stop", "end_id": "ignore_eos", "return_log_probs": "logprobs"}  # where they differ
 # Sent where the model has them; the others must be there when a request uses them.
 HELPFUL = {"seed", "count_input", "count_output"}
 
@@ -137,7 +138,8 @@ class TritonModel:
             elif what not in HELPFUL:
                 missing.append(what)
         if missing:
-            raise ApiError(400, f"the served model cannot do {', '.join(missing)}")
+            names = [OPENAI_NAMES.get(what, what) for what in missing]
+            raise ApiError(400, f"the served model cannot do {', '.join(names)}")
         call = self._stream(message.SerializeToString(), metadata=AS_STATUS)
         return Generation(call, request.max_tokens)
 

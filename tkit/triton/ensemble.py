@@ -6,7 +6,7 @@ are not here (prompt tables, LoRA, guided decoding) are refused by Triton, which
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 from tkit.specs.server import MODEL_NAME
 from tkit.triton.model_config import ModelConfig, TensorSpec
@@ -65,12 +65,15 @@ OUTPUTS = (
 # fmt: on
 
 
-def ensemble_config(parameters: Mapping[str, str], outputs: Sequence[TensorSpec] = OUTPUTS) -> ModelConfig:
-    """Decoupled, so that a request may stream. One prompt per request: the engine batches requests, not Triton."""
+def ensemble_config(parameters: Mapping[str, str], without: Collection[str] = ()) -> ModelConfig:
+    """Decoupled, so that a request may stream. One prompt per request: the engine batches requests, not Triton.
+
+    `without` are tensors that the engine has nothing for: clients look at what there is, and leave them out.
+    """
     return ModelConfig(
         name=MODEL_NAME,
-        inputs=INPUTS,
-        outputs=tuple(outputs),
+        inputs=tuple(tensor for tensor in INPUTS if tensor.name not in without),
+        outputs=tuple(tensor for tensor in OUTPUTS if tensor.name not in without),
         max_batch_size=1,
         is_decoupled=True,
         parameters=parameters,
