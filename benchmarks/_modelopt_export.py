@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 CONFIGS = {
     "int8": mtq.INT8_WEIGHT_ONLY_CFG,
     "fp8": mtq.FP8_DEFAULT_CFG,
+    "fp8+kv": mtq.update_quant_cfg_with_kv_cache_quant(mtq.FP8_DEFAULT_CFG, mtq.FP8_KV_CFG["quant_cfg"]),
     "fp8_rowwise": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG,
     "int8_sq": mtq.INT8_SMOOTHQUANT_CFG,
     "int4": mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG,

@@ -8,9 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 Tensors = dict[str, torch.Tensor]
 Rounding = Callable[[torch.Tensor], torch.Tensor]
@@ -27,14 +31,17 @@ NORMS = {"input_layernorm": "input_layernorm", "post_layernorm": "post_attention
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
-def load(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Replaces the weights of `model`, float32, and hooks the rounding of activations into it."""
+def load(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Replaces the weights of `model`, float32, and hooks the rounding of activations and of the KV cache into it."""
     config = json.loads((checkpoint / "config.json").read_text())
     tensors = load_file(checkpoint / "rank0.safetensors")
     dtype = getattr(torch, config["dtype"])
     algorithm = ALGORITHMS[config["quantization"]["quant_algo"]]
+    if config["quantization"]["kv_cache_quant_algo"] == "FP8":
+        model.set_attn_implementation("fp8_cache")
     for index, layer in enumerate(model.model.layers):
         prefix = f"transformer.layers.{index}."
+        layer.self_attn.kv_scale = tensors.get(f"{prefix}attention.kv_cache_scaling_factor")
         for ours, theirs in NORMS.items():
             _set(layer.get_submodule(theirs), tensors[f"{prefix}{ours}.weight"])
         for name, sources in LINEARS.items():
@@ -69,6 +76,18 @@ def int8_weights(stored: Tensors, dtype: torch.dtype) -> tuple[torch.Tensor, Rou
 
 def fp8(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+
+def attend_to_fp8_cache(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any, **options: Any
+) -> Any:
+    """Attention over what an FP8 cache holds: keys behind the rotary embedding and values, with the layer's one scale."""
+    keys, values = (fp8(x / module.kv_scale) * module.kv_scale for x in (key, value))
+    return sdpa_attention_forward(module, query, keys, values, *arguments, **options)
+
+
+AttentionInterface.register("fp8_cache", attend_to_fp8_cache)
+AttentionMaskInterface.register("fp8_cache", sdpa_mask)
 
 
 def fp8_static(stored: Tensors, dtype: torch.dtype) -> tuple[torch.Tensor, Rounding | None]:

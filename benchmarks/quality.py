@@ -1,11 +1,12 @@
 """Quality of every format beside NVIDIA ModelOpt 0.47: KL divergence per token of the exported files against the bf16 model.
 
-    python -m benchmarks.quality [--modelopt-python PATH] [--work DIR] [--formats int4_awq,fp8] [--demo]
+    python -m benchmarks.quality [--modelopt-python PATH] [--work DIR] [--formats int4_awq,fp8] [--seed 1 | --demo]
 
 Both tools get the same model, the same 16 x 256 calibration tokens and write TensorRT-LLM checkpoints; both checkpoints are
 read by `benchmarks/_trtllm_reader.py`, which shares no code with either, and run on the same held-out text. The model is
 the demo's architecture, trained from another seed for fewer steps (about five minutes once, kept in --work); `--demo` takes
-the demo model itself. Without `--modelopt-python`, ModelOpt is installed into an environment in --work.
+the demo model itself. Without `--modelopt-python`, ModelOpt is installed into an environment in --work. `fp8+kv` is `fp8` with
+`--kv-cache fp8`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from tkit import demo
 from tkit.runtime.calibration import calibration_tokens
 from tkit.runtime.evaluate import Comparison, compare_models
 
-PEER_FORMATS = ("int8", "fp8", "fp8_rowwise", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
-FORMATS = (*PEER_FORMATS[:6], "int4_gptq", *PEER_FORMATS[6:])
+PEER_FORMATS = ("int8", "fp8", "fp8+kv", "fp8_rowwise", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
+FORMATS = (*PEER_FORMATS[:7], "int4_gptq", *PEER_FORMATS[7:])
 REQUIREMENTS = ("torch==2.13.0", "nvidia-modelopt==0.47.*", "requests", "transformers<5.15")
-TRAIN_SEED, TRAIN_STEPS = 1, 400
-WINDOWS, WINDOW_TOKENS = 32, 512
+TRAIN_STEPS = 400
+WINDOW_TOKENS = 512
 
 
 def main() -> None:
@@ -39,17 +40,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tkit-quality")
     parser.add_argument("--modelopt-python", type=Path, help="Python of an environment with ModelOpt 0.47")
     parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--seed", type=int, default=1, help="of the trained model (default: 1)")
     parser.add_argument("--demo", action="store_true", help="the demo model instead of a trained one")
+    parser.add_argument("--windows", type=int, default=32, help="of 512 held-out tokens (default: 32)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     formats = options.formats.split(",")
 
-    work = options.work / ("demo" if options.demo else "other-seed")
+    work = options.work / ("demo" if options.demo else f"seed-{options.seed}")
     work.mkdir(parents=True, exist_ok=True)
-    model_dir, calibration, held_out = _demo() if options.demo else _trained(options.work)
+    model_dir, calibration, held_out = _demo() if options.demo else _trained(work, options.seed)
     _export_modelopt(options, work, model_dir, calibration, [name for name in formats if name in PEER_FORMATS])
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-    tokens = held_out_windows(held_out, tokenizer)
+    tokens = held_out_windows(held_out, tokenizer, options.windows)
     source = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     rows = {}
     for name in formats:
@@ -72,18 +75,18 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def held_out_windows(file: Path, tokenizer: Tokenizer) -> torch.Tensor:
-    """(WINDOWS, WINDOW_TOKENS), spread over the text."""
+def held_out_windows(file: Path, tokenizer: Tokenizer, num_windows: int) -> torch.Tensor:
+    """(num_windows, WINDOW_TOKENS), spread over the text."""
     ids = tokenizer.encode(file.read_text(encoding="utf-8"), add_special_tokens=False).ids
-    stride = (len(ids) - WINDOW_TOKENS) // (WINDOWS - 1)
-    return torch.tensor([ids[index * stride : index * stride + WINDOW_TOKENS] for index in range(WINDOWS)])
+    stride = (len(ids) - WINDOW_TOKENS) // (num_windows - 1)
+    return torch.tensor([ids[index * stride : index * stride + WINDOW_TOKENS] for index in range(num_windows)])
 
 
 def _demo() -> tuple[Path, Path, Path]:
     return demo.MODEL_DIR, demo.CALIBRATION, demo.HELD_OUT
 
 
-def _trained(work: Path) -> tuple[Path, Path, Path]:
+def _trained(work: Path, seed: int) -> tuple[Path, Path, Path]:
     """The demo's shape from another seed, trained for fewer steps; kept once made."""
     out = work / "trained"
     if not (out / "calibration.txt").exists():  # written last
@@ -96,7 +99,7 @@ def _trained(work: Path) -> tuple[Path, Path, Path]:
             "--threads",
             str(torch.get_num_threads()),
         ]
-        subprocess.run([*command, "--seed", str(TRAIN_SEED), "--steps", str(TRAIN_STEPS)], check=True)
+        subprocess.run([*command, "--seed", str(seed), "--steps", str(TRAIN_STEPS)], check=True, stdout=sys.stderr)
     return out / "model", out / "calibration.txt", out / "held_out.txt"
 
 
@@ -125,11 +128,13 @@ def _modelopt_environment(directory: Path) -> Path:
     return python
 
 
-def _build(work: Path, model_dir: Path, calibration: Path, quant: str) -> Path:
+def _build(work: Path, model_dir: Path, calibration: Path, name: str) -> Path:
+    quant, plus, _ = name.partition("+")
     command = [sys.executable, "-m", "tkit", "build", str(model_dir), "--quant", quant, "--calib", str(calibration)]
-    command += ["--out", str(work / "tkit"), "--name", quant, "--force", "--quiet"]
+    command += ["--kv-cache", "fp8"] if plus else []
+    command += ["--out", str(work / "tkit"), "--name", name, "--force", "--quiet"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return work / "tkit" / quant / "checkpoint"
+    return work / "tkit" / name / "checkpoint"
 
 
 def _quality(source: torch.nn.Module, model_dir: Path, checkpoint: Path, tokens: torch.Tensor) -> Comparison:

@@ -55,3 +55,13 @@ def test_long_sequences_are_sampled_evenly_and_one_alone_is_its_own_fold():
     [(abs_max, tokens)] = inputs.folds()
     assert torch.equal(abs_max, x[0].abs().amax(0))
     assert torch.equal(tokens, x[0, ::10])
+
+
+def test_without_means_the_maximum_is_the_same():
+    x = torch.randn(3, 5, 256, dtype=torch.bfloat16)
+    alone, whole = InputStatistics(has_means=False), InputStatistics()
+    for sequence in x:
+        alone.update(sequence)
+    whole.update(x)
+    assert torch.equal(alone.abs_max, x.abs().amax(dim=(0, 1)).float())
+    assert torch.equal(alone.abs_max, whole.abs_max)

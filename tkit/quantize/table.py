@@ -34,13 +34,15 @@ class Quantizer(NamedTuple):
     gram: str | None = None  # how far `quantize` compensates rounding errors: within a "block", over the whole "input"
     has_group_size: bool = False  # it takes the size of groups as well
     has_folds: bool = False  # it tries scales on tokens that they have not seen
+    has_means: bool = True  # it weighs errors by how loud their channels are
 
 
 # fmt: off
 QUANTIZERS: dict[str, Quantizer] = {
     "fp8":         Quantizer(lambda weights, inputs, dtype: fp8.quantize(weights, inputs), fp8.dequantize,
                              fp8.rounded_per_tensor,
-                             lambda weights, pooled, each, dtype: fp8.quantize_experts(weights, pooled)),
+                             lambda weights, pooled, each, dtype: fp8.quantize_experts(weights, pooled),
+                             has_means=False),
     "fp8_rowwise": Quantizer(None, fp8.dequantize_rows, lambda x, stored: fp8.rounded_per_token(x)),
     "fp8_block":   Quantizer(None, fp8.dequantize_blocks, lambda x, stored: fp8.rounded_per_block(x)),
     "int4":        Quantizer(None, int4.dequantize_groups),
@@ -57,7 +59,7 @@ QUANTIZERS: dict[str, Quantizer] = {
 def input_statistics(format_name: str) -> InputStatistics:
     """What the format's quantizer asks of the activations, still empty."""
     quantizer = QUANTIZERS[format_name]
-    return InputStatistics(quantizer.gram, quantizer.has_folds)
+    return InputStatistics(quantizer.gram, quantizer.has_folds, quantizer.has_means)
 
 
 def dequantize_experts(format: QuantFormat, stored: Stored, num_experts: int) -> torch.Tensor:

@@ -25,6 +25,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from tkit.architectures.config import hf_config
 from tkit.architectures.table import ARCHITECTURES
@@ -303,7 +304,7 @@ def _empty_model(spec: ModelSpec, device: str) -> PreTrainedModel:
     arguments = hf_config(spec)
     config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     config.dtype = torch.float32
-    with _NoMemory():
+    with _NoMemory(), no_init_weights():
         model: PreTrainedModel = AutoModel.from_config(config).eval()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
