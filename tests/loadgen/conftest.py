@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,3 +32,16 @@ def paced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def fake_url() -> Iterator[str]:
     with servers.fake_server() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Key and certificate of localhost; the certificate is its own authority."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    key, authority = (tmp_path_factory.mktemp("tls") / name for name in ("key.pem", "authority.pem"))
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    )
+    subprocess.run([*command.split(), "-keyout", key, "-out", authority], check=True, capture_output=True)
+    return key, authority

@@ -8,10 +8,8 @@ import dataclasses
 import functools
 import json
 import os
-import shutil
 import ssl
 import statistics
-import subprocess
 import threading
 from array import array
 from collections.abc import Callable, Iterator
@@ -137,18 +135,6 @@ def test_chat_is_measured_with_prompts_that_leave_room_for_the_template(fake: An
     (message,) = sent[f"24x16-16-4-1-{point.records[0].id}"]["body"]["messages"]
     assert message["role"] == "user"
     assert prompts(tokenizer_dir).count_tokens(message["content"]) == 24 - 9
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl to make a certificate with")
-    key, authority = (tmp_path_factory.mktemp("tls") / name for name in ("key.pem", "authority.pem"))
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
-    )
-    subprocess.run([*command.split(), "-keyout", key, "-out", authority], check=True, capture_output=True)
-    return key, authority
 
 
 def test_tls(certificate: tuple[Path, Path], fake: Any, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import struct
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,7 +14,9 @@ import grpc.aio
 import pytest
 from hpack import Encoder
 
+from tkit.errors import InputError
 from tkit.loadgen.exchange import Exchange
+from tkit.loadgen.http import grpc_address
 from tkit.loadgen.http2 import (
     CONTINUATION,
     DATA,
@@ -53,14 +56,18 @@ async def hang(request: bytes, context: Any) -> AsyncIterator[bytes]:
 
 
 @contextlib.asynccontextmanager
-async def grpc_server(**options: int) -> AsyncIterator[int]:
+async def grpc_server(certificate: tuple[Path, Path] | None = None, **options: int) -> AsyncIterator[int]:
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1), *options.items()])
     methods = {
         name: grpc.unary_stream_rpc_method_handler(function)
         for name, function in {"Repeat": repeat, "Refuse": refuse, "Hang": hang}.items()
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Service", methods),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    if certificate is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        key, authority = (path.read_bytes() for path in certificate)
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, authority)]))
     await server.start()
     try:
         yield port
@@ -71,7 +78,7 @@ async def grpc_server(**options: int) -> AsyncIterator[int]:
 def against_grpc(talk: Callable[[GrpcConnections], Any], **options: int) -> Any:
     async def run() -> Any:
         async with grpc_server(**options) as port, asyncio.timeout(60):
-            connections = GrpcConnections("127.0.0.1", port, 1)
+            connections = GrpcConnections(grpc_address(f"127.0.0.1:{port}"), 1)
             try:
                 return await talk(connections)
             finally:
@@ -88,6 +95,49 @@ def test_messages_of_any_size(size: int) -> None:
     assert sent.error is None, sent.detail
     assert sent.messages == [sent.request] * 3
     assert sent.sent_ns < sent.times[0] <= sent.times[2] <= sent.end_ns
+
+
+def test_tls(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A certificate that nobody vouches for is refused, as is one for another name."""
+
+    async def call(host: str) -> Exchange:
+        sent = exchange(b"x" * 100_000)
+        async with grpc_server(certificate) as port, asyncio.timeout(60):
+            connections = GrpcConnections(grpc_address(f"grpcs://{host}:{port}"), 1)
+            await connections.call(METHOD + "Repeat", sent)
+            connections.close()
+        return sent
+
+    refused = asyncio.run(call("localhost"))
+    assert (refused.error, refused.messages) == ("refused", [])
+    assert "certificate verify failed" in refused.detail
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[1]))
+    assert "IP address mismatch" in asyncio.run(call("127.0.0.1")).detail
+    answered = asyncio.run(call("localhost"))
+    assert answered.error is None, answered.detail
+    assert answered.messages == [answered.request] * 3
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("h:8001", "h:8001"),
+        ("grpc://[::1]:8001", "[::1]:8001"),
+        ("grpcs://h", "https://h:443"),
+        ("https://h:8001/", "https://h:8001"),
+        ("grpc.example.com:8001", "grpc.example.com:8001"),
+        ("http://h:8000", None),
+        ("h", None),
+        ("grpcs://h/path", None),
+        ("h:99999", None),
+    ],
+)
+def test_addresses(url: str, address: str | None) -> None:
+    if address is None:
+        with pytest.raises(InputError, match=r"expected host:port or, with TLS, grpcs://host:port"):
+            grpc_address(url)
+    else:
+        assert str(grpc_address(url)) == address
 
 
 def test_many_calls_share_a_connection_in_turn() -> None:
@@ -241,7 +291,8 @@ def test_a_server_of_another_protocol() -> None:
 
         async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
             sent = exchange()
-            connections = GrpcConnections("127.0.0.1", server.sockets[0].getsockname()[1], 1)
+            port = server.sockets[0].getsockname()[1]
+            connections = GrpcConnections(grpc_address(f"127.0.0.1:{port}"), 1)
             await connections.call(METHOD + "Repeat", sent)
             connections.close()
             await gone.wait()

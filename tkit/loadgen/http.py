@@ -21,7 +21,8 @@ from tkit.units import NS_PER_S
 
 HOST_AND_PATH = r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:/\[\]@]+)(:(?P<port>\d{1,5}))?(?P<path>(/[^\s?#@]*)?)"
 ADDRESS = re.compile(rf"((?P<scheme>https?)://)?{HOST_AND_PATH}")
-PORTS = {"http": 80, "https": 443}
+GRPC_ADDRESS = re.compile(rf"((?P<scheme>grpcs?|https)://)?{HOST_AND_PATH}")
+PORTS = {"http": 80, "https": 443, "grpcs": 443}
 # Servers close connections that nothing came over for 2 s or more (5 s is usual). One that is closed just when a
 # request is sent would look like a failure of the server, so older ones are not used again.
 MAX_IDLE_S = 1.0
@@ -50,11 +51,26 @@ class HttpAddress:
 def http_address(url: str) -> HttpAddress:
     """`host:port`, `http://host:port`, `https://host/v1`; InputError otherwise."""
     found = ADDRESS.fullmatch(url)
-    port = 0 if found is None else int(found["port"] or PORTS.get(found["scheme"], 0))
-    if found is None or not 0 < port < 65536:
+    if found is None or not 0 < _port(found) < 65536:
         raise InputError(f"--url is {url!r}, expected host:port or http://host:port")
+    return _address(found)
+
+
+def grpc_address(url: str) -> HttpAddress:
+    """`host:port`, `grpc://host:port`; with TLS `grpcs://host` or `https://host`. InputError otherwise."""
+    found = GRPC_ADDRESS.fullmatch(url)
+    if found is None or not 0 < _port(found) < 65536 or found["path"].strip("/"):
+        raise InputError(f"--url is {url!r}, expected host:port or, with TLS, grpcs://host:port")
+    return _address(found)
+
+
+def _port(found: re.Match[str]) -> int:
+    return int(found["port"] or PORTS.get(found["scheme"], 0))
+
+
+def _address(found: re.Match[str]) -> HttpAddress:
     host, path = found["host"].strip("[]"), found["path"].rstrip("/")
-    return HttpAddress(host=host, port=port, path=path, is_tls=found["scheme"] == "https")
+    return HttpAddress(host=host, port=_port(found), path=path, is_tls=found["scheme"] in ("https", "grpcs"))
 
 
 def is_loopback(url: str) -> bool:

@@ -1,13 +1,14 @@
 """gRPC calls over HTTP/2 on raw asyncio protocols: one request, a stream of messages, a time per arrival.
 
 Frames are looked at only as far as tells whose message it is. Windows for what comes are opened as wide as the protocol
-allows, so the server never waits for the client. Knows no protobuf, no model and no token. TLS is not spoken.
+allows, so the server never waits for the client. Knows no protobuf, no model and no token.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import ssl
 import struct
 import time
 from urllib.parse import unquote
@@ -15,6 +16,7 @@ from urllib.parse import unquote
 from hpack import Decoder, Encoder, HPACKError
 
 from tkit.loadgen.exchange import Exchange
+from tkit.loadgen.http import HttpAddress
 
 CONNECT_TIMEOUT_S = 10.0
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -40,9 +42,11 @@ ERRORS = {"CANCELLED": "disconnected", "UNAVAILABLE": "disconnected", "DEADLINE_
 class GrpcConnections:
     """Requests go round a fixed number of connections; one that has ended is opened again."""
 
-    def __init__(self, host: str, port: int, count: int):
-        self.host, self.port = host, port
-        self._authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    def __init__(self, address: HttpAddress, count: int):
+        self.address = address
+        self._tls = ssl.create_default_context() if address.is_tls else None
+        if self._tls is not None:
+            self._tls.set_alpn_protocols(["h2"])
         self._connections: list[_Connection | None] = [None] * count
         self._locks = [asyncio.Lock() for _ in range(count)]
         self._turns = itertools.cycle(range(count))
@@ -73,7 +77,9 @@ class GrpcConnections:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                _, connection = await loop.create_connection(_Connection, self.host, self.port)
+                _, connection = await loop.create_connection(
+                    _Connection, self.address.host, self.address.port, ssl=self._tls
+                )
                 await connection.is_greeted
             return connection
         except TimeoutError:
@@ -86,8 +92,9 @@ class GrpcConnections:
         """The fields of a request. Marked as never to be indexed: the same bytes then serve every request."""
         if method not in self._heads:
             fields = {
-                ":method": "POST", ":scheme": "http", ":path": method, ":authority": self._authority, "te": "trailers",
-                "content-type": "application/grpc", "user-agent": "tkit",
+                ":method": "POST", ":scheme": "https" if self.address.is_tls else "http", ":path": method,
+                ":authority": self.address.authority, "te": "trailers", "content-type": "application/grpc",
+                "user-agent": "tkit",
             }  # fmt: skip
             sensitive = [(name, value, True) for name, value in fields.items()]
             self._heads[method] = Encoder().encode(sensitive, huffman=False)

@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from tkit.errors import ServerError
 from tkit.loadgen.exchange import Answer, Exchange
+from tkit.loadgen.http import grpc_address
 from tkit.loadgen.http2 import GrpcConnections
 from tkit.loadgen.token_counts import TokenEnds, added_tokens, tokens_of_texts
 from tkit.loadgen.triton import ensemble_inputs, refuse_unless_streaming, token_source
@@ -32,14 +33,14 @@ FORMATS = {"INT32": "<i", "BOOL": "<?", "FP32": "<f", "UINT64": "<Q"}
 
 class TritonGrpcClient:
     def __init__(self, url: str, model: str, token_ends: TokenEnds | None):
-        self.url = url
+        address = grpc_address(url)
+        self.url = str(address)
         self.model = model
         self.token_source = "tokenizer"
         self.identity: dict[str, Any] = {}
         self._token_ends = token_ends
         self._input_ranks: dict[str, int] = {}
-        host, _, port = url.rpartition(":")
-        self._grpc = GrpcConnections(host.strip("[]"), int(port), CONNECTIONS)
+        self._grpc = GrpcConnections(address, CONNECTIONS)
 
     async def open(self, timeout_s: float) -> None:
         try:

@@ -20,7 +20,7 @@ from tkit.files import name_problem, read_api_key, read_json, sha256_file
 from tkit.loadgen.arrivals import trace_rate
 from tkit.loadgen.board import MAX_WORKERS
 from tkit.loadgen.grid import Grid
-from tkit.loadgen.http import http_address, is_loopback
+from tkit.loadgen.http import grpc_address, http_address, is_loopback
 from tkit.loadgen.profiles import Profile, resolve_profile
 from tkit.loadgen.protocols import DEFAULT_PROTOCOL, find_protocol
 from tkit.loadgen.run_directory import RunDirectory, utc_now
@@ -39,14 +39,13 @@ from tkit.stages.host_speed import host_speed
 from tkit.stages.servers import running_servers
 
 REPORTS_DIR = Path("reports")
-GRPC_ADDRESS = re.compile(r"(grpc://)?(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """What is measured. With nothing given, the newest server that `tkit serve` started."""
 
-    url: str | None = None  # host:port; over HTTP also http://host:port[/v1]
+    url: str | None = None  # host:port; over HTTP also http://host:port[/v1]; with TLS https:// or grpcs://
     protocol: str = DEFAULT_PROTOCOL
     model: str | None = None  # None = the one that `tkit serve` serves; openai: the only one there is
     engine: str | None = None  # path or name
@@ -241,10 +240,11 @@ def check_target(target: Target, name: str | None = None) -> None:
         problems.append(f"--gpus is {target.num_gpus}, expected at least 1")
     if target.num_workers is not None and not 1 <= target.num_workers <= MAX_WORKERS:
         problems.append(f"--workers is {target.num_workers}, expected 1 to {MAX_WORKERS}, or auto")
-    if target.url is not None and row.is_http:
-        http_address(target.url)
-    elif target.url is not None and not _is_grpc_address(target.url):
-        problems.append(f"--url is {target.url!r}, expected host:port")
+    if target.url is not None:
+        try:
+            normal_url(target.protocol, target.url)
+        except InputError as error:
+            problems.append(error.message)
     if target.metrics_url is not None and not re.match(r"https?://[^/\s]+", target.metrics_url):
         problems.append(f"--metrics-url is {target.metrics_url!r}, expected http://HOST:PORT/metrics")
     if target.api_key_file is not None and not row.has_api_key:
@@ -253,11 +253,6 @@ def check_target(target: Target, name: str | None = None) -> None:
         problems.append(f"--name {problem}")
     if problems:
         raise InputError("impossible sweep", problems=problems)
-
-
-def _is_grpc_address(url: str) -> bool:
-    found = GRPC_ADDRESS.fullmatch(url)
-    return found is not None and 0 < int(found["port"]) < 65536
 
 
 def _find_endpoint(target: Target, engines_dir: Path) -> _Endpoint:
@@ -293,8 +288,8 @@ def _find_endpoint(target: Target, engines_dir: Path) -> _Endpoint:
 
 
 def normal_url(protocol: str, url: str) -> str:
-    """As manifests hold it."""
-    return str(http_address(url)) if find_protocol(protocol).is_http else url.removeprefix("grpc://")
+    """As manifests hold it. Raises InputError when it is none of the protocol's."""
+    return str((http_address if find_protocol(protocol).is_http else grpc_address)(url))
 
 
 def _sampler(target: Target, endpoint: _Endpoint) -> Sampler:
