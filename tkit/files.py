@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,7 +11,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +37,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     path = path.resolve()  # what a link leads to is replaced, not the link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -44,6 +45,21 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Makes an OSError say which file where the system only says what: a full disk, most of all."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, without the path, which the message names already."""
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def sync_directory(directory: Path) -> None:
@@ -81,7 +97,7 @@ def read_json(path: Path) -> Any:
     except RecursionError as error:
         raise InputError(f"{path}: not readable as JSON: nested too deeply") from error
     except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from error
+        raise InputError(f"{path}: not readable as JSON: {reason_of(error)}") from error
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -132,7 +148,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         OSError,
         ValueError,
     ) as error:  # ValueError: a date like 2026-13-45, bytes that are no UTF-8
-        raise InputError(f"{path}: not readable as YAML: {error}") from error
+        raise InputError(f"{path}: not readable as YAML: {reason_of(error)}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a mapping of keys, found {type(value).__name__}")
     return value
@@ -229,8 +245,8 @@ def read_api_key(path: Path) -> str:
     try:
         key = path.read_text(encoding="ascii").strip()
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not plain text"
-        raise InputError(f"--api-key-file: {path}: {reason}") from error
+        what = reason_of(error) if isinstance(error, OSError) else "not plain text"
+        raise InputError(f"--api-key-file: {path}: {what}") from error
     if not re.fullmatch(r"[!-~]+", key):
         raise InputError(
             f"--api-key-file: {path} holds {len(key.split())} words, expected one",

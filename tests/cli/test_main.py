@@ -75,3 +75,11 @@ def test_a_full_and_a_closed_stdout():
         ["sh", "-c", '"$@" >&- 2>&-', "sh", *TKIT, "plan", "demo"], capture_output=True, text=True, timeout=60
     )
     assert (closed.returncode, closed.stdout, closed.stderr) == (0, "", "")
+
+
+def test_a_file_that_may_not_grow_is_named_and_nothing_is_left(tmp_path):
+    limited = ["sh", "-c", 'ulimit -f 2000; exec "$@"', "sh", *TKIT, "build"]
+    result = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].endswith("/checkpoint/rank0.safetensors: File too large")
+    assert not list((tmp_path / "engines").iterdir())

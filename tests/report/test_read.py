@@ -113,7 +113,7 @@ def test_a_file_without_its_last_newline_is_whole(run: Path) -> None:
         (lambda run: edit(run / "manifest.json", repeats="3"), "repeats: expected int, found '3'"),
         (lambda run: edit(run / "manifest.json", engine={"schema": "other/1"}), 'engine: schema is "other/1"'),
         (lambda run: edit(run / "manifest.json", engine=card(tp_size=1) | {"pp_size": 0}), "tp_size 1, pp_size 0"),
-        (lambda run: edit(run / "manifest.json", engine=card() | {"files": {"a": {}}}), "engine: no size for a"),
+        (lambda run: edit(run / "manifest.json", engine=card() | {"files": {"a": {}}}), "engine: files: a: expected its bytes"),
         (lambda run: edit(run / "manifest.json", validation=validation() | {"kl": "small"}), "not a number: kl"),
         (lambda run: shutil.rmtree(run / "points"), "no point: the sweep stored none"),
         (lambda run: shutil.rmtree(run), "no such directory"),

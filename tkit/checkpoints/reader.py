@@ -21,7 +21,7 @@ import numpy as np
 
 from tkit.checkpoints.tensors import ITEM_BYTES, raw_bytes, raw_dtype
 from tkit.errors import InputError
-from tkit.files import read_json, unique_keys
+from tkit.files import read_json, reason_of, unique_keys
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 SINGLE_FILE = "model.safetensors"
@@ -57,7 +57,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 raise InputError(f"{path}: not a safetensors file: {size} bytes, header length {length}")
             header = json.loads(file.read(length), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: unreadable safetensors header: {error}") from error
+        raise InputError(f"{path}: unreadable safetensors header: {reason_of(error)}") from error
     if not isinstance(header, dict):
         raise InputError(f"{path}: unreadable safetensors header: a {type(header).__name__}, not a mapping")
     header.pop("__metadata__", None)

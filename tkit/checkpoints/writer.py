@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from tkit.checkpoints.tensors import ITEM_BYTES, raw_bytes
+from tkit.files import naming
 
 
 def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, int]:
@@ -62,7 +63,8 @@ class FileWriter:
         self._hash = hashlib.sha256()
         is_new = not path.exists()
         self._file = open(path, "xb" if is_new else "r+b", buffering=0)  # noqa: SIM115 - closed by `finish` or `close`
-        os.posix_fallocate(self._file.fileno(), 0, self.num_bytes)  # a full disk shows now, not after an hour
+        with naming(path):
+            os.posix_fallocate(self._file.fileno(), 0, self.num_bytes)  # a full disk shows now, not after an hour
         self._header = header
 
     def start(self) -> None:
@@ -109,7 +111,8 @@ class FileWriter:
         """The file's sha256."""
         missing = [name for name, _ in self._expected[self._next :]]
         assert not missing, f"{self.path}: never written: {missing}"
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
         self._file.close()
         return self._hash.hexdigest()
 
@@ -119,8 +122,9 @@ class FileWriter:
     def _append(self, view: memoryview) -> None:
         self._hash.update(view)
         self._position += len(view)
-        while view:
-            view = view[self._file.write(view) :]
+        with naming(self.path):
+            while view:
+                view = view[self._file.write(view) :]
 
 
 class CheckpointWriter:

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from tkit.errors import InputError
+from tkit.files import reason_of
 from tkit.loadgen.exchange import RequestRecord
 from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.metrics import distribution
@@ -131,7 +132,7 @@ def _json_values(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+        raise InputError(f"{path}: cannot be read: {reason_of(error)}") from error
     try:
         values = [json.loads(text)]
     except ValueError:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tkit.errors import InputError
+from tkit.files import reason_of
 from tkit.planner.fit import violations
 from tkit.planner.gpus import find_gpu
 from tkit.planner.memory import ledger
@@ -83,7 +84,7 @@ def read_table(path: Path = SHIPPED) -> tuple[list[Row], dict[str, int]]:
             missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
             records = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not readable as a table: {error}") from error
+        raise InputError(f"{path}: not readable as a table: {reason_of(error)}") from error
     if missing:
         raise InputError(f"{path}: columns missing", problems=missing, hint=f"expected: {', '.join(COLUMNS)}")
     rows, skipped = [], dict[str, int]()

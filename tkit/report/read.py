@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tkit.errors import InputError
-from tkit.files import from_mapping, read_json
+from tkit.files import from_mapping, read_json, reason_of
 from tkit.specs.engine import CARD_SCHEMA, EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.record import (
@@ -250,10 +250,6 @@ def _engine(manifest: Manifest) -> EngineCard | None:
     card = from_mapping(EngineCard, manifest.engine, f"{MANIFEST_FILE}: engine")
     if card.tp_size < 1 or card.pp_size < 1:
         raise InputError(f"{MANIFEST_FILE}: engine: tp_size {card.tp_size}, pp_size {card.pp_size}")
-    sizes = {name: facts.get("bytes") for name, facts in card.files.items() if isinstance(facts, Mapping)}
-    wrong = [name for name in card.files if not _is_number(sizes.get(name))]
-    if wrong:
-        raise InputError(f"{MANIFEST_FILE}: engine: no size for {', '.join(wrong[:3])}")
     return card
 
 
@@ -381,7 +377,7 @@ def _read_parquet(path: Path, columns: Mapping[str, str]) -> tuple[pa.Table, str
     except FileNotFoundError as error:
         raise InputError(f"{path.name} is missing") from error
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path.name}: not readable as Parquet: {error}") from error
+        raise InputError(f"{path.name}: not readable as Parquet: {reason_of(error)}") from error
 
 
 def _numbers(column: pa.ChunkedArray) -> Any:

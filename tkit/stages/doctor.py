@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import resource
 import shutil
@@ -209,6 +210,10 @@ def _disk(asked: _Asked) -> Iterator[Check]:
     directory = next(path for path in (ENGINES_DIR, Path.cwd()) if path.is_dir())
     free = shutil.disk_usage(directory).free
     found = f"{format_bytes(free)} free for {ENGINES_DIR}/"
+    if not os.access(directory, os.W_OK):
+        found = f"{directory} is read-only"
+        yield Check(name="disk", status="fail", found=found, fix="go to another directory, or build with --out")
+        return
     status = "fail" if free < NO_DISK else "warn" if free < LITTLE_DISK else "ok"
     fix = None if status == "ok" else "an 8 B model takes 16 GB in 16 bits; free some, or build elsewhere with --out"
     yield Check(name="disk", status=status, found=found, fix=fix)
