@@ -20,6 +20,7 @@ from tritonclient.utils import np_to_triton_dtype
 
 from tkit.backends.table import BACKENDS
 from tkit.errors import ServerError
+from tkit.report.telemetry import SERVER
 from tkit.specs.server import ServeOptions, ServerRecord
 from tkit.stages.serve import running_server
 from tkit.triton import probe
@@ -212,12 +213,22 @@ def test_requests_beyond_the_queue_are_refused_and_the_others_finish(server: Ser
     assert all(error is None for _, error in first)
 
 
+def test_reports_know_the_names_of_its_metrics(server: ServerRecord) -> None:
+    told = metrics(server)
+    for quantity, sources in SERVER.items():
+        source = sources[0]
+        for labels in filter(None, (source.labels, source.of)):
+            assert f"{source.metric}{{{labels}}}" in told, quantity
+        assert any(name.startswith(source.metric) for name in told), quantity
+
+
 @pytest.mark.parametrize("prompt", [b"a b", b"!silent"])
 def test_a_client_that_leaves_frees_its_slot(server: ServerRecord, prompt: bytes) -> None:
     cancelled = metrics(server).get('tkit_requests_total{outcome="cancelled"}', 0)
     stream = GrpcStream(server, text_input=prompt, max_tokens=np.int32(4000))
     assert wait_until(lambda: metrics(server)[OPEN] == 1)
     assert metrics(server)['tkit_kv_cache_tokens{kind="stored"}'] > 0
+    assert 50e6 < metrics(server)["tkit_resident_memory_bytes"] < 5e9
     stream.close()
     assert wait_until(lambda: metrics(server)[OPEN] == 0)
     assert wait_until(lambda: metrics(server)['tkit_kv_cache_tokens{kind="stored"}'] == 0)

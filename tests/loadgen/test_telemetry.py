@@ -16,6 +16,7 @@ from tkit.files import read_json
 from tkit.loadgen.mock_server import running_mock
 from tkit.loadgen.telemetry import Sampler, parse_prometheus
 from tkit.report.read import read_run
+from tkit.report.telemetry import over_time
 
 Tkit = Callable[..., Result]
 
@@ -86,7 +87,10 @@ def test_a_sweep_stores_what_server_and_gpus_say(
     assert numbers["gpu_memory_bytes"] == pytest.approx(3e9)
     assert numbers["gpu_utilisation"] == pytest.approx(0.505)
     assert numbers["joules_per_output_token"] == pytest.approx(300 / point["output_tok_s"])
-    assert read_run(tmp_path / "reports/run").left_out == ()
+    run = read_run(tmp_path / "reports/run")
+    assert run.left_out == ()
+    power = over_time(run.points[0])["power_w"]
+    assert set(power) == {300.0} and 0 <= power.index.min() <= power.index.max() <= (last - first) / 1e9
 
 
 def test_nothing_answers() -> None:

@@ -15,7 +15,7 @@ from click.testing import Result
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 
-from factory import as_open_loop, card, make_run
+from factory import as_open_loop, card, edit, make_run
 
 from tkit import demo
 from tkit.stages.host_speed import host_speed
@@ -200,6 +200,14 @@ def test_cost_and_memory_stand_beside_the_measurement(tkit, tmp_path):
     assert memory["kv_per_token"] == kv == record["runs"][1]["memory"]["kv_per_token"]
     parts = [memory[f"gpu_{name}"] for name in ("weights", "activations", "overhead", "kv_pool")]
     assert sum(parts) < memory["gpu_usable"] == 85_500_000_000
+    edit(
+        run / "points" / "128x64-c4-r1" / "point.json",
+        telemetry={"gpus": 2, "gpu_power_w": 900.0, "gpu_memory_bytes": 3e9, "joules_per_output_token": 4.5},
+    )
+    assert tkit("report", run, other, "--prices", "prices.yaml", "--out", "out").exit_code == 0
+    markdown = Path("out/report.md").read_text()
+    assert "per GPU, measured" in markdown and "1.5 GB" in markdown
+    assert "4.50 <br>measured" in markdown  # and not what the data sheet says
     assert memory["stored"] == 2 * memory["gpu_weights"] > 0
     assert record["runs"][1]["memory"]["gpu_weights"] is None
 

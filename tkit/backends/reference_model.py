@@ -12,6 +12,7 @@ request still waiting for its first token is given up as soon as one that stream
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import json
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import triton_python_backend_utils as pb_utils
 
 from tkit.backends.requests import Answer, EnsembleRequest, read_request
@@ -244,6 +246,7 @@ class _Metrics:
                 ("tokens_total", "Tokens of ended requests", counter),
                 ("open_requests", "Requests that run or wait", gauge),
                 ("kv_cache_tokens", "Tokens in the KV cache, and how many it may ever hold", gauge),
+                ("resident_memory_bytes", "Memory of the engine's process, in whole MiB", gauge),
                 ("queue_seconds", "Arrival to the first step of its prompt", histogram),
                 ("time_to_first_token_seconds", "Arrival to first token", histogram),
                 ("time_per_output_token_seconds", "Mean gap between the tokens of a request", histogram),
@@ -259,7 +262,9 @@ class _Metrics:
             "waiting": families["open_requests"].Metric(labels={"state": "waiting"}),
             "kv_tokens": families["kv_cache_tokens"].Metric(labels={"kind": "stored"}),
             "kv_budget_tokens": families["kv_cache_tokens"].Metric(labels={"kind": "limit"}),
+            "resident_bytes": families["resident_memory_bytes"].Metric(labels={}),
         }
+        self._process = psutil.Process()
         self._values = dict.fromkeys(self._gauges, 0)
         self._seconds = {
             name: family.Metric(labels={}, buckets=SECONDS_BUCKETS)
@@ -268,9 +273,10 @@ class _Metrics:
         }
 
     def load(self, stats: EngineStats) -> None:
-        """`stats` has a field for every gauge."""
+        """`stats` has a field for every gauge but the memory."""
+        values = {**dataclasses.asdict(stats), "resident_bytes": self._process.memory_info().rss >> 20 << 20}
         for name, gauge in self._gauges.items():
-            value = getattr(stats, name)
+            value = values[name]
             if value != self._values[name] and os.getppid() == self._server_pid:
                 self._values[name] = value
                 gauge.set(value)

@@ -37,6 +37,7 @@ from tkit.report.statistics import (
     supported_tail,
     wilson,
 )
+from tkit.report.telemetry import numbers
 from tkit.specs.record import SLO_TIERS, TOKEN_SOURCES, Load, Manifest
 
 # name -> (metric, percentile), (rate, column of the requests that it sums, "" = their number) or ("goodput", tier)
@@ -330,6 +331,7 @@ def _cell(
         estimates=estimates,
         output_tok_s_repeats=tuple(reported),
         goodput=_goodput(used),
+        telemetry=numbers(used),
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from tkit.report import text
 from tkit.report.read import Point
@@ -326,6 +327,48 @@ def in_flight(comparison: Comparison, points: Mapping[str, Point], where: str, p
         title=f"Requests in flight, {where}",
         caption=f"Sent and not yet ended, warm-up included, at {TIME_STEPS} moments.",
         spec=_spec(rows, layers, height=240, description="Requests in flight over time"),
+    )
+
+
+# quantity of report.telemetry -> (title, axis, number format, caption)
+TELEMETRY_PLOTS = {
+    "power_w": ("GPU power", "W, all GPUs", ".4~r", "As NVML says, once a second."),
+    "waiting": ("Requests waiting in the server", "requests", "d", "The server's own count, once a second."),
+    "kv_share": ("KV cache in use", "share of the cache", ".1%", "The server's own count, once a second."),
+}
+
+
+def told_over_time(
+    comparison: Comparison, quantity: str, values: Mapping[str, pd.Series], where: str, plot_id: str
+) -> Plot:
+    """`values`: run id -> by seconds since its first request; at most TIME_STEPS are drawn."""
+    title, axis, number_format, caption = TELEMETRY_PLOTS[quantity]
+    rows: list[Row] = []
+    for run_id, series_of_run in values.items():
+        shown = np.unique(
+            np.linspace(0, len(series_of_run) - 1, min(len(series_of_run), TIME_STEPS)).round().astype(int)
+        )
+        rows.extend(
+            {"run": _name(comparison, run_id), "x": round(float(x), 3), "y": round(float(y), 4)}
+            for x, y in series_of_run.iloc[shown].items()
+        )
+    x, y = _quantitative("x", "seconds since the first request"), _quantitative("y", axis, zero=True)
+    if number_format.endswith("%"):
+        y["axis"] |= {"format": ".1~%"}
+    color, dash = _color(comparison), _dash(comparison)
+    tooltip = [_tip("run", "run"), _tip("x", "at, s", ".3~r"), _tip("y", axis, number_format)]
+    layers = [
+        {
+            "mark": {"type": "line", "strokeWidth": 1.5},
+            "encoding": {"x": x, "y": y, "color": color, "strokeDash": dash},
+        },
+        {"mark": {"type": "point", "size": 60, "opacity": 0}, "encoding": {"x": x, "y": y, "tooltip": tooltip}},
+    ]
+    return Plot(
+        id=plot_id,
+        title=f"{title}, {where}",
+        caption=caption,
+        spec=_spec(rows, layers, height=200, description=f"{title} over time"),
     )
 
 

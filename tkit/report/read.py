@@ -31,8 +31,10 @@ from tkit.specs.record import (
     CHUNK_COLUMNS,
     FIND_MAX_FILE,
     FIND_MAX_SCHEMA,
+    GPU_COLUMNS,
     POINT_SCHEMA,
     REQUEST_COLUMNS,
+    SERVER_COLUMNS,
     SWEEP_SCHEMA,
     TOKEN_SOURCES,
     VALIDATION_SCHEMA,
@@ -50,6 +52,8 @@ MANIFEST_FILE = "manifest.json"
 POINT_FILE = "point.json"
 REQUESTS_FILE = "requests.parquet"
 CHUNKS_FILE = "chunks.parquet"
+SERVER_FILE = "server.parquet"
+GPU_FILE = "gpu.parquet"
 JOURNAL_FILE = "state.jsonl"
 POINTS_DIR = "points"
 VALIDATION_NUMBERS = ("ppl", "ppl_source", "ppl_ratio", "kl", "top1")
@@ -87,6 +91,7 @@ class Point:
     directory: Path
     summary: PointSummary
     requests: pd.DataFrame
+    origin_ns: int  # when the first request was sent
     sha256: Mapping[str, str]  # file -> digest
 
     @property
@@ -100,6 +105,22 @@ class Point:
             return pd.DataFrame({"request": [], "gap": []}, dtype="float64")
         chunks, _ = _read_parquet(self.directory / CHUNKS_FILE, CHUNK_COLUMNS)
         return pd.DataFrame({"request": _numbers(chunks["request"]), "gap": _numbers(chunks["gap_ns"]) / NS_PER_MS})
+
+    def server_samples(self) -> pd.DataFrame:
+        """Columns when_s (seconds since the first request), metric, labels, value; empty where there are none."""
+        return self._samples(SERVER_FILE, SERVER_COLUMNS)
+
+    def gpu_samples(self) -> pd.DataFrame:
+        """Columns when_s and those of GPU_COLUMNS; empty where there are none."""
+        return self._samples(GPU_FILE, GPU_COLUMNS)
+
+    def _samples(self, file: str, columns: Mapping[str, str]) -> pd.DataFrame:
+        names = ["when_s", *(name for name in columns if name != "when_ns")]
+        if file not in self.sha256:
+            return pd.DataFrame({name: [] for name in names})
+        table, _ = _read_parquet(self.directory / file, columns)
+        when_s = _numbers(pc.subtract(table["when_ns"], pa.scalar(self.origin_ns, pa.int64()))) / NS_PER_S
+        return table.to_pandas().assign(when_s=when_s)[names]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -262,9 +283,17 @@ def read_point(directory: Path, manifest: Manifest) -> Point:
     summary, digest = _read_record(PointSummary, directory / POINT_FILE, POINT_SCHEMA)
     table, requests_digest = _read_parquet(directory / REQUESTS_FILE, REQUEST_COLUMNS)
     digests = {POINT_FILE: digest, REQUESTS_FILE: requests_digest}
-    if (directory / CHUNKS_FILE).exists():
-        _, digests[CHUNKS_FILE] = _read_parquet(directory / CHUNKS_FILE, CHUNK_COLUMNS)
-    point = Point(directory=directory, summary=summary, requests=_request_frame(table), sha256=digests)
+    for file, columns in ((CHUNKS_FILE, CHUNK_COLUMNS), (SERVER_FILE, SERVER_COLUMNS), (GPU_FILE, GPU_COLUMNS)):
+        if (directory / file).exists():
+            _, digests[file] = _read_parquet(directory / file, columns)
+    origin = pc.min(table["sent_ns"]).as_py() or 0
+    point = Point(
+        directory=directory,
+        summary=summary,
+        requests=_request_frame(table, origin),
+        origin_ns=origin,
+        sha256=digests,
+    )
     problems = _contradictions(point, manifest)
     if problems:
         raise InputError("contradicts itself", problems=problems)
@@ -385,14 +414,9 @@ def _numbers(column: pa.ChunkedArray) -> Any:
     return pc.cast(column, pa.float64(), safe=False).to_numpy()
 
 
-def _request_frame(table: pa.Table) -> pd.DataFrame:
-    sent = table["sent_ns"]
-    origin = pc.min(sent)
-    if not origin.is_valid:
-        origin = pa.scalar(0, pa.int64())
-
+def _request_frame(table: pa.Table, origin_ns: int) -> pd.DataFrame:
     def seconds(name: str) -> Any:
-        return _numbers(pc.subtract(table[name], origin)) / NS_PER_S
+        return _numbers(pc.subtract(table[name], pa.scalar(origin_ns, pa.int64()))) / NS_PER_S
 
     def milliseconds(later: str, earlier: str) -> Any:
         return _numbers(pc.subtract(table[later], table[earlier])) / NS_PER_MS

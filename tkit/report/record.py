@@ -52,6 +52,20 @@ MEASURES = {
 }
 # fmt: on
 
+# what server and GPUs said of themselves at a load -> what it is
+TELEMETRY = {
+    "gpu_power_w": "of all GPUs together, the mean",
+    "joules_per_output_token": "the GPUs' mean power / output tok/s",
+    "gpu_utilisation": "share of the time in which a kernel ran, the mean over GPUs",
+    "gpu_sm_clock_mhz": "the mean over GPUs",
+    "gpu_memory_bytes": "of all GPUs together, the mean",
+    "running_mean": "requests running in the server",
+    "waiting_mean": "requests waiting in the server",
+    "waiting_max": "the most requests that waited in the server",
+    "kv_share_max": "of the KV cache, the highest share in use",
+    "server_bytes_max": "resident memory of the engine's process, the highest",
+}
+
 # how a gate, and each of its checks, can come out
 PASSED, FAILED, NOT_EVALUATED = "passed", "failed", "not evaluated"
 
@@ -92,6 +106,7 @@ class Cell:
     output_tok_s_repeats: tuple[float, ...]
     goodput: Mapping[str, Goodput]  # by tier
     changes: Mapping[str, Change] = field(default_factory=dict)  # as `estimates`, against the baseline
+    telemetry: Mapping[str, float] = field(default_factory=dict)  # by TELEMETRY, and `gpus`; empty without samples
     wall: Wall | None = None
     cost: TokenCost | None = None
 

@@ -6,7 +6,7 @@ import csv
 import io
 from typing import Any
 
-from tkit.report.record import FAILED, MEASURES, NOT_EVALUATED, Cell, Comparison, Group, Level
+from tkit.report.record import FAILED, MEASURES, NOT_EVALUATED, TELEMETRY, Cell, Comparison, Group, Level
 from tkit.specs.record import SLO_TIERS
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\N{FULLWIDTH EQUALS SIGN}")
@@ -86,6 +86,7 @@ def _row(comparison: Comparison, group: Group, level: Level, cell: Cell) -> dict
             f"attainment_{tier}_low": goodput.low if goodput else None,
             f"attainment_{tier}_high": goodput.high if goodput else None,
         }
+    row |= {name: cell.telemetry.get(name) for name in TELEMETRY}
     wall = cell.wall
     row |= {
         "limit_tok_s": wall.limit_tok_s if wall else None,

@@ -14,6 +14,7 @@ from tkit.report.read import Point, Run
 from tkit.report.record import Comparison
 from tkit.report.statistics import REPEAT_NOISE
 from tkit.report.tables import Table
+from tkit.report.telemetry import over_time
 from tkit.specs.record import DEFINITIONS, SLO_TIERS, Load
 
 Runs = Mapping[str, Run]  # by run id
@@ -40,7 +41,7 @@ class Section:
 
 def sections(comparison: Comparison, runs: Sequence[Run]) -> tuple[Section, ...]:
     by_id = {facts.id: run for facts, run in zip(comparison.runs, runs, strict=True)}
-    found = tuple(section(comparison, by_id) for section in SECTIONS)
+    found = tuple(made for section in SECTIONS if (made := section(comparison, by_id)) is not None)
     return (gated(comparison), *found) if comparison.gates else found
 
 
@@ -176,6 +177,36 @@ def distributions(comparison: Comparison, runs: Runs) -> Section:
     )
 
 
+def telemetry(comparison: Comparison, runs: Runs) -> Section | None:
+    """None where neither server nor GPUs were asked, or nobody answered."""
+    found = [table for group in comparison.groups if (table := tables.telemetry_table(comparison, group)) is not None]
+    if not found:
+        return None
+    drawn = []
+    place = tables.common_load(comparison)
+    if place is not None:
+        group, level = place
+        where = f"{group.shape} at {level.load}"
+        told = {
+            cell.run: over_time(_first_valid(runs[cell.run], group.shape, level.load))
+            for cell in level.cells
+            if cell.is_valid
+        }
+        for quantity in plots.TELEMETRY_PLOTS:
+            values = {run_id: series[quantity] for run_id, series in told.items() if quantity in series}
+            if values:
+                drawn.append(plots.told_over_time(comparison, quantity, values, where, f"told-{quantity}"))
+    return Section(
+        id="telemetry",
+        title="What server and GPUs said",
+        lead=(
+            "Sampled once a second beside the measurement: NVML and the server's own metrics, while requests counted.",
+        ),
+        plots=tuple(drawn),
+        tables=tuple(found),
+    )
+
+
 def _first_valid(run: Run, shape: str, load: Load) -> Point:
     return next(
         point
@@ -237,9 +268,13 @@ def cost(comparison: Comparison, runs: Runs) -> Section:
     table = tables.cost_table(comparison)
     if comparison.prices is None:
         lead = ["No prices were given (--prices FILE)."]
+        if table.rows:
+            lead.append("Each run at the valid load where its tokens take the least energy.")
     else:
         lead = [f"Prices: {comparison.prices}. Each run at the valid load where its tokens are cheapest."]
-        priced = {entry.run for row in table.rows for entry in row}
+        priced = {
+            cell.run for group in comparison.groups for level in group.levels for cell in level.cells if cell.cost
+        }
         without = [run.id for run in comparison.runs if run.id not in priced]
         lead += [f"No cost of {', '.join(without)}: no price for what it ran on."] if without else []
     return Section(id="cost", title="Cost and energy", lead=tuple(lead), tables=(table,) if table.rows else ())
@@ -284,12 +319,13 @@ def provenance(comparison: Comparison, runs: Runs) -> Section:
     )
 
 
-SECTIONS: tuple[Callable[[Comparison, Runs], Section], ...] = (
+SECTIONS: tuple[Callable[[Comparison, Runs], Section | None], ...] = (
     what_differs,
     numbers,
     pareto,
     latency,
     distributions,
+    telemetry,
     wall,
     size,
     quality,

@@ -17,6 +17,7 @@ from tkit.report.record import (
     MEASURES,
     NOT_EVALUATED,
     PASSED,
+    TELEMETRY,
     Cell,
     Comparison,
     Goodput,
@@ -463,8 +464,10 @@ def _told(value: Any, format_value: Callable[[float], str]) -> Entry:
 
 
 def memory_table(comparison: Comparison) -> Table:
-    """What the plan says beside what the engine card says; the share of each GPU."""
-    columns = (
+    """What the plan says beside what the engine card and, where they were asked, the GPUs and the server say."""
+    measured = {run.id: _measured_memory(comparison, run) for run in comparison.runs}
+    shown = [name for name in MEASURED_MEMORY if any(name in told for told in measured.values())]
+    columns: tuple[Column, ...] = (
         Column(name="Run", kind="text"),
         Column(name="weights, planned", meaning="all ranks, on disk; from the model's shapes and the format's layout"),
         Column(name="built", meaning="the rank files in the engine card"),
@@ -475,6 +478,7 @@ def memory_table(comparison: Comparison) -> Table:
         Column(name="overhead", meaning="CUDA context, libraries, captured graphs, NCCL; an estimate, rounded up"),
         Column(name="left for the KV cache"),
         Column(name="usable", meaning="what the driver leaves for programs"),
+        *(Column(name=MEASURED_MEMORY[name][0], meaning=MEASURED_MEMORY[name][1]) for name in shown),
     )
     rows = []
     for run in comparison.runs:
@@ -497,17 +501,48 @@ def memory_table(comparison: Comparison) -> Table:
                 _bytes(memory.kv_per_token),
                 _told(run.engine.build.get("kv_bytes_per_token"), format_bytes),
                 *map(_bytes, on_gpu),
+                *(measured[run.id].get(name, Entry(text=text.ABSENT, tone="absent")) for name in shown),
             )
         )
-    return Table(id="memory", caption="Memory, planned and built", columns=columns, rows=tuple(rows))
+    caption = "Memory, planned, built and measured" if shown else "Memory, planned and built"
+    return Table(id="memory", caption=caption, columns=columns, rows=tuple(rows))
+
+
+# name -> (column, meaning); of the load at which it was highest
+MEASURED_MEMORY = {
+    "gpu": ("per GPU, measured", "NVML: the mean of a load, divided by the GPUs; at the load where it was highest"),
+    "server": ("engine's process, measured", "resident memory, the highest"),
+    "kv": ("KV cache in use, measured", "by the server, the highest share"),
+}
+
+
+def _measured_memory(comparison: Comparison, run: RunFacts) -> dict[str, Entry]:
+    told = [
+        cell.telemetry
+        for group in comparison.groups
+        for level in group.levels
+        for cell in level.cells
+        if cell.run == run.id
+    ]
+    per_gpu = [numbers["gpu_memory_bytes"] / numbers["gpus"] for numbers in told if "gpu_memory_bytes" in numbers]
+    server = [numbers["server_bytes_max"] for numbers in told if "server_bytes_max" in numbers]
+    share = [numbers["kv_share_max"] for numbers in told if "kv_share_max" in numbers]
+    return {
+        **({"gpu": Entry(text=format_bytes(max(per_gpu)))} if per_gpu else {}),
+        **({"server": Entry(text=format_bytes(max(server)))} if server else {}),
+        **({"kv": Entry(text=text.share(max(share)))} if share else {}),
+    }
 
 
 def _bytes(size: int | None) -> Entry:
     return Entry(text=text.ABSENT, tone="absent") if size is None else Entry(text=format_bytes(size))
 
 
+JOULES = "joules_per_output_token"
+
+
 def cost_table(comparison: Comparison) -> Table:
-    """At each run's cheapest valid load per group."""
+    """At each run's cheapest valid load per group, by price or, where there is none, by measured energy."""
     columns = (
         Column(name="Run", kind="text"),
         Column(name="Shape", kind="text"),
@@ -515,30 +550,35 @@ def cost_table(comparison: Comparison) -> Table:
         Column(name="output tok/s", meaning=METRICS["output_tok_s"][1]),
         Column(name="$ per million output tokens", meaning="at the utilisation that the price file states"),
         Column(
-            name="J per output token", meaning="data-sheet power of the GPUs times 1.13 to 1.31 for servers and fans"
+            name="J per output token",
+            meaning="of the GPUs' measured power; without it, data-sheet power times 1.13 to 1.31 for servers and fans",
         ),
     )
     rows = []
     for run in comparison.runs:
         for group in comparison.groups:
-            priced = [
-                (cell, cell.cost)
+            known = [
+                (cell.cost.usd_per_million.value if cell.cost is not None else cell.telemetry[JOULES], cell)
                 for level in group.levels
                 for cell in level.cells
-                if cell.run == run.id and cell.is_valid and cell.cost is not None
+                if cell.run == run.id and cell.is_valid and (cell.cost is not None or JOULES in cell.telemetry)
             ]
-            if not priced:
+            if not known:
                 continue
-            cell, cost = min(priced, key=lambda pair: pair[1].usd_per_million.value)
-            rate, dollars = cell.estimates["output_tok_s"], cost.usd_per_million
+            _, cell = min(known, key=lambda pair: pair[0])
+            rate, dollars = cell.estimates["output_tok_s"], cell.cost.usd_per_million if cell.cost else None
             rows.append(
                 (
                     Entry(text=run.name, run=run.id),
                     Entry(text=group.shape),
                     Entry(text=str(cell.load)),
                     Entry(text=text.number(rate.value if rate else None)),
-                    Entry(text=text.number(dollars.value), aside=text.interval(dollars.low, dollars.high)),
-                    Entry(text=text.interval(*cost.joules_per_token)),
+                    Entry(text=text.number(dollars.value), aside=text.interval(dollars.low, dollars.high))
+                    if dollars
+                    else Entry(text=text.ABSENT, tone="absent"),
+                    Entry(text=text.number(cell.telemetry[JOULES]), note="measured")
+                    if JOULES in cell.telemetry
+                    else Entry(text=text.interval(*cell.cost.joules_per_token) if cell.cost else text.ABSENT),
                 )
             )
     return Table(id="cost", caption="Each run where its tokens are cheapest", columns=columns, rows=tuple(rows))
@@ -655,6 +695,51 @@ def validity_table(comparison: Comparison) -> Table:
 def left_out_table(comparison: Comparison) -> Table:
     rows = tuple((Entry(text=left.path), Entry(text=left.reason)) for left in comparison.left_out)
     return Table(id="left-out", caption="Directories left out", columns=_text("Directory", "Reason"), rows=rows)
+
+
+# of record.TELEMETRY -> (column, how its values are written)
+TELEMETRY_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "gpu_power_w": ("GPU power, W", text.number),
+    "joules_per_output_token": ("J per output token", text.number),
+    "gpu_utilisation": ("GPU busy", text.share),
+    "gpu_sm_clock_mhz": ("SM clock, MHz", text.number),
+    "gpu_memory_bytes": ("GPU memory", format_bytes),
+    "running_mean": ("running", text.number),
+    "waiting_mean": ("waiting", text.number),
+    "waiting_max": ("waiting, most", text.number),
+    "kv_share_max": ("KV cache in use, most", text.share),
+    "server_bytes_max": ("engine's memory, most", format_bytes),
+}
+
+
+def telemetry_table(comparison: Comparison, group: Group) -> Table | None:
+    """Only columns that some run has; None without any."""
+    told = {name for level in group.levels for cell in level.cells for name in cell.telemetry}
+    shown = [name for name in TELEMETRY_COLUMNS if name in told]
+    if not shown:
+        return None
+    columns = (
+        _load_column(group),
+        Column(name="Run", kind="text"),
+        *(Column(name=TELEMETRY_COLUMNS[name][0], meaning=TELEMETRY[name]) for name in shown),
+    )
+
+    def entries(level: Level, cell: Cell) -> list[Entry]:
+        return [
+            Entry(text=TELEMETRY_COLUMNS[name][1](cell.telemetry[name]))
+            if name in cell.telemetry
+            else Entry(text=text.ABSENT, tone="absent")
+            for name in shown
+        ]
+
+    return _per_load(
+        comparison,
+        group,
+        f"telemetry-{group_id(comparison, group)}",
+        f"Server and GPUs, {group.title}",
+        columns,
+        entries,
+    )
 
 
 def stalls_table(comparison: Comparison, points: Mapping[str, Point], gaps: Mapping[str, pd.DataFrame]) -> Table:
