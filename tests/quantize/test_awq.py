@@ -37,15 +37,28 @@ def test_stored_tensors_equal_a_slow_recomputation(gram):
     factor = stored["prequant_scaling_factor"].float()
     scale, _ = int4.clipped_scale(weight / factor, 128, torch.bfloat16, inputs.square_mean * factor.square())
     assert torch.equal(stored["weights_scaling_factor"], scale)
-    reach = 128 if gram == "block" else 256
-    codes = torch.cat(
-        [
-            slow_codes((weight / factor)[:, columns], scale[:, columns.start // 128 :], (x * factor)[:, columns])
-            for columns in (slice(start, start + reach) for start in range(0, 256, reach))
-        ],
-        dim=1,
-    )
+    codes = slow_codes_within(128 if gram == "block" else 256, weight / factor, scale, x * factor)
     assert torch.equal(int4.unpack(stored["weight"]), codes)
+
+
+def test_experts_share_the_factor_and_have_codes_by_their_own_inputs():
+    x, pooled = outlier_inputs(600)
+    tokens = [x[:200], x[200:450], x[450:]]
+    each = [InputStatistics("block") for _ in tokens]
+    for inputs, own in zip(each, tokens, strict=True):
+        inputs.update(own)
+    weights = [torch.randn(4, 256, generator=GENERATOR) for _ in tokens]
+    stored = awq.quantize_experts(weights, pooled, each, torch.bfloat16)
+    factor = stored["prequant_scaling_factor"].float()
+    assert factor.shape == (256,)
+    scales, codes = stored["weights_scaling_factor"].chunk(3), int4.unpack(stored["weight"]).chunk(3)
+    for weight, scale, found, own in zip(weights, scales, codes, tokens, strict=True):
+        assert torch.equal(found, slow_codes_within(128, weight / factor, scale, own * factor))
+
+
+def slow_codes_within(reach, weight, scale, x):
+    ranges = (slice(start, start + reach) for start in range(0, 256, reach))
+    return torch.cat([slow_codes(weight[:, r], scale[:, r.start // 128 :], x[:, r]) for r in ranges], dim=1)
 
 
 def slow_codes(weight, scale, x):

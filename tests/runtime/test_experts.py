@@ -120,6 +120,7 @@ def test_int4_experts_are_stored_in_groups(model_dir, build):
         ("mixtral", "int8", (["--tp", "4", "--moe-ep", "2"],)),
         ("mixtral", "int4", (["--tp", "2"], ["--tp", "2", "--moe-ep", "2"])),
         ("qwen2-moe", "int4_awq", (["--tp", "2"],)),
+        ("mixtral", "int4_gptq", (["--tp", "2"],)),
     ],
 )
 def test_shards_of_experts_are_the_whole_model(model_dir, build, name, quant, layouts):
@@ -184,13 +185,23 @@ def test_experts_apart_from_attention(model_dir, build):
     assert logits(engine).isfinite().all()
 
 
+@pytest.mark.parametrize("options", [["--quant-override", "mlp=fp8"], ["--exclude", "mlp"]])
+def test_attention_in_a_format_that_has_no_experts(model_dir, build, options):
+    engine = build(model_dir("mixtral"), "--quant", "nvfp4", *options)
+    assert logits(engine).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--quant", "fp8_rowwise"], "fp8_rowwise does not quantize experts"),
-        (["--quant", "int4_gptq"], "int4_gptq does not quantize experts"),
+        (["--quant", "fp8_rowwise"], "fp8_rowwise has no experts: TensorRT-LLM's mixture of experts raises an error"),
+        (["--quant", "int8_sq"], "int8_sq has no experts: TensorRT-LLM runs them in 16 bits; give them one of"),
         (["--quant", "int4_awq", "--format", "hf"], "no reader of this format has experts in int4_awq"),
-        (["--quant", "w4a8_awq"], "w4a8_awq does not quantize experts"),
+        (["--quant", "w4a8_awq"], "w4a8_awq has no experts: TensorRT-LLM's loader makes one alpha of the scales"),
+        (
+            ["--quant", "int8", "--quant-override", "mlp=nvfp4"],
+            "nvfp4 has no experts: TensorRT-LLM's loader takes block",
+        ),
     ],
 )
 def test_what_no_kernel_has_is_refused(model_dir, tkit, options, problem):

@@ -145,9 +145,9 @@ def _module_violations(
     for layer in range(spec.num_layers):
         for module in (module for module in row.layer if module.is_quantized and module.when(spec, layer)):
             format = formats.get(f"transformer.layers.{layer}.{module.name}", UNQUANTIZED)
-            if module.has_experts and not format.has_experts:
-                able = ", ".join(name for name, other in QUANT_FORMATS.items() if other.has_experts)
-                yield f"{format.name} does not quantize experts, and they are most of the model; use one of {able}"
+            if module.has_experts and format.no_experts is not None:
+                able = ", ".join(name for name, other in QUANT_FORMATS.items() if other.no_experts is None)
+                yield f"{format.name} has no experts: {format.no_experts}; give them one of {able}"
             yield from _size_violations(module, spec, format, parallel)
 
 

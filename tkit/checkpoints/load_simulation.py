@@ -279,9 +279,11 @@ def _expert_size(config: Mapping[str, Any]) -> int:
 def _quantization_problems(config: Mapping[str, Any]) -> Iterator[str]:
     quantization = config["quantization"]
     if quantization.get("quant_algo") == MIXED:
-        yield from _mixed_problems(config, quantization)
+        problems = list(_mixed_problems(quantization))
+        yield from problems or _expert_problems(config)
         return
-    yield from _algorithm_problems(config, quantization, "quantization")
+    problems = list(_algorithm_problems(quantization, "quantization"))
+    yield from problems or _expert_problems(config)
     algo, kv_algo = quantization.get("quant_algo"), quantization.get("kv_cache_quant_algo")
     if kv_algo not in _KV_CACHE_ALGOS:
         yield f"quantization: kv_cache_quant_algo is {kv_algo!r}, expected one of {_KV_CACHE_ALGOS}"
@@ -293,7 +295,7 @@ def _quantization_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"quantization: exclude_modules replaces the defaults and leaves out {', '.join(lost)}"
 
 
-def _mixed_problems(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> Iterator[str]:
+def _mixed_problems(quantization: Mapping[str, Any]) -> Iterator[str]:
     layers = quantization.get("quantized_layers")
     if not isinstance(layers, dict) or not layers:
         yield f"quantization: {MIXED} needs {LAYER_CONFIG_FILE} with quantized_layers"
@@ -304,7 +306,7 @@ def _mixed_problems(config: Mapping[str, Any], quantization: Mapping[str, Any]) 
         yield f"{LAYER_CONFIG_FILE}: kv_cache_quant_algo is {quantization['kv_cache_quant_algo']!r}"
     lines: dict[str, None] = {}
     for entry in layers.values():
-        lines.update(dict.fromkeys(_algorithm_problems(config, entry, LAYER_CONFIG_FILE)))
+        lines.update(dict.fromkeys(_algorithm_problems(entry, LAYER_CONFIG_FILE)))
         if entry.get("quant_algo") == "FP8_PER_CHANNEL_PER_TOKEN":
             lines["FP8_PER_CHANNEL_PER_TOKEN replaces whole attention and MLP modules and their norms, not layers"] = (
                 None
@@ -312,7 +314,7 @@ def _mixed_problems(config: Mapping[str, Any], quantization: Mapping[str, Any]) 
     yield from lines
 
 
-def _algorithm_problems(config: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> Iterator[str]:
+def _algorithm_problems(entry: Mapping[str, Any], where: str) -> Iterator[str]:
     for key in sorted(entry.keys() - _QUANTIZATION_KEYS):
         yield f'{where}: unknown key "{key}" is refused'
     algo = entry.get("quant_algo")
@@ -322,8 +324,17 @@ def _algorithm_problems(config: Mapping[str, Any], entry: Mapping[str, Any], whe
     group_size = entry.get("group_size", 128)
     if group_size not in ALGORITHMS[algo].group_sizes:
         yield f"{where}: group_size is {group_size}, {algo} knows {ALGORITHMS[algo].group_sizes}"
-    if config.get("moe") and not ALGORITHMS[algo].has_experts:
-        yield f"{where}: {algo} cannot be combined with experts"
+
+
+def _expert_problems(config: Mapping[str, Any]) -> list[str]:
+    if not config.get("moe"):
+        return []
+    names = (f"transformer.layers.{layer}.mlp.fc" for layer in range(config["num_hidden_layers"]))
+    experts = (Linear(name, 1, 1, "column", experts=1) for name in names)
+    used = {_module_quantization(linear, config).get("quant_algo") for linear in experts}
+    return [
+        f"quantization: {algo} cannot be combined with experts" for algo in used if not ALGORITHMS[algo].has_experts
+    ]
 
 
 # --- the module tree -------------------------------------------------------------------------------------------------
@@ -699,16 +710,18 @@ ALGORITHMS: dict[str | None, Algorithm] = {
         Stored("activation_scaling_factor", "F32",     "1"),
     )),
     "W4A16_AWQ": Algorithm(preprocess=groupwise, multiple="g", stored=_INT4),
-    "W4A8_AWQ": Algorithm(preprocess=groupwise_fp8, multiple="g", group_sizes=(128,), stored=(
+    # with experts, `weights_scaling_factor_2` of any shape ends as an alpha that is not the module's (experts, 1)
+    "W4A8_AWQ": Algorithm(preprocess=groupwise_fp8, multiple="g", group_sizes=(128,), has_experts=False, stored=(
         *_INT4,
-        Stored("weights_scaling_factor_2",  "F32",     "1",      "1"),
-        Stored("activation_scaling_factor", "F32",     "1",      "1"),
+        Stored("weights_scaling_factor_2",  "F32",     "1"),
+        Stored("activation_scaling_factor", "F32",     "1"),
     )),
-    "NVFP4": Algorithm(preprocess=block_scaled, group_sizes=(16, 64, 128), stored=(
-        Stored("weight",                    "U8",      "out in/2",  "E out in/2"),
-        Stored("weights_scaling_factor",    "F8_E4M3", "out in/16", "E out in/16"),
-        Stored("weights_scaling_factor_2",  "F32",     "1",         "1"),
-        Stored("activation_scaling_factor", "F32",     "1",         "1"),
+    # the scales' shape is unpacked into two sizes
+    "NVFP4": Algorithm(preprocess=block_scaled, group_sizes=(16, 64, 128), has_experts=False, stored=(
+        Stored("weight",                    "U8",      "out in/2"),
+        Stored("weights_scaling_factor",    "F8_E4M3", "out in/16"),
+        Stored("weights_scaling_factor_2",  "F32",     "1"),
+        Stored("activation_scaling_factor", "F32",     "1"),
     )),
 }
 # fmt: on

@@ -48,7 +48,8 @@ QUANTIZERS: dict[str, Quantizer] = {
     "int4":        Quantizer(None, int4.dequantize_groups),
     "int4_awq":    Quantizer(awq.quantize, awq.dequantize, quantize_experts=awq.quantize_experts, gram="block",
                              has_group_size=True),
-    "int4_gptq":   Quantizer(awq.quantize, awq.dequantize, gram="input", has_group_size=True),
+    "int4_gptq":   Quantizer(awq.quantize, awq.dequantize, quantize_experts=awq.quantize_experts, gram="input",
+                             has_group_size=True),
     "w4a8_awq":    Quantizer(w4a8.quantize, w4a8.dequantize, w4a8.kernel_input, gram="block"),
     "nvfp4":       Quantizer(nvfp4.quantize, nvfp4.dequantize, nvfp4.kernel_input, gram="block"),
     "int8_sq":     Quantizer(smoothquant.quantize, smoothquant.dequantize, smoothquant.kernel_input, has_folds=True),
@@ -56,10 +57,12 @@ QUANTIZERS: dict[str, Quantizer] = {
 # fmt: on
 
 
-def input_statistics(format_name: str) -> InputStatistics:
-    """What the format's quantizer asks of the activations, still empty."""
+def input_statistics(format_name: str, of_experts: bool = False) -> InputStatistics:
+    """What the format's quantizer asks of the activations, still empty. Of experts the Gram matrix in blocks only: whole,
+    those of a layer would take gigabytes."""
     quantizer = QUANTIZERS[format_name]
-    return InputStatistics(quantizer.gram, quantizer.has_folds, quantizer.has_means)
+    gram = "block" if of_experts and quantizer.gram else quantizer.gram
+    return InputStatistics(gram, quantizer.has_folds, quantizer.has_means)
 
 
 def dequantize_experts(format: QuantFormat, stored: Stored, num_experts: int) -> torch.Tensor:

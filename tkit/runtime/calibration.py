@@ -171,7 +171,7 @@ class CalibratedQuantizer:
             if move.input in statistics:  # modules with the same input see the same activations
                 continue
             assert move.format is not None
-            seen = statistics[move.input] = Seen(move.format.name)
+            seen = statistics[move.input] = Seen(move.format.name, of_experts=bool(move.num_experts))
             if not move.num_experts:
                 linear = layer.get_submodule(move.sources[0].removeprefix(prefix).removesuffix(".weight"))
                 hooks.append(
@@ -218,14 +218,14 @@ class CalibratedQuantizer:
 class Seen:
     """The statistics of one input: of all tokens, and, where experts share them, of each expert's own."""
 
-    def __init__(self, format_name: str) -> None:
+    def __init__(self, format_name: str, of_experts: bool) -> None:
         self._format_name = format_name
-        self.of_all = input_statistics(format_name)
+        self.of_all = input_statistics(format_name, of_experts)
         self.experts: dict[int, InputStatistics] = {}
 
     def update_expert(self, expert: int, x: torch.Tensor) -> None:
         self.of_all.update(x)
-        self.experts.setdefault(expert, input_statistics(self._format_name)).update(x)
+        self.experts.setdefault(expert, input_statistics(self._format_name, True)).update(x)
 
 
 def _load(layer: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

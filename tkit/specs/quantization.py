@@ -51,7 +51,7 @@ class QuantFormat:
     needs_calibration: bool = False
     group_size: int | None = None
     has_prequant_scale: bool = False
-    has_experts: bool = False  # layers of experts can be quantized in it
+    no_experts: str | None = None  # why layers of experts cannot be quantized in it
     size_multiple: int = 1  # every sharded in and out size, times tp, must be a multiple: the kernels refuse padding
 
     @property
@@ -97,7 +97,6 @@ def int4_format(
     *,
     has_prequant_scale: bool = False,
     has_zero_point: bool = False,
-    has_experts: bool = True,
     **options: Any,
 ) -> QuantFormat:
     """INT4 codes in groups along the input, in the form that every GPU's loader takes."""
@@ -126,7 +125,6 @@ def int4_format(
         group_size=group_size,
         has_prequant_scale=has_prequant_scale,
         size_multiple=max(64, group_size),
-        has_experts=has_experts,
         **options,
     )
 
@@ -147,21 +145,22 @@ _NVFP4 = (
 
 # fmt: off
 QUANT_FORMATS: dict[str, QuantFormat] = {format.name: format for format in (
-    QuantFormat(name="none",     algo=None,         weight_bits=16, tensors=_PLAIN, has_experts=True),
-    QuantFormat(name="int8",     algo="W8A16",      weight_bits=8,  tensors=_PLAIN, size_multiple=64,
-                has_experts=True),
-    QuantFormat(name="fp8",      algo="FP8",        weight_bits=8,  tensors=_FP8, needs_calibration=True,
-                has_experts=True),
-    QuantFormat(name="fp8_rowwise", algo="FP8_PER_CHANNEL_PER_TOKEN", weight_bits=8, tensors=_FP8_ROWWISE),
-    QuantFormat(name="int8_sq",  algo="W8A8_SQ_PER_CHANNEL", weight_bits=8, tensors=_INT8_SQ, needs_calibration=True),
+    QuantFormat(name="none",     algo=None,         weight_bits=16, tensors=_PLAIN),
+    QuantFormat(name="int8",     algo="W8A16",      weight_bits=8,  tensors=_PLAIN, size_multiple=64),
+    QuantFormat(name="fp8",      algo="FP8",        weight_bits=8,  tensors=_FP8, needs_calibration=True),
+    QuantFormat(name="fp8_rowwise", algo="FP8_PER_CHANNEL_PER_TOKEN", weight_bits=8, tensors=_FP8_ROWWISE,
+                no_experts="TensorRT-LLM's mixture of experts raises an error"),
+    QuantFormat(name="int8_sq",  algo="W8A8_SQ_PER_CHANNEL", weight_bits=8, tensors=_INT8_SQ, needs_calibration=True,
+                no_experts="TensorRT-LLM runs them in 16 bits"),
     int4_format("int4"),
     int4_format("int4_awq",  has_prequant_scale=True, needs_calibration=True),
-    # experts would each need the products of all pairs of input channels: gigabytes a layer
-    int4_format("int4_gptq", has_prequant_scale=True, needs_calibration=True, has_experts=False),
+    int4_format("int4_gptq", has_prequant_scale=True, needs_calibration=True),
     QuantFormat(name="w4a8_awq", algo="W4A8_AWQ",   weight_bits=4,  tensors=_W4A8,
-                needs_calibration=True, group_size=128, has_prequant_scale=True, size_multiple=128),
+                needs_calibration=True, group_size=128, has_prequant_scale=True, size_multiple=128,
+                no_experts="TensorRT-LLM's loader makes one alpha of the scales, its experts need one each"),
     QuantFormat(name="nvfp4",    algo="NVFP4",      weight_bits=4,  tensors=_NVFP4,
-                needs_calibration=True, group_size=16, size_multiple=16),
+                needs_calibration=True, group_size=16, size_multiple=16,
+                no_experts="TensorRT-LLM's loader takes block scales of two dimensions, those of experts have three"),
 )}
 # fmt: on
 
@@ -174,7 +173,6 @@ def smaller_groups(format: QuantFormat) -> QuantFormat | None:
         format.name,
         64,
         has_prequant_scale=format.has_prequant_scale,
-        has_experts=format.has_experts,
         needs_calibration=format.needs_calibration,
     )
 

@@ -582,6 +582,8 @@ def _notes(plan: BuildPlan, source: TensorFiles) -> tuple[str, ...]:
         notes.append("the weights were pickled; torch.load(weights_only=True) read their tensors and nothing else")
     if "int8" in plan.formats:
         notes.append("W8A16 ships as plain 16-bit weights; trtllm-build quantizes them for the GPU it runs on")
+    if any(move.num_experts and move.format and move.format.name == "int4_gptq" for move in plan.moves):
+        notes.append("int4_gptq compensates experts within 128 channels, as int4_awq does")
     if plan.recipe.kv_cache == "int8" and plan.recipe.format != "hf":
         notes.append("an INT8 KV cache has no paged context kernel: trtllm-build --use_paged_context_fmha disable")
     return tuple(notes)
