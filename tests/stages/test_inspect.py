@@ -90,6 +90,58 @@ def test_quantized_layers_show_codes_and_scales(tkit, make_llama):
     assert "I8" in output and " scales " in output
 
 
+def test_a_hugging_face_directory_is_shown_by_its_config(tkit, make_llama):
+    directory = make_llama()
+    result = tkit("inspect", directory)
+    assert (result.exit_code, result.stderr) == (0, "")
+    facts, sizes, tensors = result.stdout.rstrip("\n").split("\n\n")
+    num_params = sum(tensor.numel() for tensor in load_file(directory / "model.safetensors").values())
+    assert facts.splitlines() == [
+        str(directory),
+        "format        Hugging Face checkpoint, no engine card",
+        "architecture  LlamaForCausalLM",
+        "dtype         bfloat16",
+        "quantization  none",
+        "layers        3",
+        f"parameters    {num_params / 1e6:.1f} M",
+        "context       512 tokens",
+        "vocabulary    4096 tokens",
+        f"weights       {format_bytes(2 * num_params)}",
+    ]
+    assert sizes.splitlines()[2].startswith("model  ")
+    assert "model.layers.0-2.self_attn.q_proj.weight" in tensors
+    record = json.loads(tkit("inspect", directory, "--json").stdout)
+    assert record["card"] is None and record["checkpoint"]["num_params"] == num_params
+
+
+def test_checkpoints_of_every_kind_say_what_they_are_quantized_in(tkit, make_llama):
+    result = tkit("build", make_llama(**WIDE), "--quant", "fp8", "--tp", "2", "--format", "both", "--calib-len", "16")
+    engine = Path(result.stdout.strip())
+    unified = tkit("inspect", engine / "hf").stdout
+    assert "format        Hugging Face checkpoint, no engine card\n" in unified
+    assert "quantization  ModelOpt, FP8" in unified
+    trtllm = tkit("inspect", engine / "checkpoint").stdout
+    assert "format        TensorRT-LLM checkpoint, no engine card\n" in trtllm
+    assert "quantization  FP8\nlayout        tp 2, pp 1: 2 GPUs\n" in trtllm
+    num_params = {line for text in (unified, trtllm) for line in text.splitlines() if line.startswith("parameters")}
+    assert len(num_params) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"architectures": ["NoSuchModel"], "model_type": "none"}, "NoSuchModel"),
+        ({"architecture": "LlamaForCausalLM"}, "not a TensorRT-LLM config: KeyError('dtype')"),
+    ],
+)
+def test_what_cannot_be_inspected_is_named(tkit, tmp_path, config, problem):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if "architecture" in config:
+        (tmp_path / "rank0.safetensors").touch()
+    result = tkit("inspect", tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "") and problem in result.stderr, result.stderr
+
+
 def test_every_tensor_on_request(tkit, engine):
     lines = tkit("inspect", "--tensors").stdout.splitlines()
     names = [line.split()[0] for line in lines if line.startswith("transformer.layers.")]

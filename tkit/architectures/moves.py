@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from tkit.architectures.formats import module_formats
 from tkit.architectures.table import ARCHITECTURES, SHARDED_AXES, Architecture, Module, Source
@@ -136,6 +136,12 @@ def _rule_violations(
     if parallel.pp_size > 1 and not row.has_pipeline:
         problems.append(f"pp is {parallel.pp_size}, but {row.trtllm} has no pipeline parallelism in TensorRT-LLM")
     return problems + list(dict.fromkeys(_module_violations(row, spec, formats, parallel)))
+
+
+def count_params(moves: Iterable[Move]) -> int:
+    """Distinct source values: a tied lm_head counts once."""
+    shapes = {name: shape for move in moves for name, shape in zip(move.sources, move.source_shapes, strict=True)}
+    return sum(map(math.prod, shapes.values()))
 
 
 def _module_violations(

@@ -17,7 +17,8 @@ from tkit.cli.output import Output, is_terminal, output_options
 from tkit.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from tkit.stages.inspect import FileFacts, InspectionRecord, TensorFacts
+    from tkit.specs.engine import EngineCard
+    from tkit.stages.inspect import CheckpointFacts, FileFacts, InspectionRecord, TensorFacts
 
 _LAYER = re.compile(r"(?<=\.layers\.)\d+|(?<=\.h\.)\d+")
 
@@ -29,13 +30,18 @@ _LAYER = re.compile(r"(?<=\.layers\.)\d+|(?<=\.h\.)\d+")
 def command(output: Output, engine: str | None, tensors: bool) -> None:
     """Show what is in ENGINE (default: the newest): its card, the size of each part, its tensors.
 
-    Layers of equal dtype and shape share a line, and files with the same tensors a table.
+    ENGINE may also be the directory of a Hugging Face or TensorRT-LLM checkpoint, whoever wrote it. Layers of equal dtype
+    and shape share a line, and files with the same tensors a table.
     """
-    from tkit.stages.engines import find_engine
+    from tkit.stages.engines import find_checkpoint
     from tkit.stages.inspect import inspect
 
-    record = inspect(find_engine(engine))
-    tables = [_card_table(record), _size_table(record), *_tensor_tables(record, is_grouped=not tensors)]
+    record = inspect(find_checkpoint(engine))
+    tables = [
+        _Table(record.path, ("", ""), list(_facts(record))),
+        _size_table(record),
+        *_tensor_tables(record, is_grouped=not tensors),
+    ]
     output.record(record, "\n\n".join(map(_drawn if is_terminal(sys.stdout) else _plain, tables)))
 
 
@@ -46,16 +52,40 @@ class _Table:
     rows: Sequence[Sequence[str]]
 
 
-def _card_table(record: InspectionRecord) -> _Table:
-    card = record.card
-    num_gpus = card.tp_size * card.pp_size
+def _facts(record: InspectionRecord) -> Iterator[tuple[str, str]]:
+    if record.card is not None:
+        yield from _card_facts(record.card)
+    if record.checkpoint is not None:
+        yield from _checkpoint_facts(record.checkpoint)
+        yield "weights", format_bytes(sum(record.kinds.values()))
+
+
+def _checkpoint_facts(checkpoint: CheckpointFacts) -> Iterator[tuple[str, str]]:
+    yield "format", f"{checkpoint.format} checkpoint, no engine card"
+    yield "architecture", checkpoint.architecture
+    yield "dtype", checkpoint.dtype
+    yield "quantization", checkpoint.quantization
+    if checkpoint.format == "TensorRT-LLM":
+        yield "layout", _layout(checkpoint.tp_size, checkpoint.pp_size)
+    yield "layers", str(checkpoint.num_layers)
+    yield "parameters", f"{checkpoint.num_params / 1e6:,.1f} M"
+    yield "context", f"{checkpoint.max_position_embeddings} tokens"
+    yield "vocabulary", f"{checkpoint.vocab_size} tokens"
+
+
+def _layout(tp_size: int, pp_size: int) -> str:
+    num_gpus = tp_size * pp_size
+    return f"tp {tp_size}, pp {pp_size}: {num_gpus} GPU{'s' * (num_gpus > 1)}"
+
+
+def _card_facts(card: EngineCard) -> list[tuple[str, str]]:
     revision = f" @ {card.source['revision']}" if card.source.get("revision") else ""
-    rows = [
+    return [
         ("architecture", card.architecture),
         ("dtype", card.dtype),
         ("quantization", f"{card.quant} ({card.quant_algo})" if card.quant_algo else card.quant),
         ("KV cache", card.recipe.get("kv_cache", "auto").replace("auto", card.dtype)),
-        ("layout", f"tp {card.tp_size}, pp {card.pp_size}: {num_gpus} GPU{'s' * (num_gpus > 1)}"),
+        ("layout", _layout(card.tp_size, card.pp_size)),
         ("parameters", f"{card.num_params / 1e6:,.1f} M"),
         ("weights", format_bytes(card.weight_bytes)),
         ("context", f"{card.max_position_embeddings} tokens"),
@@ -68,7 +98,6 @@ def _card_table(record: InspectionRecord) -> _Table:
         ("key", card.key),
         *(("note", note) for note in card.notes),
     ]
-    return _Table(record.path, ("", ""), rows)
 
 
 def _cost(build: object) -> str:

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from tkit import __version__, demo
 from tkit.architectures.config import spec_from_hf, trtllm_config
 from tkit.architectures.formats import MIXED, trtllm_quant_cfg
-from tkit.architectures.moves import fitted_precision, plan_moves
+from tkit.architectures.moves import count_params, fitted_precision, plan_moves
 from tkit.architectures.source_formats import Forms, carried_moves, carried_precision, source_format
 from tkit.architectures.table import ARCHITECTURES
 from tkit.architectures.unified_hf import (
@@ -181,7 +181,7 @@ def plan_build(
         problems = _config_problems(spec, precision, recipe.parallel) if recipe.format != "hf" else []
         if problems:
             raise InputError(f"{config_path}: TensorRT-LLM has no engine for this model", problems=problems)
-        num_params = _num_params(moves)
+        num_params = count_params(moves)
         ignored, notes = ARCHITECTURES[spec.architecture].ignored, [*_config_notes(config), *smaller_groups]
         if carried is None:
             check_sources(files, moves, ignored)
@@ -552,18 +552,6 @@ def _work_directory(out: Path, plan: BuildPlan, progress: Progress) -> Path:
     for directory in {Path(name).parent for name in file_layouts(plan.moves, plan.spec.dtype)}:
         (work / directory).mkdir(parents=True, exist_ok=True)
     return work
-
-
-def _num_params(moves: Sequence[Move]) -> int:
-    """Distinct source values: a tied lm_head counts once."""
-    shapes = {name: shape for move in moves for name, shape in zip(move.sources, move.source_shapes, strict=True)}
-    total = 0
-    for shape in shapes.values():
-        size = 1
-        for dimension in shape:
-            size *= dimension
-        total += size
-    return total
 
 
 def _config_notes(config: Mapping[str, Any]) -> list[str]:
