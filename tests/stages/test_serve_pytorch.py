@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tritonclient.grpc as triton
 from container import write_container
@@ -58,6 +59,20 @@ def test_the_llm_api_is_served_behind_the_same_surface(tkit, tmp_path: Path, mon
         assert result.exit_code == 0, result.output
         [point] = Path(result.stdout.split("\n", 1)[0]).glob("points/*/point.json")
         assert json.loads(point.read_text())["token_source"] == "tokenizer"
+        for protocol, port in (("triton-grpc", record.grpc_port), ("triton-http", record.http_port)):
+            # TensorRT-LLM's own model, as another's server would have it: the whole text so far in every response
+            url = ("--url", f"127.0.0.1:{port}", "--model", "tensorrt_llm", "--isl-chars", "--protocol", protocol)
+            result = tkit("sweep", *size, *url)
+            assert result.exit_code == 0, result.output
+            [point] = Path(result.stdout.split("\n", 1)[0]).glob("points/*/point.json")
+            summary = json.loads(point.read_text())
+            assert (summary["token_source"], summary["errors"]) == ("chunks", {})
+            requests = pd.read_parquet(point.with_name("requests.parquet"))
+            assert set(requests.osl) == set(requests.chunks) == {8}
+            assert set(requests.n_first) == {1}
+            tpot_ms = summary["tpot"]["p50"]
+            assert tpot_ms is not None
+            assert tpot_ms >= 19.9, "the stand-in waits 20 ms before each word"
         refused = tkit("sweep", *size, "--protocol", "openai")
         assert (refused.exit_code, "the served model cannot do min_tokens, ignore_eos" in refused.stderr) == (1, True)
         with pytest.raises(ServerError, match="max_tokens is 0, expected at least 1"):

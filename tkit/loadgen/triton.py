@@ -1,8 +1,9 @@
-"""What a request to TensorRT-LLM's `ensemble` on Triton holds, whichever protocol carries it."""
+"""What a request to TensorRT-LLM on Triton holds, whichever protocol carries it: to its `ensemble`, or to its model of the
+LLM API, which calls some of it otherwise, has no way to ignore the end of a sequence, and counts no tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tkit.errors import ServerError, did_you_mean
@@ -10,9 +11,27 @@ from tkit.errors import ServerError, did_you_mean
 # name -> (Triton data type, value). Sent when the model lists them; the first two must be there.
 REQUIRED_INPUTS = ("text_input", "max_tokens")
 Values = dict[str, tuple[str, Any]]
+LLMAPI_NAMES: Mapping[str, str] = {
+    "max_tokens":              "sampling_param_max_tokens",
+    "stream":                  "streaming",
+    "top_k":                   "sampling_param_top_k",
+    "temperature":             "sampling_param_temperature",
+    "seed":                    "sampling_param_seed",
+    "exclude_input_in_output": "sampling_param_exclude_input_from_output",
+}  # fmt: skip
 
 
-def ensemble_inputs(prompt: str, osl: int, seed: int) -> Values:
+def request_inputs(accepted: Collection[str], prompt: str, osl: int, seed: int) -> Values:
+    """Those that the model lists, under its own names."""
+    named = ((_name(accepted, name), value) for name, value in _ensemble_inputs(prompt, osl, seed).items())
+    return {name: value for name, value in named if name in accepted}
+
+
+def _name(accepted: Collection[str], name: str) -> str:
+    return name if name in accepted else LLMAPI_NAMES.get(name, name)
+
+
+def _ensemble_inputs(prompt: str, osl: int, seed: int) -> Values:
     return {
         "text_input":               ("BYTES", prompt),
         "max_tokens":               ("INT32", osl),
@@ -29,7 +48,11 @@ def ensemble_inputs(prompt: str, osl: int, seed: int) -> Values:
 
 
 def refuse_unless_streaming(url: str, model: str, inputs: Collection[str], *, is_decoupled: bool) -> None:
-    problems = [f'no input "{name}"{did_you_mean(name, inputs)}' for name in REQUIRED_INPUTS if name not in inputs]
+    problems = [
+        f'no input "{name}"{did_you_mean(name, inputs)}'
+        for name in REQUIRED_INPUTS
+        if _name(inputs, name) not in inputs
+    ]
     if not is_decoupled:
         problems.append("not decoupled, so it cannot stream")
     if problems:

@@ -19,7 +19,7 @@ from tkit.loadgen.exchange import Answer, Exchange
 from tkit.loadgen.http import grpc_address
 from tkit.loadgen.http2 import GrpcConnections
 from tkit.loadgen.token_counts import TokenEnds, added_tokens, tokens_of_texts
-from tkit.loadgen.triton import ensemble_inputs, refuse_unless_streaming, token_source
+from tkit.loadgen.triton import refuse_unless_streaming, request_inputs, token_source
 
 SERVICE = "/inference.GRPCInferenceService/"
 FINAL = "triton_final_response"
@@ -101,9 +101,7 @@ class TritonGrpcClient:
         message = pb.ModelInferRequest(model_name=self.model, id=name)
         # Where the model ends a stream apart from its last token, only an empty final response tells that it is whole.
         message.parameters["triton_enable_empty_final_response"].bool_param = True
-        for tensor, (data_type, value) in ensemble_inputs(prompt, osl, seed).items():
-            if tensor not in self._input_ranks:
-                continue
+        for tensor, (data_type, value) in request_inputs(self._input_ranks, prompt, osl, seed).items():
             message.inputs.add(name=tensor, datatype=data_type, shape=[1] * self._input_ranks[tensor])
             message.raw_input_contents.append(_raw(data_type, value))
         return message.SerializeToString()

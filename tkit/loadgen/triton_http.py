@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from tkit.errors import InputError, ServerError
 from tkit.loadgen.sse_client import Chunk, SseClient, count_of
-from tkit.loadgen.triton import ensemble_inputs, refuse_unless_streaming, token_source
+from tkit.loadgen.triton import refuse_unless_streaming, request_inputs, token_source
 
 
 class TritonHttpClient(SseClient):
@@ -59,8 +59,8 @@ class TritonHttpClient(SseClient):
         return f"/v2/models/{quote(self.model, safe='')}"
 
     def request(self, name: str, prompt: str, osl: int, seed: int) -> bytes:
-        values = ensemble_inputs(prompt, osl, seed).items()
-        body = {"id": name, **{tensor: value for tensor, (_, value) in values if tensor in self._inputs}}
+        values = request_inputs(self._inputs, prompt, osl, seed).items()
+        body = {"id": name, **{tensor: value for tensor, (_, value) in values}}
         return self._http.request(
             "POST", f"{self._path}/generate_stream", json.dumps(body).encode(), content_type="application/json"
         )
