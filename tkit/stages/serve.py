@@ -38,7 +38,16 @@ from tkit.triton.install import (
     port_problems,
     shared_memory_problems,
 )
-from tkit.triton.launcher import GRACE_S, LaunchSpec, ServerProcess, describe_exit, end_member, kill_group, stop_group
+from tkit.triton.launcher import (
+    GRACE_S,
+    LaunchSpec,
+    ServerProcess,
+    describe_exit,
+    end_member,
+    kill_group,
+    stop_group,
+    stop_listening,
+)
 from tkit.triton.repository import write_repository
 
 SMOKE_PROMPT = "Hello"
@@ -167,6 +176,7 @@ def _end_replaced(old: ServerRecord | None, engines_dir: Path, progress: Progres
     """Requests that it is answering finish, within its exit timeout; new ones come to the new server already."""
     if old is not None:
         name = Path(old.engine).name
+        stop_listening(old.pid, (old.http_port, old.grpc_port))
         stopped = _stop(server_files(name, engines_dir))
         progress.note(f"{name}: {'killed, it did not end in time' if stopped.was_killed else 'replaced'}")
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,7 @@ GRACE_S = 5
 NO_PORTS = ("--allow-http=false", "--allow-grpc=false", "--allow-metrics=false")
 ASKED_TO_END = "Signal (15) received"  # in the log
 LOG_LINES = 15
+PIDFD_GETFD = 438  # a system call since Linux 5.6, without a name in Python
 LINE_CHARACTERS = 400
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
@@ -230,6 +233,34 @@ class ServerProcess:
     def leave(self) -> None:
         """The server outlives this object, which is what Popen would otherwise warn about."""
         self._popen.returncode = 0
+
+
+def stop_listening(pid: int, ports: Collection[int]) -> bool:
+    """Has a server accept nothing more on `ports`, so that new connections go to the one that shares them; open ones stay.
+
+    Asked to end, Triton stops accepting at once and keeps its sockets until its models are unloaded: half of the new
+    connections would wait there, to be reset. False where the system does not let its sockets be borrowed (a container
+    without CAP_SYS_PTRACE).
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+        for connection in psutil.Process(pid).net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports:
+                with socket.socket(fileno=_borrowed(pidfd, connection.fd)) as listener:
+                    listener.shutdown(socket.SHUT_RDWR)
+        os.close(pidfd)
+    except (OSError, psutil.Error):
+        return False
+    return True
+
+
+def _borrowed(pidfd: int, descriptor: int) -> int:
+    """Another process's file, opened here too."""
+    own: int = ctypes.CDLL(None, use_errno=True).syscall(PIDFD_GETFD, pidfd, descriptor, 0)
+    if own < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return own
 
 
 def end_member(group: int, pid: int, patience_s: float) -> None:
