@@ -15,7 +15,6 @@ from tkit.planner.shapes import ModelShape
 from tkit.specs.hardware import Gpu
 from tkit.specs.parallel import Parallel
 
-MAX_GPUS = 64
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from tkit.planner.planning import Estimate, Plan
 
-WIDTH = 110
 BAR = 30
 
 

@@ -125,7 +125,8 @@ def check_hub_digests(directory: Path, files: Mapping[str, Mapping[str, Any]]) -
 def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> Tokenizer:
     """Copies the tokenizer's files into `target`, which the engine is served with, and loads it from there.
 
-    A model that ships only a SentencePiece file gets the tokenizer.json that transformers makes of it. Raises InputError
+    A model that ships only a SentencePiece file gets the tokenizer.json that transformers makes of it, where the package
+    sentencepiece is installed: it is no dependency, because in one process with protobuf's own it crashed. Raises InputError
     when there is no tokenizer or it does not fit the model.
     """
     shutil.rmtree(target, ignore_errors=True)  # of a build that was killed
@@ -146,7 +147,7 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> Tokenizer:
         except Exception as error:  # whatever the parser of that kind of file raises
             raise InputError(
                 f"{source}: transformers makes no tokenizer.json of its tokenizer: {str(error).strip().splitlines()[0]}",
-                hint="put the tokenizer.json of the same model there",
+                hint="put the tokenizer.json of the same model there; transformers makes one with pip install sentencepiece",
             ) from error
     tokenizer = read_tokenizer(target)
     if tokenizer.get_vocab_size() > vocab_size:
