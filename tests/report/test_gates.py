@@ -27,6 +27,7 @@ from tkit.report.record import Comparison, GateCheck, GateOutcome
 from tkit.report.render_html import render_html
 from tkit.report.render_junit import render_junit
 from tkit.report.render_markdown import render_markdown
+from tkit.report.sections import gated as gates_section
 from tkit.report.sections import sections
 from tkit.report.statistics import Change
 from tkit.report.text import THIN
@@ -79,6 +80,24 @@ def compared(base: Path, slow: Path) -> Comparison:
 @pytest.fixture
 def slow_copy(slow: Path, tmp_path: Path) -> Path:
     return shutil.copytree(slow, tmp_path / "slow")
+
+
+def test_gates_work_on_what_was_measured_once_and_say_so(base: Path, slow: Path, tmp_path: Path) -> None:
+    """A baseline without repeats: a loss of 40 % is seen, the same again is none, and both outcomes name the doubt."""
+    settings = SMALL | {"repeats": 1}
+    once = make_run(tmp_path, "once", engine=card("none"), quality=validation(kl=0.00002, ppl=21.12), **settings)
+    slower = make_run(tmp_path, "slower", engine=card("fp8"), quality=validation(), speed=1.7, seed=1, **SMALL)
+    twin = make_run(tmp_path, "twin", engine=card("fp8"), quality=validation(), seed=2, **settings)
+    lost = gated("output_tok_s<-5%", once, slower)
+    (outcome,) = lost.gates
+    assert [(check.state, check.text.endswith("tok/s, the baseline measured once")) for check in outcome.checks] == [
+        ("failed", True)
+    ] * 2
+    (outcome,) = gated("output_tok_s<-5%", once, twin).gates
+    assert outcome.state == "passed"
+    assert all(check.text.endswith("the run and the baseline measured once") for check in outcome.checks)
+    assert "measured once" not in outcome_of("output_tok_s<-5%", base, slow).checks[0].text
+    assert any("measured once, its interval is that of its requests" in line for line in gates_section(lost).lead)
 
 
 # ---- what is written ----------------------------------------------------------------------------------------------

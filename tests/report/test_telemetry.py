@@ -108,7 +108,7 @@ def test_power_and_queue_stand_on_the_time_axis_and_energy_is_the_measured_one(t
     (table,) = parts["telemetry"].tables
     cells = dict(zip([column.name for column in table.columns], [entry.text for entry in table.rows[0]], strict=True))
     assert {name: cells[name] for name in ("running", "waiting, most", "KV cache in use, most")} == {
-        "running": "6.00", "waiting, most": "2.00", "KV cache in use, most": "25.0\N{NARROW NO-BREAK SPACE}%",
+        "running": "6.00", "waiting, most": "2", "KV cache in use, most": "25.0\N{NARROW NO-BREAK SPACE}%",
     }  # fmt: skip
     rate = json.loads((point / "point.json").read_text())["output_tok_s"]
     (costs,) = parts["cost"].tables

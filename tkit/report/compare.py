@@ -38,6 +38,7 @@ from tkit.report.statistics import (
     wilson,
 )
 from tkit.report.telemetry import numbers
+from tkit.specs.recipe import HF_GENERATE
 from tkit.specs.record import SLO_TIERS, TOKEN_SOURCES, Load, Manifest
 
 # name -> (metric, percentile), (rate, column of the requests that it sums, "" = their number) or ("goodput", tier)
@@ -174,7 +175,10 @@ def _device(runs: Sequence[Run]) -> str:
     counted = [_num_gpus(run) is not None for run in runs]
     if all(counted):
         return "GPU"
-    embedded = [run.engine is not None and run.engine.backend == "reference" for run in runs]  # all ranks on one device
+    embedded = [  # all ranks on one device
+        run.manifest.protocol == HF_GENERATE or (run.engine is not None and run.engine.backend == "reference")
+        for run in runs
+    ]
     return "device" if all(map(any, zip(counted, embedded, strict=True))) else "server"
 
 

@@ -310,9 +310,16 @@ def _change(gate: Gate, comparison: Comparison, found: _Place, check: Callable[.
         f" (95 % CI {text.change_interval(change.low, change.high)}), "
         f"{text.number(mine.value)} against {text.number(its.value)} {unit(gate.metric)}"
     )
+    words += _once(found.cell, found.baseline)
     doubt = _doubt(gate, change, change.low, change.high, comparison.threshold)
     state = FAILED if gate.is_crossed(change.relative) and not doubt else PASSED
     return check(state=state, text=words + doubt, value=change.relative, low=change.low, high=change.high)
+
+
+def _once(cell: Cell, baseline: Cell) -> str:
+    """Whose interval is that of its requests and of what repeats are expected to scatter, not of repeats."""
+    single = [name for name, side in (("the run", cell), ("the baseline", baseline)) if side.repeats == 1]
+    return f", {' and '.join(single)} measured once" if single else ""
 
 
 def _doubt(gate: Gate, change: Change, low: float, high: float, threshold: float) -> str:

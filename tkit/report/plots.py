@@ -7,6 +7,7 @@ the light ones. A line joins neighbouring loads only: where a load is missing or
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -321,7 +322,7 @@ def in_flight(comparison: Comparison, points: Mapping[str, Point], where: str, p
         {"mark": mark, "encoding": {"x": x, "y": y, "color": _color(comparison), "strokeDash": _dash(comparison)}},
         {"mark": {"type": "point", "size": 60, "opacity": 0}, "encoding": {"x": x, "y": y, "tooltip": tooltip}},
     ]
-    y["axis"] = {"tickMinStep": 1, "tickCount": 6, "format": "d"}
+    y["axis"] = _whole_ticks(max((row["y"] for row in rows), default=0))
     return Plot(
         id=plot_id,
         title=f"Requests in flight, {where}",
@@ -334,7 +335,7 @@ def in_flight(comparison: Comparison, points: Mapping[str, Point], where: str, p
 TELEMETRY_PLOTS = {
     "power_w": ("GPU power", "W, all GPUs", ".4~r", "As NVML says, once a second."),
     "waiting": ("Requests waiting in the server", "requests", "d", "The server's own count, once a second."),
-    "kv_share": ("KV cache in use", "share of the cache", ".1%", "The server's own count, once a second."),
+    "kv_share": ("KV cache in use", "share of the cache", ".2%", "The server's own count, once a second."),
 }
 
 
@@ -352,9 +353,15 @@ def told_over_time(
             {"run": _name(comparison, run_id), "x": round(float(x), 3), "y": round(float(y), 4)}
             for x, y in series_of_run.iloc[shown].items()
         )
-    x, y = _quantitative("x", "seconds since the first request"), _quantitative("y", axis, zero=True)
-    if number_format.endswith("%"):
-        y["axis"] |= {"format": ".1~%"}
+    x = _quantitative("x", "seconds since the first request", zero=True)
+    y = _quantitative("y", axis, zero=True)
+    highest = max(row["y"] for row in rows)
+    if number_format == "d":
+        y["axis"] = _whole_ticks(highest)
+    elif number_format.endswith("%"):
+        y["axis"] |= {"format": ".2~%"}
+    if highest == 0:
+        y["scale"] |= {"domain": [0, 1]}
     color, dash = _color(comparison), _dash(comparison)
     tooltip = [_tip("run", "run"), _tip("x", "at, s", ".3~r"), _tip("y", axis, number_format)]
     layers = [
@@ -523,6 +530,12 @@ def _dash(comparison: Comparison) -> Spec:
 def _quantitative(name: str, title: str, *, zero: bool = False) -> Spec:
     scale, axis = {"zero": zero, "nice": True}, {"tickCount": 6}
     return {"field": name, "type": "quantitative", "title": title, "scale": scale, "axis": axis}
+
+
+def _whole_ticks(highest: float) -> Spec:
+    """Of counts, from zero: ticks at whole numbers, at most seven."""
+    step = max(1, math.ceil(highest / 6))
+    return {"values": list(range(0, math.ceil(highest) + step, step)), "format": "d"}
 
 
 def _logarithmic(name: str, title: str) -> Spec:

@@ -47,6 +47,12 @@ def sections(comparison: Comparison, runs: Sequence[Run]) -> tuple[Section, ...]
 
 def gated(comparison: Comparison) -> Section:
     """What the gates say: stands before everything else, when there are any."""
+    is_single = any(cell.repeats == 1 for group in comparison.groups for level in group.levels for cell in level.cells)
+    single = (
+        "Where something was measured once, its interval is that of its requests, and of "
+        f"{REPEAT_NOISE * 100:.1f} % that repeats are assumed to scatter: a loss of 10 % is then missed one time out of three "
+        "(--repeats 3)."
+    )
     return Section(
         id="gates",
         title="Gates",
@@ -54,6 +60,7 @@ def gated(comparison: Comparison) -> Section:
             f"{gates.summary(comparison)}.",
             "A change fails a gate only where it is significant and larger than the practical threshold. What cannot be "
             "evaluated does not pass.",
+            *((single,) if is_single else ()),
         ),
         tables=(tables.gates_table(comparison),),
         is_brief=True,

@@ -210,8 +210,17 @@ def latency_table(comparison: Comparison, group: Group) -> Table:
     )
 
 
+def _has_predictions(group: Group) -> bool:
+    return any(
+        cell.wall is not None and cell.wall.predicted_tok_s is not None
+        for level in group.levels
+        for cell in level.cells
+    )
+
+
 def wall_table(comparison: Comparison, group: Group) -> Table:
     """Limit, prediction and measurement of every load whose limit is known."""
+    is_predicted = _has_predictions(group)
     columns = (
         _load_column(group),
         Column(name="Run", kind="text"),
@@ -219,10 +228,10 @@ def wall_table(comparison: Comparison, group: Group) -> Table:
         Column(name="output tok/s", meaning=METRICS["output_tok_s"][1]),
         Column(name="limit", meaning="the highest rate that physics allows"),
         Column(name="of the limit"),
-        Column(name="predicted", meaning="by tkit plan, under it the error band"),
+        *([Column(name="predicted", meaning="by tkit plan, under it the error band")] * is_predicted),
         Column(name="TPOT p50, ms", meaning=METRICS["tpot"][1]),
         Column(name="limit", meaning="the shortest decode step that physics allows"),
-        Column(name="predicted", meaning="by tkit plan, under it the error band"),
+        *([Column(name="predicted", meaning="by tkit plan, under it the error band")] * is_predicted),
         Column(
             name="what binds",
             kind="text",
@@ -240,10 +249,10 @@ def wall_table(comparison: Comparison, group: Group) -> Table:
             Entry(text=text.number(rate.value if rate else None)),
             Entry(text=text.number(wall.limit_tok_s)),
             _share_of_limit(rate.value / wall.limit_tok_s if rate else None),
-            _predicted(wall.predicted_tok_s, rate),
+            *([_predicted(wall.predicted_tok_s, rate)] * is_predicted),
             Entry(text=text.number(tpot.value if tpot else None)),
             Entry(text=text.number(wall.limit_tpot_ms)),
-            _predicted(wall.predicted_tpot_ms, tpot),
+            *([_predicted(wall.predicted_tpot_ms, tpot)] * is_predicted),
             Entry(text=wall.limit_binds, note=expected),
         ]
 
@@ -254,6 +263,7 @@ def wall_table(comparison: Comparison, group: Group) -> Table:
 
 def wall_ttft_table(comparison: Comparison, group: Group) -> Table:
     """The same of the first token."""
+    is_predicted = _has_predictions(group)
     scheduled = "" if group.arrivals is None else ", from the schedule"
     columns = (
         _load_column(group),
@@ -261,7 +271,7 @@ def wall_ttft_table(comparison: Comparison, group: Group) -> Table:
         Column(name="TTFT mean, ms", meaning=f"{METRICS['ttft'][1]}{scheduled}; the mean, as the plan predicts it"),
         Column(name="limit", meaning="the shortest prefill that physics allows, of one prompt on an idle engine"),
         Column(name="of it", meaning="the measurement in multiples of the limit"),
-        Column(name="predicted", meaning="by tkit plan, with the queue; under it the error band"),
+        *([Column(name="predicted", meaning="by tkit plan, with the queue; under it the error band")] * is_predicted),
         Column(name="what binds", kind="text", meaning="what sets the limit"),
     )
 
@@ -279,7 +289,7 @@ def wall_ttft_table(comparison: Comparison, group: Group) -> Table:
                 note="the limit is told too high" if is_wrong else "",
                 tone="invalid" if is_wrong else "",
             ),
-            _predicted(wall.predicted_ttft_ms, ttft),
+            *([_predicted(wall.predicted_ttft_ms, ttft)] * is_predicted),
             Entry(text=wall.limit_ttft_binds),
         ]
 
@@ -467,17 +477,21 @@ def memory_table(comparison: Comparison) -> Table:
     """What the plan says beside what the engine card and, where they were asked, the GPUs and the server say."""
     measured = {run.id: _measured_memory(comparison, run) for run in comparison.runs}
     shown = [name for name in MEASURED_MEMORY if any(name in told for told in measured.values())]
+    has_gpu = any(run.memory is not None and run.memory.gpu_usable is not None for run in comparison.runs)
+    on_gpu = (
+        Column(name="weights per GPU", meaning="of the fullest GPU, as the plan expects them there"),
+        Column(name="activations", meaning="an estimate, rounded up"),
+        Column(name="overhead", meaning="CUDA context, libraries, captured graphs, NCCL; an estimate, rounded up"),
+        Column(name="left for the KV cache"),
+        Column(name="usable", meaning="what the driver leaves for programs"),
+    )
     columns: tuple[Column, ...] = (
         Column(name="Run", kind="text"),
         Column(name="weights, planned", meaning="all ranks, on disk; from the model's shapes and the format's layout"),
         Column(name="built", meaning="the rank files in the engine card"),
         Column(name="KV per token, planned", meaning="all layers and ranks"),
         Column(name="built", meaning="from the engine card"),
-        Column(name="weights per GPU", meaning="of the fullest GPU, as the plan expects them there"),
-        Column(name="activations", meaning="an estimate, rounded up"),
-        Column(name="overhead", meaning="CUDA context, libraries, captured graphs, NCCL; an estimate, rounded up"),
-        Column(name="left for the KV cache"),
-        Column(name="usable", meaning="what the driver leaves for programs"),
+        *(on_gpu if has_gpu else ()),
         *(Column(name=MEASURED_MEMORY[name][0], meaning=MEASURED_MEMORY[name][1]) for name in shown),
     )
     rows = []
@@ -486,7 +500,7 @@ def memory_table(comparison: Comparison) -> Table:
             continue
         memory = run.memory
         built = sum(rank_bytes(run.engine.files)) or None
-        on_gpu = (
+        planned = (
             memory.gpu_weights,
             memory.gpu_activations,
             memory.gpu_overhead,
@@ -500,7 +514,7 @@ def memory_table(comparison: Comparison) -> Table:
                 _bytes(built),
                 _bytes(memory.kv_per_token),
                 _told(run.engine.build.get("kv_bytes_per_token"), format_bytes),
-                *map(_bytes, on_gpu),
+                *(map(_bytes, planned) if has_gpu else ()),
                 *(measured[run.id].get(name, Entry(text=text.ABSENT, tone="absent")) for name in shown),
             )
         )
@@ -706,7 +720,7 @@ TELEMETRY_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "gpu_memory_bytes": ("GPU memory", format_bytes),
     "running_mean": ("running", text.number),
     "waiting_mean": ("waiting", text.number),
-    "waiting_max": ("waiting, most", text.number),
+    "waiting_max": ("waiting, most", "{:g}".format),
     "kv_share_max": ("KV cache in use, most", text.share),
     "server_bytes_max": ("engine's memory, most", format_bytes),
 }

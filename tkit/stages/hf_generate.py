@@ -164,7 +164,13 @@ def _measure(
         gave_up=False,
     )
     summary = summarise(
-        place, records, trace, limits=profile.limits, token_source=TOKEN_SOURCE, num_gpus=None, started=started
+        place,
+        records,
+        trace,
+        limits=profile.limits,
+        token_source=TOKEN_SOURCE,
+        num_gpus=1 if model.device.type == "cuda" else None,
+        started=started,
     )
     return summary, records
 

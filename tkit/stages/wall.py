@@ -25,6 +25,7 @@ from tkit.report.record import Cell, Comparison, Group, RunFacts
 from tkit.specs.engine import EngineCard
 from tkit.specs.hardware import Gpu
 from tkit.specs.parallel import Parallel
+from tkit.specs.recipe import HF_GENERATE
 from tkit.specs.wall import PlannedMemory, Prediction, TokenCost, Wall
 from tkit.stages.models import DEFAULT_MODEL
 from tkit.stages.plan import resolve_shape, shape_from_hf
@@ -88,7 +89,8 @@ def _held(comparison: Comparison, run: RunFacts) -> _Held:
     }
     try:
         if run.engine is None:
-            raise InputError("without an engine card neither model nor layout is known (tkit sweep --engine)")
+            hint = "" if run.protocol == HF_GENERATE else " (tkit sweep --engine)"
+            raise InputError(f"without an engine card neither model nor layout is known{hint}")
         return _against_hardware(run, run.engine, places)
     except InputError as error:
         return _Held(walls={}, hardware=f"no wall: {'; '.join((error.message, *error.problems))}")
