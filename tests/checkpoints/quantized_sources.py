@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3",
+           "c_attn", "c_proj", "c_fc")  # fmt: skip
+CONV1D = ("c_attn", "c_proj", "c_fc")  # stored (in, out); GPTQModel packs them as it packs linear layers
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column of each nibble, lowest first
 
 
@@ -193,6 +195,7 @@ def make_source(kind: str, plain: Path, directory: Path) -> Source:
     for name in sorted(name for name in tensors if name.removesuffix(".weight").endswith(LINEARS)):
         weight = tensors.pop(name)
         layer = name.removesuffix(".weight")
+        weight = weight.T if layer.endswith(CONV1D) else weight
         made = int4_layer(kind, weight, random) if kind in INT4_KINDS else fp8_layer(kind, layer, weight, random)
         source.layers[layer] = made
         tensors |= {f"{layer}.{part}": tensor.contiguous() for part, tensor in pack(made).items()}

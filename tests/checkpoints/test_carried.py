@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from quantized_sources import FP8_KINDS, INT4_KINDS, Layer, Source, make_source
+from quantized_sources import CONV1D, FP8_KINDS, INT4_KINDS, Layer, Source, make_source
 from safetensors.torch import load_file, save_file
 
 from tkit import demo
+from tkit.errors import InputError
 from tkit.runtime.load import load_model, load_source
 
 SIZES = {
@@ -22,7 +23,12 @@ SIZES = {
     "num_key_value_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.1, "tie_word_embeddings": False,
     "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
 TOKENS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(7))
 MakeSource = Callable[..., Source]
 
@@ -37,9 +43,8 @@ def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
             directory = tmp_path_factory.mktemp(family)
             model_class = getattr(transformers, CLASSES[family])
             torch.manual_seed(3)
-            model = model_class(
-                model_class.config_class(**SIZES, **({"num_local_experts": 2} if family == "mixtral" else {}))
-            )
+            changes = {"mixtral": {"num_local_experts": 2}, "gpt2": {"num_key_value_heads": 8}}.get(family, {})
+            model = model_class(model_class.config_class(**{**SIZES, **changes}))
             for parameter in model.parameters():
                 if parameter.dim() == 1:  # biases of zero would hide one that is lost
                     parameter.data += 0.3 * torch.randn_like(parameter)
@@ -120,7 +125,8 @@ def test_four_bit_codes_and_scales_are_the_sources_own(quantized, build, family,
 def truth(plain: Path, source: Source) -> transformers.PreTrainedModel:
     """transformers' own model of the 16-bit checkpoint, with the weights that the source means."""
     model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
-    state = {f"{name}.weight": layer.weight for name, layer in source.layers.items()}
+    state = {f"{name}.weight": layer.weight.T if name.endswith(CONV1D) else layer.weight
+             for name, layer in source.layers.items()}  # fmt: skip
     model.load_state_dict(state, strict=False)
     return model
 
@@ -140,6 +146,26 @@ def test_the_model_is_the_one_that_the_codes_mean(plain_model, quantized, build,
         assert (found - expected).abs().mean() < 0.02 * expected.std()
     else:
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "gptq-asymmetric"])
+def test_layers_that_are_stored_transposed(plain_model, quantized, build, kind):
+    source = quantized(kind, "gpt2")
+    expected = logits(truth(plain_model("gpt2"), source))
+    assert torch.equal(logits(load_source(source.directory, "cpu")), expected)
+    found = [logits(load_model(build(source.directory, "--tp", tp), "cpu")[0]) for tp in (1, 2)]
+    assert torch.equal(*found)
+    assert (found[0] - expected).abs().mean() < 0.02 * expected.std()
+    assert kind == "gptq-asymmetric" or torch.equal(found[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["awq", "modelopt-fp8"])
+def test_transposed_layers_in_other_formats_are_refused(quantized, tkit, kind):
+    source = quantized(kind, "gpt2")
+    result = tkit("build", source.directory)
+    assert result.exit_code == 2 and "c_attn, c_proj, c_fc are Conv1D layers" in result.stderr, result.stderr
+    with pytest.raises(InputError, match="Conv1D"):
+        load_source(source.directory, "cpu")
 
 
 @pytest.mark.parametrize("tp", [1, 2])

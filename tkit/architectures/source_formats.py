@@ -289,7 +289,18 @@ def carried_moves(moves: Sequence[Move], format: SourceFormat, forms: Forms) -> 
     Hugging Face checkpoint are one layer's parts, or the source's own tensors where that is unified already.
     """
     qkv = {move.layer: move.sources for move in moves if move.module.endswith(".attention.qkv")}
-    carried = []
+    carried: list[Move] = []
+    transposed = {
+        name.removesuffix(".weight").rpartition(".")[2]: None
+        for move in moves
+        if move.transform == "transpose" and not _is_plain(move.sources[0], forms)
+        for name in move.sources
+    }
+    if transposed and format.unpack != "gptq":
+        raise InputError(
+            f"{format}: {', '.join(transposed)} are Conv1D layers, of which only GPTQ says how they lie",
+            hint="name the model it was made from",
+        )
     for move in moves:
         if move.kv_cache is not None:
             carried.append(_kv_scales(move, qkv[move.layer]))
@@ -315,7 +326,8 @@ def _kv_scales(move: Move, qkv: Sequence[str]) -> Move:
 def _carried_move(move: Move, format: SourceFormat, forms: Forms) -> Move:
     layers = [name.removesuffix(".weight") for name in move.sources]
     sources, shapes, dtypes = [], [], []
-    for layer, (out_features, in_features) in zip(layers, move.source_shapes, strict=True):
+    for layer, shape in zip(layers, move.source_shapes, strict=True):
+        out_features, in_features = reversed(shape) if move.transform == "transpose" else shape
         for tensor in format.tensors:
             name = f"{layer}.{tensor.name}"
             if not tensor.is_optional or name in forms:

@@ -235,7 +235,8 @@ def _read_source(directory: Path, device: str) -> tuple[ModelSpec, Weights, Kern
             assert format is not None
             for layer, tensors in by_layer(move, sources).items():
                 parts = {part: to_torch(*raw) for part, raw in unpacked(format, tensors, "F32").items()}
-                weights[f"{layer}.weight"] = QUANTIZERS[format.target.name].dequantize(parts).to(dtype)
+                weight = QUANTIZERS[format.target.name].dequantize(parts).to(dtype)
+                weights[f"{layer}.weight"] = weight.T.contiguous() if move.transform == "transpose" else weight
                 hook = _kernel_input(format.target, parts, device)
                 if hook is not None:
                     kernel_inputs[layer] = hook
