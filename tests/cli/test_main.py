@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 
 from tkit import demo
+from tkit.cli.main import COMMANDS, cli
 
 TKIT = [sys.executable, "-m", "tkit"]
 
@@ -83,3 +86,14 @@ def test_a_file_that_may_not_grow_is_named_and_nothing_is_left(tmp_path):
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.splitlines()[-1].endswith("/checkpoint/rank0.safetensors: File too large")
     assert not list((tmp_path / "engines").iterdir())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_option_once(name):
+    """Some commands list theirs under headings."""
+    command = cli.get_command(None, name)
+    text = CliRunner().invoke(command, ["--help"], terminal_width=80).output
+    options = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
+    listed = re.findall(r"^  (?:-h, )?(--[a-z-]+)", text, re.MULTILINE)
+    assert sorted(listed) == sorted([*options, "--help"])
+    assert max(map(len, text.splitlines())) <= 80

@@ -8,17 +8,29 @@ from pathlib import Path
 import click
 
 from tkit.cli.output import Output, output_options
+from tkit.cli.sections import SectionedCommand
 from tkit.specs.quantization import QUANT_FORMATS
 from tkit.specs.recipe import BACKENDS, FORMATS, GOALS, EngineRecipe
 from tkit.units import format_bytes, format_seconds
 
+SECTIONS = {
+    "Layout": "tp_size pp_size moe_ep_size",
+    "Quantization": "quant quant_overrides exclude kv_cache calib calib_samples calib_len seed device",
+    "What will run it": "format backend goal max_batch_size max_num_tokens max_seq_len gpu",
+    "Sources": "allow_pickle allow_zeros",
+}
 
-@click.command("build")
+
+@click.command("build", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("model", required=False)
-@click.option("--tp", "tp_size", type=click.IntRange(min=1), help="Tensor-parallel size, in GPUs.  [default: 1]")
-@click.option("--moe-ep", "moe_ep_size", type=click.IntRange(min=1),
+@click.option(
+    "--tp", "tp_size", type=click.IntRange(min=1), metavar="N", help="Tensor-parallel size, in GPUs.  [default: 1]"
+)
+@click.option("--moe-ep", "moe_ep_size", type=click.IntRange(min=1), metavar="N",
               help="Of the tp ranks, how many hold different experts.  [default: 1]")  # fmt: skip
-@click.option("--pp", "pp_size", type=click.IntRange(min=1), help="Pipeline-parallel size, in GPUs.  [default: 1]")
+@click.option(
+    "--pp", "pp_size", type=click.IntRange(min=1), metavar="N", help="Pipeline-parallel size, in GPUs.  [default: 1]"
+)
 @click.option("--quant", help=f"{', '.join(QUANT_FORMATS)}.  [default: none]")
 @click.option("--quant-override", "quant_overrides", multiple=True, metavar="PATTERN=QUANT",
               help="Another quantization for some modules: '*.attention.*=int8'. The first match counts.")  # fmt: skip
@@ -36,20 +48,24 @@ from tkit.units import format_bytes, format_seconds
 @click.option(
     "--goal", type=click.Choice(GOALS), help="What it is tuned for; tensorrt and pytorch.  [default: throughput]"
 )
-@click.option("--max-batch-size", type=click.IntRange(min=1),
+@click.option("--max-batch-size", type=click.IntRange(min=1), metavar="N",
               help="Requests that run at once; tensorrt and pytorch.  [default: 512, latency: 16]")  # fmt: skip
-@click.option("--max-num-tokens", type=click.IntRange(min=1),
+@click.option("--max-num-tokens", type=click.IntRange(min=1), metavar="N",
               help="Tokens of one step over all requests; tensorrt and pytorch.  [default: 8192]")  # fmt: skip
-@click.option("--max-seq-len", type=click.IntRange(min=2),
+@click.option("--max-seq-len", type=click.IntRange(min=2), metavar="N",
               help="Prompt and answer of one request; tensorrt and pytorch.  [default: the model's own limit]")  # fmt: skip
 @click.option("--gpu", help="With --dry-run: compile for this GPU, such as H100.  [default: this machine's]")
 @click.option("--calib", type=click.Path(), help="Calibration text, .txt or .jsonl.  [default: ships with tkit]")
-@click.option("--calib-samples", type=click.IntRange(min=1), help="Calibration samples.  [default: 16]")
-@click.option("--calib-len", type=click.IntRange(min=1), help="Tokens per calibration sample.  [default: 256]")
+@click.option("--calib-samples", type=click.IntRange(min=1), metavar="N", help="Calibration samples.  [default: 16]")
+@click.option(
+    "--calib-len", type=click.IntRange(min=1), metavar="N", help="Tokens per calibration sample.  [default: 256]"
+)
 @click.option("--seed", type=int, help="Seed of the calibration windows.  [default: 0]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu", show_default=True,
               help="Where calibration runs.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(1, 256), help="Threads that hash and write.  [default: one per core]")
+@click.option(
+    "--workers", type=click.IntRange(1, 256), metavar="N", help="Threads that hash and write.  [default: one per core]"
+)
 @click.option("--out", type=click.Path(path_type=Path), default="engines", show_default=True, help="Engines directory.")
 @click.option("--name", help="Engine name.  [default: made from model, quantization, layout and inputs]")
 @click.option("--force", is_flag=True, help="Build again even when the engine exists.")

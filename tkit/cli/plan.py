@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from tkit.cli.output import FiniteFloat, Output, output_options
+from tkit.cli.sections import SectionedCommand
 
 
 class _SizeOrAuto(click.ParamType):
@@ -27,18 +28,38 @@ class _SizeOrAuto(click.ParamType):
         return number
 
 
-@click.command("plan")
+SECTIONS = {
+    "Hardware": "gpu num_gpus tp pp engine engine_version",
+    "Model": "quant kv_cache",
+    "Load": "isl osl concurrency requests_s slo",
+    "Cost and comparison": "prices axes html",
+    "How good it is": "run table",
+}
+
+
+@click.command("plan", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("words", metavar="[MODEL]", nargs=-1)
 @click.option("--gpu", default="h100", show_default=True, help="GPU of the table: h100, h200, b200, l40s, a100, ...")
-@click.option("--num-gpus", type=click.IntRange(min=1), help="GPUs to use.  [default: the fewest that fit]")
+@click.option(
+    "--num-gpus", type=click.IntRange(min=1), metavar="N", help="GPUs to use.  [default: the fewest that fit]"
+)
 @click.option("--tp", type=_SizeOrAuto(), help="Tensor-parallel size, in GPUs, or auto.  [default: auto]")
 @click.option("--pp", type=_SizeOrAuto(), help="Pipeline-parallel size, in GPUs, or auto.  [default: auto]")
 @click.option("--quant", help="Weight quantization.  [default: the recipe's first engine]")
 @click.option("--kv-cache", help="auto, fp16, fp8, int8 or nvfp4.  [default: the recipe's first engine, or auto]")
-@click.option("--isl", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of a prompt.")
-@click.option("--osl", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of an answer.")
 @click.option(
-    "--concurrency", type=click.IntRange(1, 1_000_000), default=16, show_default=True, help="Requests in flight."
+    "--isl", type=click.IntRange(min=1), metavar="N", default=1024, show_default=True, help="Tokens of a prompt."
+)
+@click.option(
+    "--osl", type=click.IntRange(min=1), metavar="N", default=1024, show_default=True, help="Tokens of an answer."
+)
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1, 1_000_000),
+    metavar="N",
+    default=16,
+    show_default=True,
+    help="Requests in flight.",
 )
 @click.option("--slo", help="Tier whose TTFT and TPOT must hold: interactive, conversational or batch.")
 @click.option("--rate", "requests_s", type=FiniteFloat(min=0, min_open=True),

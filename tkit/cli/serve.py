@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from tkit.cli.output import Output, output_options
+from tkit.cli.sections import SectionedCommand
 from tkit.specs.server import DEVICES, MODEL_NAME, RENDER_TARGETS, ServeOptions, ServerRecord
 
 
@@ -16,7 +17,14 @@ def _option(name: str, default: Any, text: str, **more: Any) -> Callable[[Callab
     return click.option(name, default=default, show_default=True, help=text, **more)
 
 
-@click.command("serve")
+SECTIONS = {
+    "Ports": "host http_port grpc_port metrics_port openai_port api_key_file",
+    "Limits": "device max_batch_size max_queue_size kv_cache_fraction timeout",
+    "Where it runs": "replaces detach render out",
+}
+
+
+@click.command("serve", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("engine", required=False)
 @_option("--host", ServeOptions.host, "IPv4 address to listen on.")
 @_option("--http-port", ServeOptions.http_port, "HTTP port; 0 = any free one.")

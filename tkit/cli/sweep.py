@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tkit.cli.output import Output, output_options
+from tkit.cli.sections import SectionedCommand
 
 if TYPE_CHECKING:
     from tkit.specs.recipe import SweepRecipe
@@ -59,7 +60,16 @@ class _Workers(click.ParamType):
         return int(str(value))
 
 
-@click.command("sweep")
+SECTIONS = {
+    "Server": "url protocol model api_key_file tokenizer engine metrics_url num_gpus",
+    "Requests": "shapes isl_chars prefix_shares spread dataset seed",
+    "Load": "concurrency rates arrivals max_outstanding find_max slo_share",
+    "How long": "requests duration_s repeats timeout_s reconnect_s",
+    "Client": "num_workers calibrate",
+}
+
+
+@click.command("sweep", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("profile", required=False)
 @click.option("--url", metavar="HOST:PORT", help="Server to measure.  [default: the newest that tkit serve started]")
 @click.option("--protocol", metavar="NAME",

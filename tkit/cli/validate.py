@@ -19,7 +19,9 @@ if TYPE_CHECKING:  # a command imports what it needs when it runs
     "--source", type=click.Path(path_type=Path), help="Model directory to compare with.  [default: from the card]"
 )
 @click.option("--text", type=click.Path(path_type=Path), help="Held-out text.  [default: ships with tkit]")
-@click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="Windows of 512 tokens.")
+@click.option(
+    "--windows", type=click.IntRange(min=1), metavar="N", default=16, show_default=True, help="Windows of 512 tokens."
+)
 @click.option(
     "--max-kl", type=FiniteFloat(min=0), help="Exit 3 when the mean KL divergence, in nats per token, is larger."
 )
