@@ -132,6 +132,13 @@ def test_greedy_text_through_the_openai_front_is_transformers_own(server, expect
         lengths = [8, 40, 16, 24]
         alone = [complete(prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=False)]
         assert alone == [expected(prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=False)]
+        events = client.completions.create(
+            model="ensemble", prompt=PROMPTS[1], max_tokens=lengths[1], temperature=0, stream=True
+        )
+        assert "".join(event.choices[0].text for event in events) == alone[1]
+        with pytest.raises(openai.BadRequestError, match="the model has 2048 positions") as too_long:
+            complete(PROMPTS[0], 2048)
+        assert too_long.value.code == "context_length_exceeded"
         with ThreadPoolExecutor(32) as pool:
             wanted = [(PROMPTS[number % 16], lengths[number % 4]) for number in range(32)]
             together = list(pool.map(lambda one: complete(*one), wanted))

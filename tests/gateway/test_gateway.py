@@ -231,6 +231,7 @@ def test_a_stream_byte_by_byte_is_made_of_whole_events(server: ServerRecord) -> 
         (b"[" * 100_000, "nested too deeply"),
         (b'{"model": "ensemble", "prompt": "\\ud800"}', "it holds half a character"),
         (b'{"model": "ensemble", "prompt": "a", "stop": "\\ud800"}', "stop is expected to hold texts only"),
+        (b'{"\\ud800": 1}', 'unknown parameter "?"'),
         (b"[]", "the body is a list, expected an object"),
     ],
 )
@@ -258,6 +259,7 @@ def test_the_key_guards_what_costs_and_nothing_else(server: ServerRecord) -> Non
         response = connection.getresponse()
         told = response.status, json.loads(response.read())
         connection.close()
+        assert (response.getheader("www-authenticate") == "Bearer") is (response.status == 401)
         return told
 
     for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": KEY}, {"Authorization": f"Bearer {KEY}é"}):

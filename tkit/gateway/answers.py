@@ -124,4 +124,5 @@ def _event(value: dict[str, Any]) -> bytes:
 
 
 def to_json(value: Any) -> bytes:
-    return ENCODER.encode(value).encode()
+    """A message may quote half a character that a client sent; no text holds it."""
+    return ENCODER.encode(value).encode(errors="replace")

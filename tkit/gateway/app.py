@@ -27,7 +27,13 @@ from tkit.gateway.settings import GatewaySettings
 from tkit.gateway.triton import Generation, Piece, TritonModel
 
 MAX_BODY_BYTES = 16_000_000  # a prompt of a million tokens has about 4 MB
-RETRY_AFTER = {"retry-after": "1"}
+# 413: the rest of the body is not read
+HEADERS = {
+    401: {"www-authenticate": "Bearer"},
+    413: {"connection": "close"},
+    429: {"retry-after": "1"},
+    503: {"retry-after": "1"},
+}
 CLIENT_LEFT = 499  # nginx's; nobody reads it
 
 Handler = Callable[[Request], Coroutine[Any, Any, ASGIApp]]
@@ -210,10 +216,7 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    headers = RETRY_AFTER if error.status in (429, 503) else {}
-    if error.status == 413:
-        headers = {"connection": "close"}  # the rest of the body is not read
-    return _json(error.body(), error.status, headers)
+    return _json(error.body(), error.status, HEADERS.get(error.status))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -7,6 +7,7 @@ is worse than none. Everything that is wrong is listed at once.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -128,7 +129,8 @@ def _generation(
         )
     except InputError as error:
         # The specification's field of the stop words is called otherwise.
-        raise ApiError(400, "; ".join(error.problems).replace("stop_words", "stop")) from error
+        problems = [problem.replace("stop_words", "stop") for problem in error.problems]
+        raise ApiError(400, "; ".join(problems), param=problems[0].split()[0]) from error
 
 
 def _problems(values: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]) -> dict[str, str]:
@@ -224,5 +226,5 @@ def _kind(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -250,4 +250,5 @@ def _api_error(error: grpc.aio.AioRpcError) -> ApiError:
     status, message = STATUSES.get(error.code(), 500), error.details() or error.code().name
     if status == 503 and "queue" in message.lower():  # tkit's engine and Triton both say that it is full
         status = 429
-    return ApiError(status, message)
+    is_too_long = status == 400 and "positions" in message
+    return ApiError(status, message, code="context_length_exceeded" if is_too_long else None)
