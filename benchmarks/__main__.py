@@ -13,6 +13,9 @@ BESIDE_ANOTHER_TOOL = {"plan", "quality", "quantize"}
 
 def main() -> None:
     known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{__doc__}\n\nknown: {', '.join(known)}")
+        return
     chosen = sys.argv[1:] or [name for name in known if name not in BESIDE_ANOTHER_TOOL]
     unknown = [name for name in chosen if name not in known]
     if unknown:

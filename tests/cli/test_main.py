@@ -41,6 +41,7 @@ def test_a_name_is_that_of_a_directory(tkit, tmp_path, command, name):
         (["serve", "--out", "x"], "--out goes with --render"),
         (["serve", "--render", "docker", "--detach"], "--render starts nothing"),
         (["build", "--workers", "100000"], "not in the range"),
+        (["build", "--backend", "pytorch", "--max-seq-len", "9999"], "max_seq_len is 9999, the model's limit is 2048"),
         (["sweep", "--url", "127.0.0.1:99999"], "--url is '127.0.0.1:99999', expected host:port"),
         (["validate", "--max-kl", "nan"], "nan is not a finite number"),
         (["validate", "--max-ppl-ratio", "-1"], "-1.0 is not in the range"),

@@ -176,8 +176,8 @@ def plan_build(
         if carried is None:
             precision, smaller_groups = fitted_precision(spec, precision, recipe.parallel)
         moves = _plan_formats(spec, precision, recipe)
-        if backend == "pytorch" and (problems := _pytorch_problems(moves, precision)):
-            raise InputError("--backend pytorch: no reader of this format", problems=problems)
+        if backend == "pytorch" and (problems := _pytorch_problems(moves, precision, recipe, spec)):
+            raise InputError("--backend pytorch cannot run this", problems=problems)
         problems = _config_problems(spec, precision, recipe.parallel) if recipe.format != "hf" else []
         if problems:
             raise InputError(f"{config_path}: TensorRT-LLM has no engine for this model", problems=problems)
@@ -384,10 +384,13 @@ def _formats(moves: Sequence[Move]) -> dict[str, QuantFormat]:
     return {format.name: format for format in used if format is not None}
 
 
-def _pytorch_problems(moves: Sequence[Move], precision: Precision) -> list[str]:
+def _pytorch_problems(moves: Sequence[Move], precision: Precision, recipe: EngineRecipe, spec: ModelSpec) -> list[str]:
     algorithms = {format.algo for format in _formats(moves).values()} or {None}
-    problems = (format_problems(algo, precision.kv_cache_algo) for algo in algorithms)
-    return sorted({line for lines in problems for line in lines})
+    problems = {line for algo in algorithms for line in format_problems(algo, precision.kv_cache_algo)}
+    limit = spec.max_position_embeddings
+    if recipe.max_seq_len is not None and recipe.max_seq_len > limit:
+        problems.add(f"max_seq_len is {recipe.max_seq_len}, the model's limit is {limit}")
+    return sorted(problems)
 
 
 def _config_problems(spec: ModelSpec, precision: Precision, parallel: Parallel) -> list[str]:
