@@ -4,8 +4,8 @@
 
 PYTHON is the interpreter of an environment with `pip install aiconfigurator==0.12.0` (850 MB); without it one is made in
 a temporary directory. Runs are taken evenly from the published closed loops of dense and MoE models on one engine
-with tensor parallelism alone, which both can predict. tkit's figure is given twice: with the shipped constants, which were
-fitted to these rows among others, and with constants fitted without the rows' deployments (engine version, GPU, model).
+with tensor parallelism alone, which both can predict. tkit's figure is given twice: as a plan has it, each row without itself,
+and without the rows' deployments (engine version, GPU, model), neither in the fit of the constants nor as neighbours.
 aiconfigurator's tables are measurements of kernels; its published sample is where these rows come from.
 """
 
@@ -21,9 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tkit.planner.holdout import fit_all, folds_by_deployment, predict_rows
+from tkit.planner.holdout import folds_by_deployment, left_out
+from tkit.planner.kernels import Fold, predicted
+from tkit.planner.neighbours import published
 from tkit.planner.published import Row, read_table
-from tkit.planner.selfcheck import shipped_values
+from tkit.planner.selfcheck import predict
 
 # both know these; aiconfigurator ships their configs, so nothing is downloaded
 MODELS = {
@@ -63,15 +65,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         python = arguments.aiconfigurator or environment(Path(directory))
         answers, seconds, num_bytes = aiconfigurator(python, runs)
+    unseen = predict_unseen(everything)
     ttft = {run_of(row): row for row in everything if row.metric == "ttft" and row.load == "closed"}
     for metric in ("tpot", "ttft"):
         rows = [run if metric == "tpot" else ttft.get(run_of(run)) for run in runs]
         pairs = [
             (row, answer[metric] / 1e3) for row, answer in zip(rows, answers, strict=True) if row is not None and answer
         ]
-        print_errors(metric, everything, [row for row, _ in pairs], np.array([value for _, value in pairs]))
+        print_errors(metric, [row for row, _ in pairs], np.array([value for _, value in pairs]), unseen)
     started = time.perf_counter()
-    predict_rows(runs, shipped_values())
+    predict(runs)
     our_seconds = (time.perf_counter() - started) / len(runs)
     print(f"\nseconds per prediction    aiconfigurator {np.median(seconds):.3f}, tkit {our_seconds:.5f}")
     own_bytes = sum(path.stat().st_size for path in Path(sys.modules["tkit"].__path__[0], "planner").rglob("*.*"))
@@ -83,8 +86,8 @@ def run_of(row: Row) -> tuple[object, ...]:
     return (row.engine, row.version, row.gpu, row.shape.name, row.dtype, row.parallel, row.isl, row.osl, row.amount)
 
 
-def print_errors(metric: str, everything: list[Row], rows: list[Row], theirs: np.ndarray) -> None:
-    ours, unseen = predict_rows(rows, shipped_values()), predict_unseen(everything, rows)
+def print_errors(metric: str, rows: list[Row], theirs: np.ndarray, predicted_unseen: dict[int, float]) -> None:
+    ours, unseen = predict(rows)[0], np.array([predicted_unseen[row.number] for row in rows])
     truth = np.array([row.value for row in rows])
     print(f"\n{metric.upper()}, ms: {len(rows)} runs that both answer")
     print(f"{'':60} measured  aiconf.    tkit  unseen")
@@ -94,8 +97,8 @@ def print_errors(metric: str, everything: list[Row], rows: list[Row], theirs: np
             f"{row.isl}/{row.osl} C{row.amount:g}"
         )
         print(f"{name[:60]:60} {value * 1e3:8.1f} " + "".join(f"{other * 1e3:8.1f}" for other in others))
-    for name, predicted in (("aiconfigurator", theirs), ("tkit", ours), ("tkit, deployment unseen", unseen)):
-        error = np.abs(predicted / truth - 1)
+    for name, values in (("aiconfigurator", theirs), ("tkit", ours), ("tkit, deployment unseen", unseen)):
+        error = np.abs(values / truth - 1)
         print(f"{name:25} MAPE {error.mean():6.1%}  median {np.median(error):6.1%}  worst {error.max():6.1%}")
 
 
@@ -133,16 +136,16 @@ def aiconfigurator(python: Path, rows: list[Row]) -> tuple[list[dict[str, float]
     return answers, result["seconds"][1:], num_bytes
 
 
-def predict_unseen(everything: list[Row], chosen: list[Row]) -> np.ndarray:
-    """Each row predicted by constants fitted without its fold of deployments."""
-    numbers = {row.number: index for index, row in enumerate(chosen)}
-    result = np.full(len(chosen), np.nan)
-    for _, out in folds_by_deployment(everything):
-        rows = [row for row, is_out in zip(everything, out, strict=True) if is_out and row.number in numbers]
-        if rows:
-            values = fit_all([row for row, is_out in zip(everything, out, strict=True) if not is_out])
-            result[[numbers[row.number] for row in rows]] = predict_rows(rows, values)
-    return result
+def predict_unseen(everything: list[Row]) -> dict[int, float]:
+    """{number of a row: its prediction by constants and neighbours outside its fold of deployments}."""
+    folds, _ = left_out(everything, folds_by_deployment(everything))
+    runs, kernels = [row.run for row in everything], published().kernels
+    left = np.zeros(len(runs))
+    for name, kernel in kernels.items():
+        index = np.array([i for i, run in enumerate(runs) if run.kernel == name])
+        own = [Fold(fold.out[index], fold.residuals[index]) for fold in folds]
+        left[index] = predicted(kernel, [runs[i] for i in index], own)[0]
+    return {row.number: row.value / float(np.exp(error)) for row, error in zip(everything, left, strict=True)}
 
 
 def environment(directory: Path) -> Path:

@@ -7,10 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tkit.planner.calibration import fit, is_steady, levenberg_marquardt, predict, table
-from tkit.planner.holdout import coverage
+from tkit.planner import neighbours
+from tkit.planner.calibration import fit, group_of, is_steady, levenberg_marquardt, predict, table
+from tkit.planner.holdout import coverage, efficiencies, predict_rows
 from tkit.planner.published import SHIPPED, read_table
-from tkit.planner.selfcheck import render, selfcheck, shipped_values
+from tkit.planner.roofline import decode_step
+from tkit.planner.selfcheck import MEDIAN_THRESHOLDS, THRESHOLDS, render, selfcheck, shipped_values
+from tkit.planner.speed import marginal_prefill_s
 
 HEADER = (
     "engine,engine_version,gpu,tp,model,weights_dtype,isl,osl,concurrency_or_batch,metric,value,regime,kv_dtype,pp,"
@@ -34,10 +37,57 @@ def score(check, by, cell):
 
 
 def test_the_shipped_rows_are_predicted_as_well_as_when_they_were_fitted(shipped):
-    assert shipped.rows == 4087
+    assert shipped.rows == 4083
     assert shipped.failed == ()
     assert score(shipped, "regime", "max_throughput throughput").n == 1792
     assert "by engine" in render(shipped)
+
+
+def test_corrections_are_worth_their_while(shipped):
+    for cell in THRESHOLDS | MEDIAN_THRESHOLDS:
+        found = score(shipped, "metric", cell)
+        assert found.mape < 0.6 * found.formula, cell
+
+
+def test_the_shipped_residuals_are_those_of_the_shipped_constants(published):
+    rows = published[::40]
+    left = np.log([row.value for row in rows]) - np.log(predict_rows(rows, shipped_values()))
+    groups = neighbours.published().groups
+    for row, residual in zip(rows, left, strict=True):
+        group = groups[row.run.group]
+        found = group.residuals[np.isclose(group.values, row.value, rtol=1e-6)]
+        assert np.abs(found - residual).min() < 2e-3, row.number
+
+
+BURST = "sglang,0.5.1.post1,H100-SXM,8,Qwen/Qwen3-32B,,1024,128,64,{metric},{value},inferencex_agg,,1,TP8PP1DP1etp1ep1"
+REPLICAS = "trtllm,1.2.0rc6.post3,B200,1,deepseek-ai/DeepSeek-R1,fp4,1024,1024,8,tpot,12.3,inferencex_agg,,1,{layout}"
+
+
+def test_requests_in_flight_are_those_of_all_replicas_of_the_attention(tmp_path):
+    named = REPLICAS.format(layout="TP1PP1DP8etp1ep8") + ",id=r1_b200_trtllm_fp4_agg_1024x1024_c96_tp8_0_ep8_0_976"
+    layouts = [REPLICAS.format(layout=layout) + "," for layout in ("TP1PP1DP8etp1ep8", "TP1PP1DP64etp8ep8")]
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join([f"{HEADER},notes", named, *layouts]) + "\n")
+    rows, _ = read_table(path)
+    assert [(row.amount, row.parallel.tp_size, row.has_attention_dp) for row in rows] == [
+        (96.0, 8, True), (64.0, 8, True), (512.0, 8, True),
+    ]  # fmt: skip
+
+
+def test_a_burst_waits_for_half_of_the_prompts(tmp_path):
+    """64 clients that send one request each: TTFT spreads evenly over the time that all prompts take."""
+    path = tmp_path / "rows.csv"
+    lines = [BURST.format(metric=metric, value=value) for metric, value in (("tpot", 13.7), ("ttft", 922))]
+    path.write_text("\n".join([HEADER, *lines]) + "\n")
+    rows, _ = read_table(path)
+    values = {name: value * 0 if "request" in name else value for name, value in shipped_values().items()}
+    values["waiting"] = np.ones_like(values["waiting"])
+    tpot, ttft = predict_rows(rows, values)
+    e = efficiencies(values, group_of("sglang", "0.5.1.post1"))
+    m = rows[0].machine
+    prompts = 64 * float(marginal_prefill_s(m, 1024, e))
+    assert tpot == pytest.approx(float(decode_step(m, 64, 1024 + 64, e).total) + 63 / 64 * prompts / 2 / 128, rel=1e-6)
+    assert ttft == pytest.approx(prompts * 0.9 * 9 / 16, rel=0.15)  # lengths are 0.9 on average; 8 prompts to a step
 
 
 def test_nine_in_ten_rows_lie_within_their_band(shipped):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -37,6 +38,9 @@ def test_one_screen(tkit):
     assert lines[2].startswith("VERDICT  fits on 2 x H100-SXM (tp 2, pp 1)")
     assert "327,680 B per token (0.3125 MiB)" in result.stdout
     assert "SLO conversational" in result.stdout
+    assert re.search(
+        r"TPOT: formula x \d\.\d\d, .*published runs?.*;  TTFT: x \d\.\d\d, .*published run", result.stdout
+    )
 
 
 def test_stored_weights_are_what_a_build_writes(tkit):
@@ -50,6 +54,23 @@ def test_stored_weights_are_what_a_build_writes(tkit):
         plan = record(tkit("plan", "--quant", quant, "--tp", tp, "--gpu", "l4", "--json"))
         assert plan["stored_bytes"] == stored
         assert plan["num_params"] == card["num_params"]
+
+
+def test_the_bytes_of_a_mixed_recipe(tkit):
+    """Each layer in its own format, each rank's KV scales; and the weights on the GPU are the smaller for it."""
+    recipe = {"quant": "int8", "exclude": ["layers.0", "layers.3.mlp"], "quant_overrides": {"*.self_attn.*": "int4"}}
+    Path("mixed.yaml").write_text(json.dumps({"model": "demo", "engines": [recipe | {"kv_cache": "fp8"}]}))
+    built = tkit("build", "mixed.yaml", "--tp", 2, "--json")
+    assert built.exit_code == 0, built.output
+    directory = Path("engines") / json.loads(built.stdout)["name"] / "checkpoint"
+    plan = record(tkit("plan", "mixed.yaml", "--tp", 2, "--gpu", "l4", "--json"))
+    assert plan["stored_bytes"] == sum(tensor_bytes(path) for path in directory.glob("rank*.safetensors"))
+    assert plan["kv_cache"] == "fp8"
+    weights = [
+        record(tkit("plan", "demo", "--quant", quant, "--tp", 2, "--gpu", "l4", "--json"))["chosen"]["ledger"]
+        for quant in ("none", "int4")
+    ]
+    assert weights[1]["weight_bytes"] < plan["chosen"]["ledger"]["weight_bytes"] < weights[0]["weight_bytes"]
 
 
 def tensor_bytes(path):
@@ -166,6 +187,7 @@ def test_comparison(tkit, tmp_path):
     assert result.exit_code == 0, result.output
     assert "gpu=H100-SXM quant=fp8 tp=8" in result.stdout
     assert "$/M tok" in result.stdout
+    assert "= formula x" in result.stdout
     assert "gpu=A100-SXM-80 quant=fp8 tp=4: fp8 needs compute capability 8.9" in result.stdout
 
 

@@ -69,7 +69,8 @@ def test_an_engine_on_a_gpu_is_held_against_the_data_sheet_and_the_plan(tkit, tm
     assert found[1]["limit_tpot_ms"] == pytest.approx(1e3 * read / (2 * 3.35e12), rel=0.02)  # scales, a few bytes
     assert found[1]["limit_binds"] == "memory bandwidth (weights)"
     for load, wall in zip((1, 4), found, strict=True):
-        arguments = ["--tp", 2, "--pp", 1, "--quant", "fp8", "--kv-cache", "fp16", "--isl", 128, "--osl", 64]
+        arguments = ["--tp", 2, "--pp", 1, "--quant", "fp8", "--kv-cache", "fp16", "--isl", 128, "--osl", 64,
+                     "--engine-version", "1.2.1"]  # fmt: skip
         plan = json.loads(tkit("plan", "demo", "--gpu", "h100", *arguments, "--concurrency", load, "--json").stdout)
         assert wall["predicted_tok_s"] == {name: plan["tok_s"][name] for name in ("value", "low", "high")}
         assert wall["predicted_tpot_ms"]["value"] == pytest.approx(plan["tpot_ms"]["value"])
@@ -246,7 +247,7 @@ def test_a_config_that_no_model_has_costs_the_wall_and_not_the_report(tkit, tmp_
 
 def test_a_torn_calibration_is_named(tkit, tmp_path):
     run = make_run(tmp_path / "reports", "run", engine=gpu_engine(), concurrency=(1,), requests=12)
-    (run / "plan-calibration.json").write_text('{"schema": "tkit.plan-calibration/1", "engine": {"name": "x"}}')
+    (run / "plan-calibration.json").write_text('{"schema": "tkit.plan-calibration/2", "engine": {"name": "x"}}')
     found, hardware = walls(tkit, run)
     assert found == [None] and 'plan-calibration.json: engine: key "efficiencies" is missing' in hardware
 

@@ -126,7 +126,7 @@ def group_of(engine: str, version: str) -> int:
 
 def is_steady(row: Row) -> bool:
     """Rows that follow from the closed formulas; the others need the simulation."""
-    return row.load in ("offline", "static") or (row.load == "closed" and row.metric != "ttft")
+    return row.load in ("offline", "static") or (row.load in ("closed", "burst") and row.metric != "ttft")
 
 
 def capacity(pool: Number, per_sequence: Number, reserved_bytes: Number) -> Number:
@@ -151,6 +151,7 @@ def predict(rows: Table, values: Values) -> Floats:
         ((load == "static") & (metric == "throughput"), static),
         ((load == "static") & (metric == "ttft"), first),
         ((load == "closed") & (metric == "tpot"), tpot_s(m, batch, isl, osl, e)),
+        ((load == "burst") & (metric == "tpot"), tpot_s(m, batch, isl, osl, e, share=0.5)),
         ((load == "closed") & (metric == "throughput"), throughput(m, batch, isl, osl, e)),
     ]
     return np.select([is_case for is_case, _ in cases], [value for _, value in cases], default=np.nan)

@@ -70,6 +70,7 @@ def render(comparison: Comparison) -> str:
         "max users",
         "TTFT ms",
         "TPOT ms",
+        "= formula x",
         "tok/s",
         "tok/s/GPU",
         "J/token",
@@ -91,6 +92,7 @@ def render(comparison: Comparison) -> str:
             f"{plan.max_concurrency:,}",
             f"{plan.ttft_ms.value:.0f}",
             f"{plan.tpot_ms.value:.1f}",
+            f"{plan.tpot_ms.factor:.2f}",
             f"{plan.tok_s.value:,.0f}",
             f"{plan.tok_s.value / parallel.world_size:,.0f}",
         ]

@@ -35,11 +35,13 @@ class Band:
 @dataclass(frozen=True, kw_only=True)
 class Engine:
     name: str
+    version: str  # as asked for; empty = not stated
     generation: str
     efficiencies: Efficiencies
     errors: Mapping[str, Mapping[str, Any]]
     gpus: tuple[str, ...]  # seen by the fit
     provenance: str  # one line: rows, error, date
+    is_refitted: bool = False  # to the user's own sweep
 
     def band(self, metric: str, gpu: str, dtype: str, is_moe: bool) -> Band:
         """The most specific cell that has rows."""
@@ -65,6 +67,7 @@ def engine(name: str = DEFAULT_ENGINE, version: str | None = None) -> Engine:
     generation = generations[generation_index([row["before"] for row in generations], version)]
     return Engine(
         name=name,
+        version=version or "",
         generation=generation["name"],
         efficiencies=Efficiencies(**generation["efficiencies"]),
         errors=record["errors"],

@@ -1,13 +1,15 @@
-"""Refits the shipped constants and measures what they are worth on rows they have not seen. `python -m tkit.planner.holdout`
+"""Refits the shipped constants, chooses the kernels of their corrections, and measures what both are worth on rows they have
+not seen. `python -m tkit.planner.holdout` writes everything anew: `data/engines/*.json`, `residuals.csv`, `neighbours.json`.
 
-Three ways of leaving out: every GPU in turn (a card nobody measured), every engine version in turn, and every fifth group of
-(engine version, GPU, model) (a new deployment on a known card). The errors of the first and the last become the bands of
-`data/engines/*.json`: truth / prediction, by cell. The coverage that those bands reach is measured across the folds: each
-fold's band comes from the other folds.
+Four ways of leaving out: every fifth row (another run of a published deployment), every fifth group of (engine version,
+GPU, model) (a new deployment on a known card), every GPU in turn (a card nobody measured), every engine version in turn.
+The coverage that bands reach is measured across the folds: each fold's band comes from the other folds.
 """
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import datetime
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +34,8 @@ from tkit.planner.calibration import (
     table,
 )
 from tkit.planner.engines import DIRECTORY, ENGINE_SCHEMA
+from tkit.planner.kernels import Fold, Folds, bare, choose, doubtful, is_held, mape, predicted, widths
+from tkit.planner.neighbours import KERNELS, RESIDUALS, Run, metric_of
 from tkit.planner.published import SHIPPED, Row, read_table
 from tkit.planner.roofline import Efficiencies
 from tkit.planner.speed import served
@@ -51,8 +55,9 @@ def efficiencies(values: Values, group: int) -> Efficiencies:
 def predict_row_ttft(row: Row, e: Efficiencies) -> tuple[float, float]:
     """(mean TTFT, requests in flight) of a simulated run."""
     fits = float(capacity(row.kv_pool, row.kv_bytes_per_sequence, e.reserved_bytes))
-    if row.load == "closed":
-        result = served(row.machine, row.isl, row.osl, fits, e, concurrency=int(row.amount))
+    if row.load in ("closed", "burst"):
+        num_requests = int(row.amount) if row.load == "burst" else None
+        result = served(row.machine, row.isl, row.osl, fits, e, concurrency=int(row.amount), num_requests=num_requests)
         return float(result.ttft.mean()), row.amount
     result = served(row.machine, row.isl, row.osl, fits, e, rate=row.amount, num_requests=500)
     return float(result.ttft.mean()), float(np.sum(result.ttft + result.tpot * row.osl)) / result.duration_s
@@ -115,6 +120,19 @@ def _fit_way_in(rows: Sequence[Row], values: dict[str, Floats]) -> dict[str, Flo
     return values | dict(zip(TTFT_CONSTANTS, fitted, strict=True))
 
 
+def folds_by_row(rows: Sequence[Row]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Copies of a row are in the same fold."""
+    number = np.array(
+        [
+            zlib.crc32(f"{row.gpu}{row.shape}{row.parallel}{row.isl}{row.osl}{row.amount}{row.value}".encode())
+            % NUM_FOLDS
+            for row in rows
+        ]
+    )
+    for fold in range(NUM_FOLDS):
+        yield str(fold), number == fold
+
+
 def folds_by_gpu(rows: Sequence[Row]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
     for gpu in sorted({row.gpu for row in rows}):
         yield gpu, np.array([row.gpu == gpu for row in rows])
@@ -134,17 +152,15 @@ def folds_by_deployment(rows: Sequence[Row]) -> Iterator[tuple[str, NDArray[np.b
         yield str(fold), number == fold
 
 
-def held_out(rows: Sequence[Row], folds: Iterator[tuple[str, NDArray[np.bool_]]]) -> tuple[Floats, list[str]]:
-    """(ln(truth / prediction), fold) of every row, each predicted by constants that have not seen its fold."""
-    errors, names = np.full(len(rows), np.nan), [""] * len(rows)
+def left_out(rows: Sequence[Row], folds: Iterator[tuple[str, NDArray[np.bool_]]]) -> tuple[list[Fold], list[str]]:
+    """(every fold with what constants that have not seen it leave of all rows, the fold of every row)."""
+    measured, found, names = np.log([row.value for row in rows]), [], [""] * len(rows)
     for name, out in folds:
         values = fit_all([row for row, is_out in zip(rows, out, strict=True) if not is_out])
-        chosen = [row for row, is_out in zip(rows, out, strict=True) if is_out]
-        predicted = predict_rows(chosen, values)
-        errors[out] = np.log([row.value for row in chosen]) - np.log(predicted)
+        found.append(Fold(out, measured - np.log(predict_rows(rows, values))))
         for index in np.flatnonzero(out):
             names[index] = name
-    return errors, names
+    return found, names
 
 
 def cells_of(row: Row, is_seen: bool) -> tuple[str, ...]:
@@ -152,11 +168,6 @@ def cells_of(row: Row, is_seen: bool) -> tuple[str, ...]:
     metric = metric_of(row.metric, row.load)
     kind, seen = "moe" if row.is_moe else "dense", "seen" if is_seen else "new"
     return (f"{metric}/{row.dtype}/{kind}/{seen}", f"{metric}/{kind}/{seen}", f"{metric}/{kind}", metric)
-
-
-def metric_of(metric: str, load: str) -> str:
-    """Idle TTFT is another quantity than TTFT under load."""
-    return "idle ttft" if metric == "ttft" and load == "static" else metric
 
 
 def bands(rows: Sequence[Row], seen: Floats, new: Floats, tail: float = TAIL) -> dict[str, dict[str, float]]:
@@ -193,11 +204,12 @@ def coverage(rows: Sequence[Row], errors: Floats, names: Sequence[str], tail: fl
 
 
 def summary(rows: Sequence[Row], errors: Floats) -> dict[str, dict[str, float]]:
-    """{load/metric/dense or MoE: n, MAPE, median}."""
+    """{load/metric/dense or MoE: n, MAPE, median}. A burst counts as a closed loop."""
     result = {}
-    keys = [f"{row.load} {row.metric} {'moe' if row.is_moe else 'dense'}" for row in rows]
+    loads = ["closed" if row.load == "burst" else row.load for row in rows]
+    keys = [f"{load} {row.metric} {'moe' if row.is_moe else 'dense'}" for row, load in zip(rows, loads, strict=True)]
     for key in sorted(set(keys)):
-        size = np.abs(np.exp(-errors[[k == key for k in keys]]) - 1)
+        size = mape(errors[[k == key for k in keys]])
         result[key] = {
             "n": len(size),
             "mape": round(float(size.mean()), 4),
@@ -207,27 +219,75 @@ def summary(rows: Sequence[Row], errors: Floats) -> dict[str, dict[str, float]]:
 
 
 def refit(today: str) -> Mapping[str, Any]:
-    """Writes every engine's file; returns what was reached."""
+    """Writes every engine's file and the corrections; returns what was reached."""
     rows, _ = read_table(SHIPPED)
     values = fit_all(rows)
     inside = np.log([row.value for row in rows]) - np.log(predict_rows(rows, values))
-    new, gpu_names = held_out(rows, folds_by_gpu(rows))
-    seen, fold_names = held_out(rows, folds_by_deployment(rows))
-    unknown, _ = held_out(rows, folds_by_version(rows))
-    reached: dict[str, Any] = {
-        "in_sample": summary(rows, inside),
-        "leave_one_gpu_out": summary(rows, new),
-        "leave_one_version_out": summary(rows, unknown),
-        "leave_deployments_out": summary(rows, seen),
+    found = {
+        "rows": left_out(rows, folds_by_row(rows)),
+        "deployments": left_out(rows, folds_by_deployment(rows)),
+        "GPUs": left_out(rows, folds_by_gpu(rows)),
+        "versions": left_out(rows, folds_by_version(rows)),
+    }
+    errors = {way: bare(folds) for way, (folds, _) in found.items()}
+    _write_engines(rows, values, inside, errors, today)
+    corrected = _write_corrections(rows, inside, {way: folds for way, (folds, _) in found.items()}, today)
+    return {
+        "formula": {"in sample": summary(rows, inside), **{way: summary(rows, left) for way, left in errors.items()}},
+        "corrected": {way: summary(rows, left) for way, (left, _) in corrected.items()},
+        "coverage of the formula's bands": {
+            way: round(coverage(rows, errors[way], names), 4) for way, (_, names) in found.items()
+        },
         "coverage": {
-            str(tail): [
-                round(coverage(rows, new, gpu_names, tail), 4),
-                round(coverage(rows, seen, fold_names, tail), 4),
-                round(coverage(rows, inside, gpu_names, tail), 4),
-            ]
-            for tail in (0.05, 0.04, TAIL, 0.02)
+            way: {name: round(float(np.nanmean(inside[mask])), 4) for name, mask in _masks(rows).items()}
+            for way, (_, inside) in corrected.items()
         },
     }
+
+
+def _masks(rows: Sequence[Row]) -> dict[str, NDArray[np.bool_]]:
+    names = np.array([row.run.kernel for row in rows])
+    return {"all": np.ones(len(rows), dtype=bool), **{name: names == name for name in sorted(set(names))}}
+
+
+def _write_corrections(
+    rows: Sequence[Row], inside: Floats, ways: Folds, today: str
+) -> dict[str, tuple[Floats, NDArray[np.float64]]]:
+    """{way of leaving out: (what is left of every row, whether its band held it)}."""
+    runs = [row.run for row in rows]
+    left = {way: (np.full(len(rows), np.nan), np.full(len(rows), np.nan)) for way in ways}
+    doubts = np.zeros(len(rows), dtype=bool)
+    kernels, steps = {}, {}
+    for name in sorted({run.kernel for run in runs}):
+        index = np.array([i for i, run in enumerate(runs) if run.kernel == name])
+        own = [runs[i] for i in index]
+        folds = {way: [Fold(fold.out[index], fold.residuals[index]) for fold in all_] for way, all_ in ways.items()}
+        kernel = choose(own, folds)
+        doubts[index] = doubtful(kernel, own, folds["rows"])
+        found = {way: predicted(kernel, own, own_folds, doubts[index]) for way, own_folds in folds.items()}
+        residuals, deviations = ({way: pair[i] for way, pair in found.items()} for i in (0, 1))
+        for way in ways:
+            left[way][0][index] = residuals[way]
+            left[way][1][index] = is_held(residuals, deviations, folds, way)
+        kernels[name] = asdict(kernel)
+        steps[name] = [
+            asdict(width)
+            for width in widths(np.concatenate([*residuals.values()]), np.concatenate([*deviations.values()]))
+        ]
+    write_json(KERNELS, {"date": today, "rows": SHIPPED.name, "kernels": kernels, "widths": steps})
+    names = [field.name for field in dataclasses.fields(Run)]
+    with open(RESIDUALS, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*names, "value", "residual", "doubtful"])
+        for row, run, residual, doubt in zip(rows, runs, inside, doubts, strict=True):
+            writer.writerow([*(getattr(run, name) for name in names), f"{row.value:.8g}", f"{residual:.5f}", doubt])
+    return left
+
+
+def _write_engines(
+    rows: Sequence[Row], values: Values, inside: Floats, errors: Mapping[str, Floats], today: str
+) -> None:
+    """The formulas' constants and what these are worth alone."""
     for engine, generations in GENERATIONS.items():
         own = np.array([row.engine == engine for row in rows])
         chosen = [row for row in rows if row.engine == engine]
@@ -253,13 +313,12 @@ def refit(today: str) -> Mapping[str, Any]:
                     for index, (name, before) in enumerate(generations)
                 ],
                 "in_sample": summary(chosen, inside[own]),
-                "leave_one_gpu_out": summary(chosen, new[own]),
-                "leave_one_version_out": summary(chosen, unknown[own]),
-                "leave_deployments_out": summary(chosen, seen[own]),
-                "errors": bands(chosen, seen[own], new[own]),
+                "leave_one_gpu_out": summary(chosen, errors["GPUs"][own]),
+                "leave_one_version_out": summary(chosen, errors["versions"][own]),
+                "leave_deployments_out": summary(chosen, errors["deployments"][own]),
+                "errors": bands(chosen, errors["deployments"][own], errors["GPUs"][own]),
             },
         )
-    return reached
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tkit.planner.precision import DTYPE_BYTES, KV_DTYPES, Precision
 from tkit.planner.shapes import Layer, ModelShape, Module, kv_values_per_token_layer, layer_modules, outside_modules
@@ -62,14 +62,14 @@ class Ledger:
         return max(self.kv_pool, 0) // self.kv_bytes_per_sequence if self.kv_bytes_per_sequence else 2**31
 
 
-def stored_bytes(shape: ModelShape, precision: Precision, parallel: Parallel) -> int:
-    """Bytes of all tensors of all rank files, as `tkit build` writes them."""
-    total = 0
-    for pp_rank in range(parallel.pp_size):
-        for module in _rank_modules(shape, parallel, pp_rank, is_stored=True):
-            for tp_rank in range(parallel.tp_size):
-                total += sum(_module_bytes(module, precision, parallel, is_stored=True, tp_rank=tp_rank).values())
-    return total
+def stored_bytes(shape: ModelShape, precision: Precision, parallel: Parallel, *, has_kv_scales: bool = False) -> int:
+    """Bytes of all tensors of all rank files, as `tkit build` writes them; with `--kv-cache` also a scale per layer."""
+    kv_scales = 4 * shape.num_layers * parallel.tp_size if has_kv_scales else 0
+    return kv_scales + sum(
+        parallel.tp_size * sum(_module_bytes(module, its_own, parallel, is_stored=True).values())
+        for pp_rank in range(parallel.pp_size)
+        for module, its_own in _rank_modules(shape, precision, parallel, pp_rank, is_stored=True)
+    )
 
 
 def resident_bytes(
@@ -80,8 +80,8 @@ def resident_bytes(
     for pp_rank in sorted({0, parallel.pp_size // 2, parallel.pp_size - 1}):
         kinds: dict[str, int] = {}
         dtypes: dict[str, int] = {}
-        for module in _rank_modules(shape, parallel, pp_rank, is_stored=False):
-            for dtype, size in _module_bytes(module, precision, parallel, is_stored=False).items():
+        for module, its_own in _rank_modules(shape, precision, parallel, pp_rank, is_stored=False):
+            for dtype, size in _module_bytes(module, its_own, parallel, is_stored=False).items():
                 kinds[module.kind] = kinds.get(module.kind, 0) + size
                 dtypes[dtype] = dtypes.get(dtype, 0) + size
         if sum(kinds.values()) > sum(best[0].values()):
@@ -180,28 +180,32 @@ def _resident(shape: ModelShape, precision: Precision, parallel: Parallel) -> tu
     return resident_bytes(shape, precision, parallel)
 
 
-def _rank_modules(shape: ModelShape, parallel: Parallel, pp_rank: int, *, is_stored: bool) -> list[Module]:
-    """Of one pipeline stage. lm_head shares the embedding's memory when it is tied, lies on the same stage and is split the
-    same way; on disk it is always written."""
+def _rank_modules(
+    shape: ModelShape, precision: Precision, parallel: Parallel, pp_rank: int, *, is_stored: bool
+) -> list[tuple[Module, Precision]]:
+    """Of one pipeline stage, each with its format. lm_head shares the embedding's memory when it is tied, lies on the same
+    stage and is split the same way; on disk it is always written."""
+    default, its_own = replace(precision, modules=()), dict(precision.modules)
     first, last = outside_modules(shape)
     is_shared = shape.is_tied and parallel.pp_size == 1 and (parallel.tp_size == 1 or shape.traits.shards_embedding)
-    modules = list(first) if pp_rank == 0 else []
+    modules = [(module, default) for module in first] if pp_rank == 0 else []
     known: dict[Layer, list[Module]] = {}
     for index in parallel.stage_layers(shape.num_layers)[pp_rank]:
         layer = shape.layers[index]
         if layer not in known:
             known[layer] = layer_modules(shape, layer)
-        modules += known[layer]
+        modules += [
+            (module, its_own.get(f"layers.{index}.{module.name}", default) if its_own else default)
+            for module in known[layer]
+        ]
     if pp_rank == parallel.pp_size - 1:
-        modules += last if is_stored or not is_shared else last[:1]
+        modules += [(module, default) for module in (last if is_stored or not is_shared else last[:1])]
     return modules
 
 
 @functools.lru_cache(maxsize=65536)
-def _module_bytes(
-    module: Module, precision: Precision, parallel: Parallel, *, is_stored: bool, tp_rank: int = 0
-) -> dict[str, int]:
-    """{dtype: bytes} of one rank's share. Every rank's is the same size, except of what padding adds."""
+def _module_bytes(module: Module, precision: Precision, parallel: Parallel, *, is_stored: bool) -> dict[str, int]:
+    """{dtype: bytes} of one rank's share; every rank's is the same size."""
     is_quantized = module.is_quantized and not (precision.only_experts and module.kind != "experts")
     tensors = (precision.resident if not is_stored else None) or precision.tensors
     tensors = tensors if is_quantized else _PLAIN

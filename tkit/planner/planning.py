@@ -1,12 +1,13 @@
 """One plan: a model, a GPU, a load -> memory, layout, speed, bands. Puts the other modules of this package together.
 
-Every number of time carries the band of its cell: held-out errors of the engine's fit, nine times out of ten.
+Every number of time is the formula's, corrected by the published runs near to it, with a band: what held-out runs as near as
+these left, nine times out of ten. Constants that were refitted to the user's own sweep stand uncorrected, with its band.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tkit.planner.engines import DEFAULT_ENGINE, Band, Engine, engine
 from tkit.planner.fit import Demand, Layout, choose, concurrency_by_context, contexts, layout, violations
 from tkit.planner.gpus import GPUS_PER_NODE, gpu_table
 from tkit.planner.memory import kv_bytes_per_sequence, kv_bytes_per_token, stored_bytes
+from tkit.planner.neighbours import Correction, Run, metric_of, published
 from tkit.planner.precision import KV_DTYPES, KV_MIN_SM, Precision, kv_dtype, precision
 from tkit.planner.roofline import Efficiencies, Machine, decode_step, experts_read, machine, prefill_s
 from tkit.planner.shapes import ModelShape, num_active_params, num_params
@@ -49,6 +51,11 @@ class Wish:
     requests_s: float | None = None  # the load to size for
     engine: str = DEFAULT_ENGINE
     engine_version: str | None = None
+    mixed: Precision | None = None  # `quant` and the modules that differ
+
+    @property
+    def weights(self) -> Precision:
+        return self.mixed or precision(self.quant)
 
     def __post_init__(self) -> None:
         problems = [
@@ -66,16 +73,24 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """`low` to `high` holds the truth nine times out of ten, as `n` held-out rows of `cell` say."""
+    """`factor` times the formula's value. `low` to `high` holds the truth nine times out of ten, as `n` held-out rows say."""
 
     value: float
     low: float
     high: float
     n: int
-    cell: str
+    factor: float
+    source: str  # of the factor and the band
 
-    def scaled(self, factor: float) -> Estimate:
-        return replace(self, value=self.value * factor, low=self.low * factor, high=self.high * factor)
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What is expected of a load: means."""
+
+    ttft_ms: Estimate
+    tpot_ms: Estimate
+    tok_s: Estimate
+    binds: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +201,7 @@ def make_plan(
     with_alternatives: bool = True,
 ) -> Plan:
     """Raises InputError with everything that cannot be, and the nearest that can."""
-    weights = precision(wish.quant)
+    weights = wish.weights
     kv = kv_dtype(wish.kv_cache, weights, wish.gpu)
     check(shape, wish, weights, kv)
     used = constants or engine(wish.engine, wish.engine_version)
@@ -204,8 +219,8 @@ def make_plan(
     e, m = used.efficiencies, machine(shape, weights, kv, wish.gpu, chosen.parallel)
     running = max(min(wish.concurrency, chosen.max_concurrency), 1)
     speed = Speed(shape, weights, kv, wish, used, m, chosen)
-    tok_s = speed.estimate("throughput", speed.tok_s(running))
-    run = speed.simulated(concurrency=wish.concurrency)
+    at, run = speed.closed_loop(wish.concurrency)
+    tok_s, ttft = at.tok_s, at.ttft_ms
     requests_s = tok_s.value / wish.osl
     return Plan(
         model=shape.name,
@@ -225,7 +240,7 @@ def make_plan(
         verdict=_verdict(wish, chosen, best, considered),
         chosen=chosen,
         considered=tuple(considered),
-        stored_bytes=stored_bytes(shape, weights, chosen.parallel),
+        stored_bytes=stored_bytes(shape, weights, chosen.parallel, has_kv_scales=wish.kv_cache in ("fp8", "int8")),
         kv_bytes_per_token=kv_bytes_per_token(shape, kv),
         max_concurrency=chosen.max_concurrency,
         max_context=chosen.max_context,
@@ -235,19 +250,20 @@ def make_plan(
             context: kv_bytes_per_sequence(shape, kv, context, chosen.parallel)
             for context in contexts(shape.max_position)
         },
-        ttft_idle_ms=speed.estimate("idle ttft", float(idle_ttft_s(m, wish.isl, e))).scaled(1e3),
-        ttft_ms=speed.estimate("ttft", float(run.ttft.mean())).scaled(1e3),
-        ttft_p50_p90_p99_ms=tuple(round(1e3 * run.percentile(share), 2) for share in (50, 90, 99)),  # type: ignore[arg-type]
+        ttft_idle_ms=speed.estimate("ttft", 1, 1e3 * float(idle_ttft_s(m, wish.isl, e)), load="static"),
+        ttft_ms=ttft,
+        ttft_p50_p90_p99_ms=tuple(round(1e3 * ttft.factor * run.percentile(share), 2) for share in (50, 90, 99)),  # type: ignore[arg-type]
         ttft_burst_ms=1e3
+        * ttft.factor
         * (float(idle_ttft_s(m, wish.isl, e) + way_in_s(m, running, e)) + (running - 1) * speed.prompt_s),
-        tpot_ms=speed.estimate("tpot", speed.tpot_s(running)).scaled(1e3),
+        tpot_ms=at.tpot_ms,
         tok_s=tok_s,
         requests_s=requests_s,
         phases=speed.phases(running),
         peak_flops=m.flops,
         curve=speed.curve(),
         slo=speed.slo(wish.slo) if wish.slo else None,
-        alternatives=tuple(_alternatives(shape, wish, demand, chosen, e)) if with_alternatives else (),
+        alternatives=tuple(_alternatives(shape, wish, demand, chosen, used)) if with_alternatives else (),
         speculation=tuple(_speculation(m, wish, running, e)),
         cost=cost(wish.gpu, chosen.parallel.world_size, (tok_s.value, tok_s.low, tok_s.high), prices)
         if prices
@@ -311,15 +327,61 @@ class Speed:
         self.e = used.efficiencies
         self.prompt_s = float(marginal_prefill_s(m, wish.isl, self.e)) / m.pp
 
-    def tpot_s(self, batch: float) -> float:
-        return float(tpot_s(self.m, batch, self.wish.isl, self.wish.osl, self.e))
+    def running(self, load: int) -> int:
+        """What the KV cache holds of it."""
+        return max(min(load, self.chosen.max_concurrency), 1)
 
-    def tok_s(self, batch: float) -> float:
+    def tpot_ms(self, load: int) -> Estimate:
+        formula = float(tpot_s(self.m, self.running(load), self.wish.isl, self.wish.osl, self.e))
+        return self.estimate("tpot", load, 1e3 * formula)
+
+    def tok_s(self, load: int) -> Estimate:
+        return self.estimate("throughput", load, self._formula_tok_s(self.running(load)))
+
+    def estimate(self, metric: str, requests: float, formula: float, load: str = "closed") -> Estimate:
+        """`load` as published.Row has it: a closed loop of so many clients, a rate, or static: an engine alone."""
+        found = self._correction(metric, requests, load)
+        value = found.factor * formula
+        return Estimate(
+            value=value,
+            low=value * found.low,
+            high=value * found.high,
+            n=found.n,
+            factor=found.factor,
+            source=found.source,
+        )
+
+    def _correction(self, metric: str, requests: float, load: str) -> Correction:
+        wish, shape, parallel = self.wish, self.shape, self.chosen.parallel
+        if self.used.is_refitted:
+            band: Band = self.used.band(
+                metric_of(metric, load), wish.gpu.name, dtype_cell(self.weights), shape.num_experts > 0
+            )
+            return Correction(
+                factor=1.0, low=band.low, high=band.high, n=band.n, source=f"the constants alone: {band.cell}"
+            )
+        asked = Run(
+            engine=self.used.name,
+            version=self.used.version,
+            generation=self.used.generation,
+            gpu=wish.gpu.name,
+            num_params=num_params(shape),
+            num_active_params=num_active_params(shape),
+            is_moe=shape.num_experts > 0,
+            quant=self.weights.name,
+            tp=parallel.tp_size,
+            pp=parallel.pp_size,
+            has_attention_dp=False,
+            isl=wish.isl,
+            osl=wish.osl,
+            load=load,
+            requests=requests,
+            metric=metric,
+        )
+        return published().correction(asked)
+
+    def _formula_tok_s(self, batch: float) -> float:
         return float(throughput(self.m, batch, self.wish.isl, self.wish.osl, self.e))
-
-    def estimate(self, metric: str, value: float) -> Estimate:
-        band: Band = self.used.band(metric, self.wish.gpu.name, dtype_cell(self.weights), self.shape.num_experts > 0)
-        return Estimate(value=value, low=value * band.low, high=value * band.high, n=band.n, cell=band.cell)
 
     def curve(self) -> tuple[Point, ...]:
         highest = max(self.chosen.max_concurrency, 1)
@@ -327,57 +389,60 @@ class Speed:
         return tuple(self.point(load) for load in loads)
 
     def point(self, load: int) -> Point:
-        wish, running = self.wish, max(min(load, self.chosen.max_concurrency), 1)
-        tok_s, tpot = self.tok_s(running), self.tpot_s(running)
-        step = decode_step(self.m, running, wish.isl + wish.osl / 2, self.e)
-        # a closed loop in balance: each request finds the prompts of those that ended in the step before
-        waiting = max(load - running, 0) * wish.osl / tok_s
-        way_in = float(way_in_s(self.m, load, self.e))
-        ttft = float(idle_ttft_s(self.m, wish.isl, self.e)) + way_in + self._queue_s(running) + waiting
+        running = self.running(load)
+        step = decode_step(self.m, running, self.wish.isl + self.wish.osl / 2, self.e)
+        tok_s, tpot = self.tok_s(load).value, self.tpot_ms(load).value
         return Point(
             concurrency=load,
             running=running,
-            ttft_ms=1e3 * ttft,
-            tpot_ms=1e3 * tpot,
+            ttft_ms=self.ttft_ms(load).value,
+            tpot_ms=tpot,
             tok_s=tok_s,
             tok_s_gpu=tok_s / self.chosen.parallel.world_size,
-            tok_s_user=1 / tpot,
-            binds="prefill" if (running - 1) / wish.osl * self.prompt_s > float(step.total) else step.binds,
+            tok_s_user=1e3 / tpot,
+            binds="prefill" if (running - 1) / self.wish.osl * self.prompt_s > float(step.total) else step.binds,
         )
 
-    def simulated(self, *, concurrency: int | None = None, rate: float | None = None) -> Served:
-        """A run of so many clients, or of 500 Poisson arrivals."""
-        most = max(self.chosen.max_concurrency, 1)
-        return served(
-            self.m, self.wish.isl, self.wish.osl, most, self.e, concurrency=concurrency, rate=rate,
-            spread=0.2 if rate is None else 0.0,
-        )  # fmt: skip
+    def ttft_ms(self, load: int) -> Estimate:
+        """A closed loop in balance, not simulated: each request finds the prompts of those that ended in the step before."""
+        running = self.running(load)
+        waiting = max(load - running, 0) * self.wish.osl / self._formula_tok_s(running)
+        way_in = float(way_in_s(self.m, load, self.e))
+        idle = float(idle_ttft_s(self.m, self.wish.isl, self.e))
+        return self.estimate("ttft", load, 1e3 * (idle + way_in + self._queue_s(running) + waiting))
 
-    def open_point(self, rate: float) -> Point:
-        """Of Poisson arrivals of `rate` requests per second, simulated, latencies from the arrival. Where the engine cannot
-        keep up, they are those of a run of 500 requests, and would grow with a longer one."""
+    def closed_loop(self, load: int) -> tuple[Loaded, Served]:
+        """So many clients, and the simulation behind their mean TTFT."""
+        wish, running = self.wish, self.running(load)
+        run = served(self.m, wish.isl, wish.osl, max(self.chosen.max_concurrency, 1), self.e, concurrency=load)
+        found = Loaded(
+            ttft_ms=self.estimate("ttft", load, 1e3 * float(run.ttft.mean())),
+            tpot_ms=self.tpot_ms(load),
+            tok_s=self.tok_s(load),
+            binds="room for the KV cache" if running < load else self.point(load).binds,
+        )
+        return found, run
+
+    def open_loop(self, rate: float) -> Loaded:
+        """Of 500 Poisson arrivals of `rate` requests per second, simulated, latencies from the arrival. Where the engine cannot
+        keep up, they are those of such a run, and would grow with a longer one."""
         wish, most = self.wish, max(self.chosen.max_concurrency, 1)
-        run = self.simulated(rate=rate)
+        run = served(self.m, wish.isl, wish.osl, most, self.e, rate=rate, spread=0.0)
         ttft, tpot = float(run.ttft.mean()), float(run.tpot.mean())
         in_flight = max(round(rate * (ttft + wish.osl * tpot)), 1)
-        running = min(in_flight, most)
-        asked, highest = rate * wish.osl, self.tok_s(most)
-        tok_s = min(asked, highest)
-        return Point(
-            concurrency=in_flight,
-            running=running,
-            ttft_ms=1e3 * ttft,
-            tpot_ms=1e3 * tpot,
-            tok_s=tok_s,
-            tok_s_gpu=tok_s / self.chosen.parallel.world_size,
-            tok_s_user=1 / tpot,
-            binds="the arrivals" if asked < highest else self.point(most).binds,
+        asked, highest = rate * wish.osl, self.tok_s(most).value
+        binds = "the arrivals" if asked < highest else self.point(most).binds
+        return Loaded(
+            ttft_ms=self.estimate("ttft", rate, 1e3 * ttft, load="rate"),
+            tpot_ms=self.estimate("tpot", rate, 1e3 * tpot, load="rate"),
+            tok_s=self.estimate("throughput", rate, min(asked, highest), load="rate"),
+            binds="room for the KV cache" if in_flight > most else binds,
         )
 
     def _queue_s(self, batch: int) -> float:
         """Mean wait behind other prompts, Pollaczek-Khinchine for equal prompts, and half a step to be let in."""
         wish = self.wish
-        busy = min(self.tok_s(batch) / wish.osl * self.prompt_s, 0.98)
+        busy = min(self._formula_tok_s(batch) / wish.osl * self.prompt_s, 0.98)
         queue = busy / (2 * (1 - busy)) * self.prompt_s
         return min(queue, (batch - 1) * self.prompt_s) + float(
             decode_step(self.m, batch, wish.isl + wish.osl / 2, self.e).total
@@ -412,21 +477,18 @@ class Speed:
     def slo(self, tier: str) -> dict[str, Any]:
         """The highest concurrency whose TTFT and TPOT stay within the tier: by the estimate, and by the band's bad end."""
         limits = SLO_TIERS[tier]
-        ttft = self.used.band("ttft", self.wish.gpu.name, dtype_cell(self.weights), self.shape.num_experts > 0)
-        tpot = self.used.band("tpot", self.wish.gpu.name, dtype_cell(self.weights), self.shape.num_experts > 0)
         return {
             "tier": tier,
             "limits_ms": limits,
-            "concurrency": self._highest(limits, 1.0, 1.0),
-            "concurrency_sure": self._highest(limits, ttft.high, tpot.high),
+            "concurrency": self._highest(limits, lambda estimate: estimate.value),
+            "concurrency_sure": self._highest(limits, lambda estimate: estimate.high),
         }
 
-    def _highest(self, limits: Mapping[str, float], ttft_factor: float, tpot_factor: float) -> int:
+    def _highest(self, limits: Mapping[str, float], end: Callable[[Estimate], float]) -> int:
         def holds(load: int) -> bool:
-            point = self.point(load)
-            return point.ttft_ms * ttft_factor <= limits.get(
-                "ttft", np.inf
-            ) and point.tpot_ms * tpot_factor <= limits.get("tpot", np.inf)
+            return end(self.ttft_ms(load)) <= limits.get("ttft", np.inf) and end(self.tpot_ms(load)) <= limits.get(
+                "tpot", np.inf
+            )
 
         low, high = 0, max(self.chosen.max_concurrency, 0)
         while low < high:
@@ -452,13 +514,13 @@ def _verdict(wish: Wish, chosen: Layout, best: Layout | None, considered: Sequen
     return f"fits on {where} for {asked}{why}"
 
 
-def _alternatives(shape: ModelShape, wish: Wish, demand: Demand, chosen: Layout, e: Efficiencies) -> list[Alternative]:
+def _alternatives(shape: ModelShape, wish: Wish, demand: Demand, chosen: Layout, used: Engine) -> list[Alternative]:
     """What quantization would change, each with the KV cache that goes with it."""
-    found = []
-    base_kv = kv_dtype(wish.kv_cache, precision(wish.quant), wish.gpu)
-    base = machine(shape, precision(wish.quant), base_kv, wish.gpu, chosen.parallel)
+    found, e = [], used.efficiencies
+    base_kv = kv_dtype(wish.kv_cache, wish.weights, wish.gpu)
+    base = machine(shape, wish.weights, base_kv, wish.gpu, chosen.parallel)
     for quant in dict.fromkeys([wish.quant, *ALTERNATIVE_QUANTS]):
-        weights = precision(quant)
+        weights = wish.weights if quant == wish.quant else precision(quant)
         if wish.gpu.sm < weights.min_sm or (weights.math == "int8" and wish.gpu.int8_ops < wish.gpu.fp16_flops):
             continue
         kv = base_kv if quant == wish.quant else kv_dtype("auto", weights, wish.gpu)
@@ -471,7 +533,7 @@ def _alternatives(shape: ModelShape, wish: Wish, demand: Demand, chosen: Layout,
         comparable = both > 0
         smallest = best or here
         at = machine(shape, weights, kv, wish.gpu, smallest.parallel)
-        running = max(min(wish.concurrency, smallest.max_concurrency), 1)
+        speed = Speed(shape, weights, kv, wish, used, at, smallest)
         found.append(
             Alternative(
                 quant=quant,
@@ -486,9 +548,7 @@ def _alternatives(shape: ModelShape, wish: Wish, demand: Demand, chosen: Layout,
                 if comparable
                 else None,
                 prefill_speedup=float(prefill_s(base, wish.isl, e) / prefill_s(m, wish.isl, e)) if comparable else None,
-                tok_s_gpu=float(throughput(at, running, wish.isl, wish.osl, e)) / smallest.parallel.world_size
-                if best
-                else None,
+                tok_s_gpu=speed.tok_s(wish.concurrency).value / smallest.parallel.world_size if best else None,
                 is_built=weights.is_written,
             )
         )
@@ -553,7 +613,7 @@ def _notes(shape: ModelShape, wish: Wish, weights: Precision, kv: str, chosen: L
         notes.append(f"TP {tp} crosses {chosen.link}: all-reduce costs more than on NVLink")
     if gpu.name not in used.gpus:
         notes.append(
-            f"no published row of {used.name} ran on {gpu.name}: the bands are those of a GPU left out of the fit"
+            f"no published row of {used.name} ran on {gpu.name}: the bands are those of rows that have none near"
         )
     if not chosen.fits:
         notes.append("times are those of as many requests as fit")

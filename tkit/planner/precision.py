@@ -6,7 +6,8 @@ the same kind of row, from the layout its engine stores. Knows bytes and operati
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from tkit.errors import InputError, did_you_mean
 from tkit.specs.hardware import Gpu
@@ -33,6 +34,7 @@ class Precision:
     resident: tuple[StoredTensor, ...] | None = None  # on the GPU, where that differs
     only_experts: bool = False
     is_written: bool = True  # by `tkit build`
+    modules: tuple[tuple[str, Precision], ...] = ()  # `layers.0.attention.qkv` -> its own, where it differs
 
 
 def _tensors(*rows: tuple[str, str, tuple[int, int] | None, tuple[int, int] | None]) -> tuple[StoredTensor, ...]:
@@ -63,6 +65,12 @@ _ROWS: dict[str, tuple[int, str, int, int, tuple[StoredTensor, ...]]] = {
 KV_DTYPES = {"fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nvfp4": 0.5625}  # bytes per value
 KV_MIN_SM = {"fp16": 70, "bf16": 80, "fp8": 89, "int8": 70, "nvfp4": 100}
 # fmt: on
+
+
+def mixed(default: str, modules: Mapping[str, str]) -> Precision:
+    """One format throughout, except for some modules (`layers.0.attention.qkv`)."""
+    others = {name: precision(quant) for name, quant in modules.items() if quant != default}
+    return replace(precision(default), modules=tuple(others.items()))
 
 
 def precision(name: str) -> Precision:

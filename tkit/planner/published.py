@@ -15,13 +15,15 @@ from pathlib import Path
 
 from tkit.errors import InputError
 from tkit.files import reason_of
+from tkit.planner.engines import engine
 from tkit.planner.fit import violations
-from tkit.planner.gpus import find_gpu
+from tkit.planner.gpus import GPUS_PER_NODE, find_gpu
 from tkit.planner.memory import ledger
 from tkit.planner.models import find_shape
+from tkit.planner.neighbours import Run
 from tkit.planner.precision import kv_dtype, precision
 from tkit.planner.roofline import Machine, machine
-from tkit.planner.shapes import ModelShape
+from tkit.planner.shapes import ModelShape, num_active_params, num_params
 from tkit.specs.hardware import Gpu
 from tkit.specs.parallel import Parallel
 
@@ -48,9 +50,15 @@ NUM_REQUESTS = {
 }  # fmt: skip
 
 
+# sweeps whose clients sent one request each: read so, their TPOT is off by 6 %; as a closed loop by 23 %, and TTFT by 2.5 times
+BURSTS = {("sglang", "0.5.1.post1")}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """`load`: offline (all at once), static (one batch), closed (so many in flight) or rate (requests per second)."""
+    """`load`: offline (all at once), static (one batch), closed (so many in flight), burst (the same, but every client
+    sends one request only) or rate (requests per second).
+    """
 
     number: int  # in the table, from 1
     engine: str
@@ -60,6 +68,7 @@ class Row:
     dtype: str  # as published
     quant: str
     parallel: Parallel
+    has_attention_dp: bool
     machine: Machine
     isl: int
     osl: int
@@ -74,6 +83,28 @@ class Row:
     @property
     def is_moe(self) -> bool:
         return self.shape.num_experts > 0
+
+    @property
+    def run(self) -> Run:
+        total, active = _sizes(self.shape)
+        return Run(
+            engine=self.engine,
+            version=self.version,
+            generation=engine(self.engine, self.version or None).generation,
+            gpu=self.gpu,
+            num_params=total,
+            num_active_params=active,
+            is_moe=self.is_moe,
+            quant=self.quant,
+            tp=self.parallel.tp_size,
+            pp=self.parallel.pp_size,
+            has_attention_dp=self.has_attention_dp,
+            isl=self.isl,
+            osl=self.osl,
+            load=self.load,
+            requests=self.amount,
+            metric=self.metric,
+        )
 
 
 def read_table(path: Path = SHIPPED) -> tuple[list[Row], dict[str, int]]:
@@ -98,7 +129,7 @@ def read_table(path: Path = SHIPPED) -> tuple[list[Row], dict[str, int]]:
 
 
 def _row(number: int, record: Mapping[str, str]) -> Row | str:
-    engine = ENGINES.get(record["engine"].lower())
+    engine_name = ENGINES.get(record["engine"].lower())
     shape = find_shape(record["model"])
     try:
         gpu = find_gpu(record["gpu"])
@@ -110,7 +141,7 @@ def _row(number: int, record: Mapping[str, str]) -> Row | str:
         return f'regime "{record["regime"]}": lengths or layout not stated'
     dtype = (record["weights_dtype"] or "").lower()
     reasons = (
-        (engine is None, f'engine "{record["engine"]}" unknown'),
+        (engine_name is None, f'engine "{record["engine"]}" unknown'),
         (shape is None, f'model "{record["model"]}" unknown'),
         (not metric, f'metric "{record["metric"]}" unknown'),
         (dtype not in QUANTS, f'weights_dtype "{dtype}" unknown'),
@@ -118,7 +149,7 @@ def _row(number: int, record: Mapping[str, str]) -> Row | str:
     for is_wrong, reason in reasons:
         if is_wrong:
             return reason
-    assert engine is not None
+    assert engine_name is not None
     assert shape is not None
     try:
         isl, osl, value = int(float(record["isl"])), int(float(record["osl"])), float(record["value"])
@@ -129,24 +160,30 @@ def _row(number: int, record: Mapping[str, str]) -> Row | str:
     quant = _quant(shape, QUANTS[dtype], record["model"])
     if "DP0" in (record.get("parallel") or ""):
         return "a layout with no GPUs (DP0)"
-    tp, has_attention_dp = _ranks(record.get("parallel") or "", tp, shape, quant, gpu)
+    tp, num_replicas = _ranks(record.get("parallel") or "", tp, shape, quant, gpu)
+    has_attention_dp = num_replicas > 1
+    if load == "closed" and has_attention_dp:
+        amount = _all_in_flight(record.get("notes") or "", amount, num_replicas)
+    if load == "closed" and (engine_name, record["engine_version"]) in BURSTS:
+        load = "burst"
     parallel = Parallel(tp_size=tp, pp_size=pp)
-    if violations(shape, precision(quant), parallel):
+    if parallel.tp_size > GPUS_PER_NODE or violations(shape, precision(quant), parallel):
         return "a layout that no single engine has (disaggregated)"
     setup = _setup(
-        shape, quant, _kv(record.get("kv_dtype") or "", quant), gpu, parallel, has_attention_dp, engine, isl + osl
+        shape, quant, _kv(record.get("kv_dtype") or "", quant), gpu, parallel, has_attention_dp, engine_name, isl + osl
     )
     if record["metric"].endswith("_per_gpu"):
         factor *= parallel.world_size
     return Row(
         number=number,
-        engine=engine,
+        engine=engine_name,
         version=record["engine_version"] or "",
         gpu=gpu.name,
         shape=shape,
         dtype=dtype or "bf16",
         quant=quant,
         parallel=parallel,
+        has_attention_dp=has_attention_dp,
         machine=setup[0],
         isl=isl,
         osl=osl,
@@ -158,6 +195,11 @@ def _row(number: int, record: Mapping[str, str]) -> Row | str:
         kv_bytes_per_sequence=setup[2],
         regime=record["regime"],
     )
+
+
+@functools.cache
+def _sizes(shape: ModelShape) -> tuple[int, int]:
+    return num_params(shape), num_active_params(shape)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -200,9 +242,15 @@ def _kv(text: str, quant: str) -> str:
     return text if text in ("fp16", "bf16", "fp8", "int8") else kv_dtype("auto", precision(quant))
 
 
-def _ranks(text: str, tp: int, shape: ModelShape, quant: str, gpu: Gpu) -> tuple[int, bool]:
-    """(GPUs of one engine, whether attention is data-parallel) from `TP1PP1DP8etp1ep8`. InferenceX multiplies etp by ep
-    where both are the engine's GPUs: `TP64...etp8ep8` ran on 8."""
+def _all_in_flight(notes: str, amount: float, num_replicas: int) -> float:
+    """Requests in flight are published per replica of the attention; the name of a run (`..._c64_tp8_...`) has their sum."""
+    total = re.search(r"_c(\d+)_tp", notes)
+    return float(total[1]) if total else amount * num_replicas
+
+
+def _ranks(text: str, tp: int, shape: ModelShape, quant: str, gpu: Gpu) -> tuple[int, int]:
+    """(GPUs of one engine, replicas of its attention) from `TP1PP1DP8etp1ep8`. InferenceX multiplies etp by ep where both
+    are the engine's GPUs: `TP64...etp8ep8` ran on 8."""
     numbers = {key: int(number) for key, number in re.findall(r"(etp|ep|TP|DP)(\d+)", text)}
     world = max(tp, numbers.get("DP", 1))
     etp, ep = numbers.get("etp", 1), numbers.get("ep", 1)
@@ -210,4 +258,4 @@ def _ranks(text: str, tp: int, shape: ModelShape, quant: str, gpu: Gpu) -> tuple
         weight_bytes = _setup(shape, quant, "fp16", gpu, Parallel(), False, "tensorrt-llm", 2)[0]
         if weight_bytes.dense_bytes + weight_bytes.expert_bytes < 0.9 * etp * gpu.usable_bytes:
             world = etp
-    return world, numbers.get("DP", 1) > 1
+    return world, max(numbers.get("DP", 1), 1)

@@ -39,6 +39,7 @@ class Module:
     """`count` weights of (sum of `out`, `in_`), stored together; `in_` is None for a vector."""
 
     kind: str  # embedding | attention | mlp | experts | shared expert | router | norms | lm_head
+    name: str = ""  # of what may be quantized: TensorRT-LLM's, within its layer
     out: tuple[Block, ...]
     in_: Block | None = None
     count: int = 1
@@ -246,8 +247,10 @@ def _norm(shape: ModelShape, size: int) -> Module:
     return Module(kind="norms", out=(Block("hidden", size),), has_bias=shape.traits.has_norm_bias)
 
 
-def _linear(kind: str, out: tuple[Block, ...], in_: Block, has_bias: bool = False, count: int = 1) -> Module:
-    return Module(kind=kind, out=out, in_=in_, has_bias=has_bias, count=count, is_quantized=True)
+def _linear(
+    kind: str, out: tuple[Block, ...], in_: Block, has_bias: bool = False, count: int = 1, name: str = ""
+) -> Module:
+    return Module(kind=kind, name=name, out=out, in_=in_, has_bias=has_bias, count=count, is_quantized=True)
 
 
 def _attention(shape: ModelShape) -> list[Module]:
@@ -257,8 +260,8 @@ def _attention(shape: ModelShape) -> list[Module]:
     heads = Block("heads", shape.num_heads * shape.head_size)
     kv_heads = Block("kv_heads", shape.num_kv_heads * shape.head_size, shape.head_size)
     modules = [
-        _linear("attention", (heads, kv_heads, kv_heads), hidden, shape.has_qkv_bias),
-        _linear("attention", (hidden,), heads, shape.has_attention_output_bias),
+        _linear("attention", (heads, kv_heads, kv_heads), hidden, shape.has_qkv_bias, name="attention.qkv"),
+        _linear("attention", (hidden,), heads, shape.has_attention_output_bias, name="attention.dense"),
     ]
     if traits.has_qk_norm:
         modules += [Module(kind="norms", out=(Block("hidden", shape.head_size),))] * 2
@@ -281,13 +284,14 @@ def _latent_attention(shape: ModelShape, latent: LatentAttention) -> list[Module
     ]
 
 
-def _mlp(shape: ModelShape, size: int, kind: str = "mlp", axis: str = "mlp", fused: bool = False) -> list[Module]:
-    hidden, inner = Block("hidden", shape.hidden_size), Block(axis, size)
-    if shape.traits.is_gated and (shape.traits.has_fused_gate or fused):
-        up = [_linear(kind, (inner, inner), hidden, shape.has_mlp_bias)]
+def _mlp(shape: ModelShape, size: int) -> list[Module]:
+    hidden, inner = Block("hidden", shape.hidden_size), Block("mlp", size)
+    if shape.traits.has_fused_gate:
+        up = [_linear("mlp", (inner, inner), hidden, shape.has_mlp_bias, name="mlp.fc")]
     else:
-        up = [_linear(kind, (inner,), hidden, shape.has_mlp_bias)] * (2 if shape.traits.is_gated else 1)
-    return [*up, _linear(kind, (hidden,), inner, shape.has_mlp_bias)]
+        names = ("mlp.fc", "mlp.gate") if shape.traits.is_gated else ("mlp.fc",)
+        up = [_linear("mlp", (inner,), hidden, shape.has_mlp_bias, name=name) for name in names]
+    return [*up, _linear("mlp", (hidden,), inner, shape.has_mlp_bias, name="mlp.proj")]
 
 
 def _experts(shape: ModelShape) -> list[Module]:
@@ -300,11 +304,16 @@ def _experts(shape: ModelShape) -> list[Module]:
             has_bias=traits.has_router_bias,
             dtype=traits.router_dtype,
         ),
-        _linear("experts", (expert, expert), hidden, traits.has_expert_bias, shape.num_experts),
-        _linear("experts", (hidden,), expert, traits.has_expert_bias, shape.num_experts),
+        _linear("experts", (expert, expert), hidden, traits.has_expert_bias, shape.num_experts, "mlp.fc"),
+        _linear("experts", (hidden,), expert, traits.has_expert_bias, shape.num_experts, "mlp.proj"),
     ]
     if shape.shared_expert_size:
-        modules += _mlp(shape, shape.shared_expert_size, "shared expert", "shared", fused=True)
+        inner, bias = Block("shared", shape.shared_expert_size), shape.has_mlp_bias
+        halves = (inner, inner) if traits.is_gated else (inner,)
+        modules += [
+            _linear("shared expert", halves, hidden, bias, name="mlp.shared_expert.fc"),
+            _linear("shared expert", (hidden,), inner, bias, name="mlp.shared_expert.proj"),
+        ]
     if traits.has_shared_gate:
         modules.append(Module(kind="router", out=(Block("hidden", 1),), in_=hidden))
     return modules

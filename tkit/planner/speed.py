@@ -1,6 +1,7 @@
 """Latency and throughput of a load, from the seconds of steps and prefills. Floats, or arrays of equal length.
 
-    TPOT       = step(B) + (B - 1) / OSL x prefill     each sequence waits for the prompts that start beside it
+    TPOT       = step(B) + (B - 1) / OSL x prefill     each sequence waits for the prompts that start beside it;
+                                                       half of them when all start together and none follows
     throughput = B OSL / (B prefill / pp + OSL step)   B sequences in flight, always replaced
     B          = min(asked, what the KV cache holds, the engine's limit)
     idle TTFT  = prefill alone, on the engine; a server adds its way in and out
@@ -31,9 +32,10 @@ def marginal_prefill_s(m: Machine, isl: Number, e: Efficiencies) -> Number:
     return prefill_s(m, isl, e, requests=together) / together
 
 
-def tpot_s(m: Machine, batch: Number, isl: Number, osl: Number, e: Efficiencies) -> Number:
+def tpot_s(m: Machine, batch: Number, isl: Number, osl: Number, e: Efficiencies, share: Number = 1.0) -> Number:
+    """`share` of the other sequences' prompts are read while one decodes."""
     step = decode_step(m, batch, isl + osl / 2, e).total
-    return step + (batch - 1) / osl * marginal_prefill_s(m, isl, e) / m.pp
+    return step + share * (batch - 1) / osl * marginal_prefill_s(m, isl, e) / m.pp
 
 
 def throughput(m: Machine, batch: Number, isl: Number, osl: Number, e: Efficiencies) -> Number:

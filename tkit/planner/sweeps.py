@@ -26,7 +26,7 @@ from tkit.planner.speed import idle_ttft_s, throughput, tpot_s, way_in_s
 from tkit.specs.parallel import Parallel
 
 CALIBRATION_FILE = "plan-calibration.json"
-CALIBRATION_SCHEMA = "tkit.plan-calibration/1"
+CALIBRATION_SCHEMA = "tkit.plan-calibration/2"
 MIN_POINTS = 3
 MEMORY = ("memory", "kv")
 PRODUCTS = ("gemm_fp16", "gemm_fp8", "gemm_int8", "gemm_fp4", "attention")
@@ -68,7 +68,7 @@ def calibrate(run: Path, shape: ModelShape, wish: Wish) -> Calibration:
     """Fits to the valid points of `run` and writes `plan-calibration.json` into it."""
     measured = read_points(run)
     parallel, quant = _engine_of(run, wish)
-    weights = precision(quant)
+    weights = wish.weights if quant == wish.quant else precision(quant)
     kv = kv_dtype(wish.kv_cache, weights, wish.gpu)
     base = engine(wish.engine, wish.engine_version)
     m = machine(shape, weights, kv, wish.gpu, parallel)
@@ -101,6 +101,7 @@ def calibrate(run: Path, shape: ModelShape, wish: Wish) -> Calibration:
         errors={**base.errors, **_bands(after, wish, shape, quant)},
         gpus=tuple(sorted({*base.gpus, wish.gpu.name})),
         provenance=f"{base.provenance}; refitted to {len(measured)} points of {run.name}",
+        is_refitted=True,
     )
     result = Calibration(
         run=str(run),

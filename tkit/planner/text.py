@@ -91,6 +91,8 @@ def _speed(plan: Plan) -> list[str]:
         f"         simulated p50 {p50:.0f}  p90 {p90:.0f}  p99 {p99:.0f} ms; last of {plan.concurrency} at once "
         f"{plan.ttft_burst_ms:.0f} ms",
         f"  TPOT   {_ms(plan.tpot_ms)}   throughput {_rate(plan.tok_s)} tok/s   {plan.requests_s:.2f} requests/s",
+        f"  TPOT: formula x {plan.tpot_ms.factor:.2f}, {plan.tpot_ms.source};  "
+        f"TTFT: x {plan.ttft_ms.factor:.2f}, {plan.ttft_ms.source}",
     ]
     for phase in plan.phases:
         terms = "  ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in phase.terms.items())

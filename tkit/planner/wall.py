@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from tkit.planner.engines import Engine
 from tkit.planner.fit import Demand, layout
 from tkit.planner.planning import Estimate, Speed, Wish
-from tkit.planner.precision import precision
+from tkit.planner.precision import Precision, precision
 from tkit.planner.roofline import Machine, limit, machine
 from tkit.planner.shapes import ModelShape
 from tkit.specs.hardware import Gpu
@@ -28,7 +28,7 @@ class Place:
 
 def gpu_walls(
     shape: ModelShape,
-    quant: str,
+    weights: Precision,
     kv: str,
     gpu: Gpu,
     parallel: Parallel,
@@ -36,12 +36,12 @@ def gpu_walls(
     constants: Engine | None,
 ) -> dict[Place, Wall]:
     """Without `constants` there is no prediction: an engine that was never fitted is not guessed at."""
-    m = machine(shape, precision(quant), kv, gpu, parallel)
+    m = machine(shape, weights, kv, gpu, parallel)
     found = {}
     for place in places:
         wall = _limit(m, place)
         if constants is not None:
-            wall = _predicted(wall, shape, quant, kv, gpu, parallel, place, m, constants)
+            wall = _predicted(wall, shape, weights, kv, gpu, parallel, place, m, constants)
         found[place] = wall
     return found
 
@@ -76,7 +76,7 @@ def _limit(m: Machine, place: Place) -> Wall:
 def _predicted(
     wall: Wall,
     shape: ModelShape,
-    quant: str,
+    weights: Precision,
     kv: str,
     gpu: Gpu,
     parallel: Parallel,
@@ -85,24 +85,18 @@ def _predicted(
     constants: Engine,
 ) -> Wall:
     isl, osl, in_flight = place.isl, place.osl, max(round(place.in_flight), 1)
-    weights = precision(quant)
-    wish = Wish(gpu=gpu, quant=quant, isl=isl, osl=osl, concurrency=in_flight)
+    wish = Wish(gpu=gpu, quant=weights.name, mixed=weights, isl=isl, osl=osl, concurrency=in_flight)
     reserved = int(constants.efficiencies.reserved_bytes)
     demand = Demand(isl=isl, osl=osl, concurrency=in_flight, engine=constants.name, reserved_bytes=reserved)
     chosen = layout(shape, weights, kv, gpu, parallel, demand)
     speed = Speed(shape, weights, kv, wish, constants, m, chosen)
-    if place.rate is None:
-        point = speed.point(in_flight)
-        ttft_ms = 1e3 * float(speed.simulated(concurrency=in_flight).ttft.mean())
-    else:
-        point = speed.open_point(place.rate)
-        ttft_ms = point.ttft_ms
+    found = speed.closed_loop(in_flight)[0] if place.rate is None else speed.open_loop(place.rate)
     return replace(
         wall,
-        predicted_tok_s=_banded(speed.estimate("throughput", point.tok_s)),
-        predicted_tpot_ms=_banded(speed.estimate("tpot", point.tpot_ms)),
-        predicted_ttft_ms=_banded(speed.estimate("ttft", ttft_ms)),
-        predicted_binds="room for the KV cache" if point.running < point.concurrency else point.binds,
+        predicted_tok_s=_banded(found.tok_s),
+        predicted_tpot_ms=_banded(found.tpot_ms),
+        predicted_ttft_ms=_banded(found.ttft_ms),
+        predicted_binds=found.binds,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from tkit import demo
 from tkit.architectures.config import spec_from_hf
+from tkit.architectures.formats import module_formats
 from tkit.architectures.table import ARCHITECTURES
 from tkit.errors import InputError
 from tkit.files import read_json
@@ -21,10 +22,12 @@ from tkit.planner.compare import ComparedRow, Comparison, parse_axes
 from tkit.planner.cost import read_prices
 from tkit.planner.models import find_shape, shape_table
 from tkit.planner.planning import Plan, Wish, make_plan
+from tkit.planner.precision import Precision, mixed
 from tkit.planner.published import SHIPPED
 from tkit.planner.selfcheck import SelfCheck, selfcheck
 from tkit.planner.shapes import ModelShape, shape_from_config, shape_from_spec
 from tkit.planner.sweeps import calibrate
+from tkit.specs.precision import Precision as Formats
 from tkit.specs.recipe import Recipe
 from tkit.stages.models import DEFAULT_MODEL, find_recipe
 
@@ -92,15 +95,29 @@ def plan(model: str | None, wish: Mapping[str, Any], *, prices: Path | None = No
     recipe_engine = recipe.engines[0]
     given = {key: value for key, value in wish.items() if value is not None}
     given.setdefault("quant", recipe_engine.quant)
-    if recipe_engine.kv_cache != "auto":
-        given.setdefault("kv_cache", recipe_engine.kv_cache)
+    if given.get("kv_cache", "auto") == "auto":
+        given["kv_cache"] = recipe_engine.kv_cache
     asked = Wish(**given)
+    note = None
+    if wish.get("quant") is None and (recipe_engine.quant_overrides or recipe_engine.exclude):
+        path = config_path(recipe)
+        if path is None:
+            note = f"planned as {asked.quant} throughout: only a config.json tells which modules the recipe's exceptions mean"
+        else:
+            mixed = mixed_precision(read_json(path), str(path), recipe_engine.precision)
+            asked = dataclasses.replace(asked, mixed=mixed)
+            note = f"{len(mixed.modules)} layers in another format than {asked.quant}, as the recipe says"
     constants = calibrate(run, shape, asked).engine if run is not None else None
     made = make_plan(shape, asked, source, prices=read_prices(prices) if prices else None, constants=constants)
-    if wish.get("quant") is None and (recipe_engine.quant_overrides or recipe_engine.exclude):
-        note = f"planned as {recipe_engine.quant} throughout; tkit build --dry-run has the bytes of the recipe's exceptions"
-        return dataclasses.replace(made, notes=(note, *made.notes))
-    return made
+    return dataclasses.replace(made, notes=(note, *made.notes)) if note else made
+
+
+def mixed_precision(config: Any, where: str, formats: Formats) -> Precision:
+    """Every module's format, in the planner's terms. Raises InputError for patterns that the model has nothing for."""
+    found = module_formats(spec_from_hf(_unquantized(config), where), formats)
+    return mixed(
+        formats.default.name, {name.removeprefix("transformer."): format.name for name, format in found.items()}
+    )
 
 
 def compare(model: str | None, wish: Mapping[str, Any], axes: Sequence[str], prices: Path | None = None) -> Comparison:

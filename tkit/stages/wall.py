@@ -17,7 +17,7 @@ from tkit.planner.engines import DEFAULT_ENGINE, Engine, engine
 from tkit.planner.gpus import gpu_of_device
 from tkit.planner.memory import kv_bytes_per_token, ledger, stored_bytes
 from tkit.planner.models import find_shape
-from tkit.planner.precision import precision
+from tkit.planner.precision import Precision, precision
 from tkit.planner.shapes import ModelShape, num_params
 from tkit.planner.sweeps import read_calibration
 from tkit.planner.wall import Place, cpu_walls, gpu_walls
@@ -25,10 +25,11 @@ from tkit.report.record import Cell, Comparison, Group, RunFacts
 from tkit.specs.engine import EngineCard
 from tkit.specs.hardware import Gpu
 from tkit.specs.parallel import Parallel
+from tkit.specs.precision import Precision as Formats
 from tkit.specs.recipe import HF_GENERATE
 from tkit.specs.wall import PlannedMemory, Prediction, TokenCost, Wall
 from tkit.stages.models import DEFAULT_MODEL
-from tkit.stages.plan import resolve_shape, shape_from_hf
+from tkit.stages.plan import mixed_precision, resolve_shape, shape_from_hf
 from tkit.units import format_bytes
 
 
@@ -116,8 +117,8 @@ def _against_hardware(run: RunFacts, card: EngineCard, places: set[Place]) -> _H
     shape = _shape(card)
     parallel = Parallel(tp_size=card.tp_size, pp_size=card.pp_size)
     kv = "fp16" if card.recipe.get("kv_cache", "auto") == "auto" else str(card.recipe["kv_cache"])
-    is_mixed = bool(card.recipe.get("quant_overrides") or card.recipe.get("exclude"))
-    stored = None if is_mixed else stored_bytes(shape, precision(card.quant), parallel)
+    weights, mixed = _weights(card)
+    stored = None if mixed else stored_bytes(shape, weights, parallel, has_kv_scales=kv != "fp16")
     memory = PlannedMemory(stored=stored, kv_per_token=kv_bytes_per_token(shape, kv))
     speed = run.host_speed
     if speed is not None:
@@ -139,20 +140,19 @@ def _against_hardware(run: RunFacts, card: EngineCard, places: set[Place]) -> _H
     )
     if card.backend == "reference":
         return _Held(
-            walls=gpu_walls(shape, "none", "fp16", gpu, Parallel(), places, None),
+            walls=gpu_walls(shape, precision("none"), "fp16", gpu, Parallel(), places, None),
             hardware=f"1 x {data_sheet}. The reference engine computes in 16 bits; no prediction: it was never fitted",
             memory=memory,
             gpu=gpu,
         )
     constants, source = _constants(run, card)
-    mixed = f"; as {card.quant} throughout" if is_mixed else ""
     book = ledger(
-        shape, precision(card.quant), kv, gpu, parallel,
+        shape, weights, kv, gpu, parallel,
         context=max((place.isl + place.osl for place in places), default=1),
         engine=constants.name, reserved_bytes=int(constants.efficiencies.reserved_bytes),
     )  # fmt: skip
     return _Held(
-        walls=gpu_walls(shape, card.quant, kv, gpu, parallel, places, constants),
+        walls=gpu_walls(shape, weights, kv, gpu, parallel, places, constants),
         hardware=f"{parallel.world_size} x {data_sheet}{mixed}. Prediction of tkit plan: {source}",
         memory=replace(
             memory,
@@ -172,7 +172,19 @@ def _constants(run: RunFacts, card: EngineCard) -> tuple[Engine, str]:
     if refitted is not None:
         return refitted, f"{refitted.provenance}, so it is a fit to this run, not a forecast"
     found = engine(DEFAULT_ENGINE, card.versions.get("tensorrt_llm"))
-    return found, f"{found.name} {found.generation}, {found.provenance}"
+    return found, f"{found.name} {found.generation}, {found.provenance} and corrected by those near to each load"
+
+
+def _weights(card: EngineCard) -> tuple[Precision, str]:
+    """(the formats of all layers, how that departs from the recipe). Only the model's config says what patterns mean."""
+    overrides, exclude = card.recipe.get("quant_overrides") or {}, card.recipe.get("exclude") or ()
+    config = card.source.get("config")
+    if not overrides and not exclude:
+        return precision(card.quant), ""
+    if not isinstance(config, Mapping):
+        return precision(card.quant), f"; as {card.quant} throughout"
+    formats = Formats.of(card.quant, overrides, exclude)
+    return mixed_precision(config, f"{card.name}: config.json", formats), ""
 
 
 def _shape(card: EngineCard) -> ModelShape:
