@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +21,8 @@ import tritonclient.grpc as triton
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tkit import demo
+from tkit.files import from_mapping
+from tkit.specs.server import ServerRecord
 
 Tkit = Callable[..., subprocess.CompletedProcess[str]]
 PORTS = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--openai-port", "0"]
@@ -54,9 +58,10 @@ def engine(tkit: Tkit, checkout: Path) -> Path:
 @pytest.fixture(scope="module")
 def server(tkit: Tkit, engine: Path) -> Iterator[dict]:
     """The record of a detached server of the `none` engine, two shards."""
-    record = json.loads(tkit("serve", "--detach", "--json", *PORTS).stdout)
+    record = json.loads(tkit("serve", "--detach", "--json", "--max-batch-size", "16", *PORTS).stdout)
     yield record
-    tkit("stop")
+    [stopped] = json.loads(tkit("stop", "--json").stdout)
+    assert (stopped["pid"], stopped["was_killed"]) == (record["pid"], False)
     with contextlib.suppress(psutil.NoSuchProcess):  # ended, and perhaps not yet reaped by whoever inherited it
         assert psutil.Process(record["pid"]).status() == psutil.STATUS_ZOMBIE
     assert not list(Path("/dev/shm").glob(f"tkit{record['pid']}_*"))
@@ -148,19 +153,26 @@ def test_greedy_text_through_the_openai_front_is_transformers_own(server, expect
         assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_the_server_gets_over_what_its_clients_do(server, monkeypatch, capsys):
+    """The small form of benchmarks/serve_faults.py: clients that leave, nonsense, and too much of everything."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    from benchmarks import serve_faults
+
+    record = from_mapping(ServerRecord, server, "tkit serve --json")
+    assert serve_faults.run(record, serve_faults.expected_answers(), 40, random.Random(0)) == []
+    counts = re.match(r"(\d+) answered, (\d+) left, (\d+) malformed, (\d+) oversized\n", capsys.readouterr().out)
+    assert counts is not None and all(int(count) > 0 for count in counts.groups())
+
+
 def test_sweep_and_report_need_nothing_but_their_names(tkit, checkout, server, engine):
-    run = (
-        checkout / tkit("sweep", "--shape", "32/16", "--concurrency", "1,4", "--requests", "8").stdout.splitlines()[-1]
-    )
+    size = ("--shape", "32/16", "--requests", "8")
+    run = checkout / tkit("sweep", *size, "--concurrency", "1,4").stdout.splitlines()[-1]
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["engine"]["name"] == engine.name
     points = [json.loads(path.read_text()) for path in sorted(run.glob("points/*/point.json"))]
     assert [point["concurrency"] for point in points] == [1, 4]
     assert all(point["errors"] == {} and point["output_tok_s"] > 0 for point in points)
-    openai_run = (
-        checkout
-        / tkit("sweep", "--protocol", "openai", "--shape", "32/16", "--concurrency", "4").stdout.splitlines()[-1]
-    )
+    openai_run = checkout / tkit("sweep", "--protocol", "openai", *size, "--concurrency", "4").stdout.splitlines()[-1]
     assert json.loads((openai_run / "manifest.json").read_text())["protocol"] == "openai"
     [point] = [json.loads(path.read_text()) for path in openai_run.glob("points/*/point.json")]
     assert (point["errors"], point["output_tok_s"] > 0) == ({}, True)

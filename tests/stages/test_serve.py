@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -25,10 +26,11 @@ from fake_backend import ROWS, write_engine
 from tkit.backends.table import BACKENDS
 from tkit.cli.main import cli
 from tkit.errors import InputError, ServerError
+from tkit.files import write_json
 from tkit.specs.progress import Progress
 from tkit.specs.server import ServeOptions, ServerRecord
 from tkit.stages.serve import running_server, serve_detached, stop_server
-from tkit.stages.servers import running_servers, server_files
+from tkit.stages.servers import ServerLock, running_servers, server_files
 from tkit.triton import launcher, probe
 from tkit.triton.install import free_ports
 
@@ -149,7 +151,7 @@ def test_a_server_lives_as_long_as_its_block(engine: Path) -> None:
     assert running_servers() == []
 
 
-def test_detached_server_is_stopped_by_name(engine: Path) -> None:
+def test_a_detached_server_is_stopped_by_name_and_finishes_what_is_under_way(engine: Path) -> None:
     started = tkit("serve", "--detach", "--json", *FREE_PORTS)
     assert started.exit_code == 0, started.output
     record = json.loads(started.stdout)
@@ -157,8 +159,15 @@ def test_detached_server_is_stopped_by_name(engine: Path) -> None:
     processes = processes_of(record["pid"])
     assert probe.generate("127.0.0.1", record["grpc_port"], "a b", 1, 30) == "a "
 
+    connection = http.client.HTTPConnection("127.0.0.1", record["openai_port"], timeout=60)
+    body = {"model": "ensemble", "prompt": "a", "max_tokens": 100, "stream": True}
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    response = connection.getresponse()  # its first token is there
     stopped = tkit("stop", "tiny")
+    events = response.read().decode().split("\n\n")
+    connection.close()
     assert (stopped.exit_code, stopped.stdout) == (0, f"tiny: stopped (pid {record['pid']})\n")
+    assert (len(events), events[-2]) == (102, "data: [DONE]")
     assert_nothing_left(engine, record["pid"], processes)
 
     again = tkit("stop")
@@ -402,20 +411,6 @@ def ask(port: int, path: str, body: dict[str, Any] | None = None) -> tuple[int, 
     return told
 
 
-def test_an_answer_under_way_is_finished_before_the_server_ends(engine: Path) -> None:
-    record = serve_detached(engine, FREE)
-    connection = http.client.HTTPConnection("127.0.0.1", record.openai_port, timeout=60)
-    body = {"model": "ensemble", "prompt": "a", "max_tokens": 100, "stream": True}
-    connection.request("POST", "/v1/completions", json.dumps(body))
-    response = connection.getresponse()  # its first token is there
-    stopped = tkit("stop")
-    events = response.read().decode().split("\n\n")
-    connection.close()
-    assert stopped.stdout == f"tiny: stopped (pid {record.pid})\n"
-    assert (len(events), events[-2]) == (102, "data: [DONE]")
-    assert_nothing_left(engine, record.pid)
-
-
 def test_a_server_is_replaced_on_its_ports_without_a_gap(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     are_borrowed = []  # the old server's sockets, where this system allows it
     monkeypatch.setattr(
@@ -509,10 +504,10 @@ def test_a_port_that_is_lost_between_choosing_and_binding_is_chosen_again(
     assert_nothing_left(engine, record.pid)
 
 
-@pytest.mark.usefixtures("quick_stop")
 def test_several_servers_want_a_name(engine: Path) -> None:
-    write_engine(engine.parent / "other")
-    with running_server(engine, FREE), running_server(engine.parent / "other", FREE):
+    with contextlib.ExitStack() as serving:
+        for started, name in enumerate(("tiny", "other")):
+            serving.enter_context(books_of_a_server(engine.parent / name, started))
         result = tkit("stop")
         unknown = tkit("stop", "third")
         replacing = tkit("serve", "--replace")
@@ -525,6 +520,23 @@ def test_several_servers_want_a_name(engine: Path) -> None:
     assert (replacing.exit_code, replacing.stderr) == (
         2, "error: several servers are running\n  - tiny\n  - other\nhint: stop all but the one to replace: tkit stop ENGINE\n",
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def books_of_a_server(engine: Path, started: int) -> Iterator[None]:
+    """What is written down while a server runs, its process being this one."""
+    files = server_files(engine.name)
+    lock = ServerLock(files)
+    lock.write_pid(os.getpid())
+    ports = {"http_port": 1, "grpc_port": 2, "metrics_port": 3, "openai_port": 4}
+    record = ServerRecord(
+        engine=str(engine), pid=os.getpid(), host="127.0.0.1", **ports, model_pids=(), openai_pid=0,
+        api_key_file=None, started=f"2026-01-0{started + 1}", log=str(files.log),
+    )  # fmt: skip
+    write_json(files.record, record)
+    yield
+    files.remove_leftovers()
+    lock.release()
 
 
 def test_an_open_address_is_warned_about(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,25 +567,3 @@ def test_impossible_options_are_listed() -> None:
         "timeout_s is 0, expected more than 0",
     )
     assert ServeOptions(host="localhost").is_loopback and not ServeOptions(host="10.0.0.1").is_loopback
-
-
-def test_the_demo_engine_generates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference engine behind Triton answers as it does without."""
-    from tkit.runtime.engine import Engine
-    from tkit.specs.generation import GenerationRequest
-
-    monkeypatch.chdir(tmp_path)
-    assert tkit("build").exit_code == 0
-    started = tkit("serve", "--detach", "--json", "--device", "cpu", *FREE_PORTS)
-    assert started.exit_code == 0, started.output
-    record = json.loads(started.stdout)
-    served = probe.generate("127.0.0.1", record["grpc_port"], "The history of", 8, 30)
-    stopped = tkit("stop", "--json")
-    assert json.loads(stopped.stdout)[0]["was_killed"] is False
-    assert_nothing_left(Path(record["engine"]), record["pid"])
-
-    chunks = []
-    with Engine.load(Path(record["engine"]), device="cpu") as direct:
-        direct.submit(GenerationRequest(prompt="The history of", max_tokens=8, top_k=1), chunks.append)
-        assert wait_for(lambda: bool(chunks) and chunks[-1].finish_reason is not None, 30)
-    assert served == "".join(chunk.text for chunk in chunks)
