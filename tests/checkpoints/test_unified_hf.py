@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tkit.architectures import unified_hf
@@ -119,7 +119,23 @@ def test_the_runtime_reads_either_checkpoint(make_llama, build, quant):
     hf, _ = load_model(engine, "cpu")
     with torch.no_grad():
         one, two = trtllm(TOKENS).logits, hf(TOKENS).logits
+        bare = load_model(engine / "hf", "cpu")[0](TOKENS).logits  # as a checkpoint that somebody else wrote
     assert (one - two).abs().mean() <= ROUNDED_AGAIN.get(quant, 0) * one.abs().mean()
+    assert torch.equal(bare, two)
+
+
+def test_a_checkpoint_with_a_layer_missing_is_not_run(make_llama, build):
+    from tkit.errors import InputError
+    from tkit.runtime.load import load_model
+
+    engine = build(make_llama(**WIDE), "--quant", "fp8", "--format", "hf")
+    (file,) = (engine / "hf").glob("*.safetensors")
+    tensors = load_file(file)
+    lost = [name for name in tensors if name.startswith("model.layers.1.mlp.up_proj.")]
+    save_file({name: tensor for name, tensor in tensors.items() if name not in lost}, file)
+    with pytest.raises(InputError) as raised:
+        load_model(engine, "cpu")
+    assert raised.value.problems == ("model.layers.1.mlp.up_proj.weight is missing",)
 
 
 @pytest.mark.parametrize(

@@ -11,21 +11,21 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tkit.architectures.config import checkpoint_dtype, hf_config, parallel_from_trtllm, spec_from_hf, spec_from_trtllm
-from tkit.architectures.formats import precision_from_trtllm, stored_kv_cache
+from tkit.architectures.formats import precision_from_trtllm
 from tkit.architectures.moves import plan_moves
 from tkit.architectures.source_formats import carried_moves, source_format
 from tkit.architectures.table import ARCHITECTURES
 from tkit.architectures.unified_hf import hf_layer_format
 from tkit.checkpoints.convert import check_sources
 from tkit.checkpoints.merge import merge
-from tkit.checkpoints.reader import HF_QUANT_CONFIG, TensorFiles, open_ranks, open_source, read_config
+from tkit.checkpoints.reader import TensorFiles, open_ranks, open_source, read_config
 from tkit.errors import InputError
 from tkit.files import read_json
 from tkit.quantize import int8
@@ -69,10 +69,8 @@ def load_model(engine_dir: Path, device: str = "auto") -> tuple[PreTrainedModel,
         return load_source(engine_dir, device), spec_from_hf(read_config(engine_dir), str(engine_dir / "config.json"))
     elif (engine_dir / "checkpoint").is_dir():
         spec, weights, kernel_inputs, kv_cache = _read_trtllm(engine_dir / "checkpoint", device)
-    elif (engine_dir / "hf" / HF_QUANT_CONFIG).exists():
-        spec, weights, kernel_inputs, kv_cache = _read_hf(engine_dir / "hf", device)
     else:
-        spec, weights, kernel_inputs, kv_cache = _read_source(engine_dir / "hf", device)
+        spec, weights, kernel_inputs, kv_cache = _read_hugging_face(engine_dir / "hf", device)
     return _model(spec, weights, kernel_inputs, kv_cache, device), spec
 
 
@@ -82,7 +80,7 @@ def load_source(directory: Path, device: str = "auto") -> PreTrainedModel:
     device = pick_device(device)
     config = read_config(directory)
     if config.get("quantization_config"):
-        return _model(*_read_source(directory, device), device)
+        return _model(*_read_hugging_face(directory, device), device)
     own = checkpoint_dtype(config.get("dtype") or config.get("torch_dtype") or "float32")
     dtype = torch.float32 if device == "cpu" else getattr(torch, own)
     with _transformers_errors(f"{directory}"):
@@ -154,38 +152,6 @@ def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, Kern
     return spec, weights, kernel_inputs, kv_cache
 
 
-def _read_hf(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelInputs, KvCache]:
-    """A unified Hugging Face checkpoint. A weight with a scale beside it is quantized as `hf_quant_config.json` says."""
-    config = {key: value for key, value in read_json(directory / "config.json").items() if key != "quantization_config"}
-    spec = spec_from_hf(config, str(directory / "config.json"))
-    dtype = _dtype(spec, device)
-    quant_config = directory / "hf_quant_config.json"
-    quantization = read_json(quant_config)["quantization"] if quant_config.exists() else {}
-    weights: Weights = {}
-    kernel_inputs: KernelInputs = {}
-    scales: dict[int, dict[str, torch.Tensor]] = {}
-    with open_source(directory) as files:
-        for name, entry in files.entries.items():
-            module, _, part = name.rpartition(".")
-            if part in ("k_scale", "v_scale"):
-                layer = int(name.removeprefix("model.layers.").partition(".")[0])
-                scales.setdefault(layer, {})[part] = to_torch(files.read(name), entry.dtype).to(device)
-            elif f"{module}.weight_scale" not in files.entries or part == "bias":
-                weights[name] = to_torch(files.read(name), entry.dtype).to(dtype)
-            elif part == "weight":
-                quant = hf_layer_format(quantization, module)
-                stored = _hugging_face_parts(files, module, quant)
-                weights[name] = QUANTIZERS[quant.name].dequantize(stored).to(dtype)
-                hook = _kernel_input(quant, stored, device)
-                if hook is not None:
-                    kernel_inputs[module] = hook
-    kv_cache = {
-        layer: _cached(stored_kv_cache(quantization), pair["k_scale"], pair["v_scale"])
-        for layer, pair in scales.items()
-    }
-    return spec, weights, kernel_inputs, kv_cache
-
-
 def _round_expert_inputs(experts: Any, hooks: Mapping[tuple[int, str], Hook]) -> None:
     """From now on the experts run one by one, and what enters each is rounded as its kernel rounds it."""
 
@@ -207,46 +173,58 @@ def _cached(dtype: str, k_scale: torch.Tensor, v_scale: torch.Tensor) -> Change:
     return lambda keys, values: (rounded(keys, k_scale, dtype), rounded(values, v_scale, dtype))
 
 
-def _read_source(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelInputs, KvCache]:
-    """A quantized Hugging Face checkpoint, whoever wrote it; each layer with its own scales."""
-    config = read_config(directory)
-    spec = spec_from_hf(config, str(directory / "config.json"))
+class _Layer(NamedTuple):
+    """A weight of a Hugging Face checkpoint as it is stored: `parts` under TensorRT-LLM's names, or one that is plain."""
+
+    name: str
+    format: QuantFormat | None
+    parts: Mapping[str, torch.Tensor]
+    is_transposed: bool = False
+
+
+def _read_hugging_face(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelInputs, KvCache]:
+    """A Hugging Face checkpoint, whoever wrote it; each layer with its own scales. Raises InputError naming what is missing."""
+    config, path = read_config(directory), str(directory / "config.json")
+    spec = spec_from_hf(config, path)
     dtype = _dtype(spec, device)
     weights: Weights = {}
     kernel_inputs: KernelInputs = {}
-    kv_cache: KvCache = {}
     with open_source(directory) as files:
-        format = source_format(config, files.entries.keys(), str(directory / "config.json"))
-        moves = plan_moves(spec, Precision.of("none", kv_cache=format.kv_cache if format else "auto"), Parallel())
-        if format is not None:
-            forms = {name: (entry.dtype, entry.shape) for name, entry in files.entries.items()}
-            moves = carried_moves(moves, format, forms)
-        known = (*(format.ignored if format else ()), *zero_biases(files, moves))
-        check_sources(files, moves, (*ARCHITECTURES[spec.architecture].ignored, *known))
-        for move in moves:
-            sources = {name: (files.read(name), files.entries[name].dtype) for name in move.sources}
-            if move.kv_cache is not None and move.layer is not None:
-                keys, values = (to_torch(*raw).float().reshape(1).to(device) for raw in sources.values())
-                kv_cache[move.layer] = _cached(move.kv_cache, keys, values)
+        quantization = config.get("quantization_config") or {}
+        is_unified = isinstance(quantization, Mapping) and quantization.get("quant_method") == "modelopt"
+        layers = _unified_layers(files, quantization) if is_unified else _source_layers(files, spec, config, path)
+        for name, format, parts, is_transposed in layers:
+            if format is None:
+                weights[name] = parts["weight"].to(dtype)
                 continue
-            if not move.source_dtypes:
-                weights.update({name: to_torch(*raw).to(dtype) for name, raw in sources.items()})
-                continue
-            assert format is not None
-            for layer, tensors in by_layer(move, sources).items():
-                parts = {part: to_torch(*raw) for part, raw in unpacked(format, tensors, "F32").items()}
-                weight = QUANTIZERS[format.target.name].dequantize(parts).to(dtype)
-                weights[f"{layer}.weight"] = weight.T.contiguous() if move.transform == "transpose" else weight
-                hook = _kernel_input(format.target, parts, device)
-                if hook is not None:
-                    kernel_inputs[layer] = hook
+            weight = QUANTIZERS[format.name].dequantize(parts).to(dtype)
+            weights[name] = weight.T.contiguous() if is_transposed else weight
+            hook = _kernel_input(format, parts, device)
+            if hook is not None:
+                kernel_inputs[name.removesuffix(".weight")] = hook
+        kv_cache = _kv_cache(files, spec, device)
+    planned = (name for move in plan_moves(spec, Precision.of("none"), Parallel()) for name in move.sources)
+    if missing := sorted({f"{name} is missing" for name in planned if name not in weights}):
+        raise InputError(f"{directory}: the weights do not match config.json", problems=missing)
     return spec, weights, kernel_inputs, kv_cache
 
 
-def _hugging_face_parts(files: TensorFiles, module: str, quant: QuantFormat) -> dict[str, torch.Tensor]:
+def _unified_layers(files: TensorFiles, quantization: Mapping[str, Any]) -> Iterator[_Layer]:
+    """The unified form, tkit's and ModelOpt's. A weight with a scale beside it is quantized as `quantization` says."""
+    for name, entry in files.entries.items():
+        module, _, part = name.rpartition(".")
+        if f"{module}.weight_scale" not in files.entries or part == "bias":
+            if part not in ("k_scale", "v_scale"):
+                yield _Layer(name, None, {"weight": to_torch(files.read(name), entry.dtype)})
+        elif part == "weight":
+            format = hf_layer_format(quantization, module)
+            yield _Layer(name, format, _unified_parts(files, module, format))
+
+
+def _unified_parts(files: TensorFiles, module: str, format: QuantFormat) -> dict[str, torch.Tensor]:
     """The stored tensors of one projection under TensorRT-LLM's names."""
     stored = {}
-    for tensor in quant.tensors:
+    for tensor in format.tensors:
         name = f"{module}.{tensor.hf_name}"
         if name in files.entries:
             is_signed = tensor.dtype == "I8"  # the same bytes, under whatever name this format gives them
@@ -254,6 +232,39 @@ def _hugging_face_parts(files: TensorFiles, module: str, quant: QuantFormat) -> 
         elif tensor.name == "prequant_scaling_factor":  # folded into the norm in front
             stored[tensor.name] = torch.ones(stored["weight"].shape[1])
     return stored
+
+
+def _source_layers(files: TensorFiles, spec: ModelSpec, config: Mapping[str, Any], path: str) -> Iterator[_Layer]:
+    """What other quantizers write, or nobody quantized."""
+    format = source_format(config, files.entries.keys(), path)
+    moves = plan_moves(spec, Precision.of("none", kv_cache=format.kv_cache if format else "auto"), Parallel())
+    if format is not None:
+        moves = carried_moves(moves, format, {name: (e.dtype, e.shape) for name, e in files.entries.items()})
+    known = (*(format.ignored if format else ()), *zero_biases(files, moves))
+    check_sources(files, moves, (*ARCHITECTURES[spec.architecture].ignored, *known))
+    for move in moves:
+        if move.kv_cache is not None:
+            continue
+        sources = {name: (files.read(name), files.entries[name].dtype) for name in move.sources}
+        if not move.source_dtypes:
+            yield from (_Layer(name, None, {"weight": to_torch(*raw)}) for name, raw in sources.items())
+            continue
+        assert format is not None
+        for layer, tensors in by_layer(move, sources).items():
+            parts = {part: to_torch(*raw) for part, raw in unpacked(format, tensors, "F32").items()}
+            yield _Layer(f"{layer}.weight", format.target, parts, move.transform == "transpose")
+
+
+def _kv_cache(files: TensorFiles, spec: ModelSpec, device: str) -> KvCache:
+    """By the scales that lie beside the projections; only FP8 has such."""
+    before = ARCHITECTURES[spec.architecture].layer_prefix.partition("{layer}")[0]
+    scales: dict[int, dict[str, torch.Tensor]] = {}
+    for name, entry in files.entries.items():
+        part = name.rpartition(".")[2]
+        if part in ("k_scale", "v_scale"):
+            layer = int(name.removeprefix(before).partition(".")[0])
+            scales.setdefault(layer, {})[part] = to_torch(files.read(name), entry.dtype).float().reshape(1).to(device)
+    return {layer: _cached("fp8", pair["k_scale"], pair["v_scale"]) for layer, pair in scales.items()}
 
 
 def _kernel_input(quant: QuantFormat, stored: Mapping[str, torch.Tensor], device: str) -> Hook | None:
