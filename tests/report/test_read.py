@@ -142,6 +142,7 @@ def test_a_run_that_cannot_be_read_is_left_out(run: Path, breaking: Callable[[Pa
         (lambda point: edit(point / "point.json", definitions="x/2"), "point.json uses x/2, manifest.json"),
         (lambda point: edit(point / "point.json", token_source="guess"), 'token source "guess"'),
         (lambda point: edit(point / "point.json", output_tok_s=float("nan")), "output_tok_s is nan"),
+        (lambda point: edit(point / "point.json", goodput={"batch": {"low": 1.0}}), "goodput of batch without requests_s"),
         (lambda point: edit(point / "point.json", ttft=factory.distribution([1, 2])), "ttft p50 is 1.500 ms in point"),
         (lambda point: _columns(point, sent_ns=None), "no column sent_ns"),
         (lambda point: _columns(point, phase=[1] * 24), "holds 0 measured requests"),

@@ -336,6 +336,11 @@ def _contradictions(point: Point, manifest: Manifest) -> list[str]:
     problems.extend(
         f"{POINT_FILE}: {name} is {value}" for name, value in _floats(asdict(summary)) if not math.isfinite(value)
     )
+    problems.extend(
+        f"{POINT_FILE}: goodput of {tier} without requests_s or attainment"
+        for tier, facts in summary.goodput.items()
+        if not {"requests_s", "attainment"} <= facts.keys()
+    )
     rows = point.requests[point.requests["phase"] == "measured"]
     if len(rows) != summary.requests:
         problems.append(f"{REQUESTS_FILE} holds {len(rows)} measured requests, {POINT_FILE} {summary.requests}")
