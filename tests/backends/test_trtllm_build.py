@@ -16,6 +16,8 @@ from nvidia_node import write_programs
 
 from tkit.backends.trtllm_build import TABLE, build_arguments, build_facts, check_arguments
 from tkit.errors import InputError
+from tkit.planner.precision import KV_MIN_SM, precision
+from tkit.specs.quantization import QUANT_FORMATS
 from tkit.specs.recipe import EngineRecipe
 
 GOLDEN = Path(__file__).with_name("golden") / "trtllm-build.txt"
@@ -163,3 +165,17 @@ def test_the_table_and_the_stand_in_agree() -> None:
         assert row["default"] == actions[name].default, name
         assert set(row.get("values", ())) == set(actions[name].choices or ()), name
         assert (row["kind"] == "flag") == (actions[name].nargs == 0), name
+
+
+def test_the_least_gpu_of_a_format_is_the_one_that_plans_and_builds_reckon_with() -> None:
+    names = {format.algo: name for name, format in QUANT_FORMATS.items()}
+    told = {}
+    for rule in json.loads(TABLE.read_text())["rules"]:
+        for fact, table in (("quant_algo", names), ("kv_cache_quant_algo", {"FP8": "KV fp8"})):
+            if list(rule["if"]) == [fact] and list(rule["then"]) == ["sm"]:
+                condition = rule["then"]["sm"]
+                least = condition["min"] if isinstance(condition, dict) else min(condition)
+                told |= {table[algo]: least for algo in rule["if"][fact]}
+    reckoned = {f"KV {name}": sm for name, sm in KV_MIN_SM.items()} | {n: precision(n).min_sm for n in names.values()}
+    assert {"fp8", "nvfp4", "KV fp8"} <= told.keys()
+    assert told == {name: reckoned[name] for name in told}
