@@ -287,16 +287,21 @@ def test_a_signal_ends_the_foreground_and_everything_it_started(engine: Path, si
     assert_nothing_left(engine, serving.record["pid"], serving.processes)
 
 
-def test_an_interrupt_during_the_start_leaves_nothing(engine: Path) -> None:
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)], ids=["ctrl-c", "terminal closed"]
+)
+def test_an_interrupt_during_the_start_leaves_nothing(engine: Path, signum: int, code: int) -> None:
     write_engine(engine, backend="hanging")
+    before = signal.signal(signum, signal.default_int_handler)  # what nohup has ignored, a child would ignore as well
     starting = subprocess.Popen([sys.executable, "-c", TKIT, "serve", "--quiet", *FREE_PORTS], stderr=subprocess.PIPE)
+    signal.signal(signum, before)
     files = server_files("tiny")
     assert wait_for(lambda: any("stub" in name for name in child_names(files.pid())), 300), child_names(files.pid())
     pid = files.pid() or 0
     processes = processes_of(pid)
-    starting.send_signal(signal.SIGINT)
+    starting.send_signal(signum)
     starting.communicate(timeout=300)
-    assert starting.returncode == 130
+    assert starting.returncode == code
     assert_nothing_left(engine, pid, processes)
 
 

@@ -78,8 +78,10 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point of the `tkit` script. Ctrl-C exits 130, SIGTERM 143, both after `finally` blocks have run."""
+    """Entry point of the `tkit` script. Ctrl-C exits 130, SIGTERM 143, a closed terminal 129: all after `finally` blocks."""
     signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish
+        signal.signal(signal.SIGHUP, _terminated)
     try:
         sys.exit(cli.main(standalone_mode=False))  # the code that ctx.exit() was given
     except click.exceptions.Exit as error:
@@ -93,4 +95,4 @@ def main() -> None:
 
 
 def _terminated(signum: int, frame: Any) -> None:
-    sys.exit(128 + signal.SIGTERM)
+    sys.exit(128 + signum)
