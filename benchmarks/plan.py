@@ -35,6 +35,7 @@ MODELS = {
     ("Qwen3-32B", "bf16"): ("Qwen/Qwen3-32B", {}),
     ("Qwen3-235B-A22B", "fp8"): ("Qwen/Qwen3-235B-A22B-FP8", {}),
 }
+LOADS = ("closed", "burst")
 SYSTEMS = {"H100-SXM": "h100_sxm", "H200-SXM": "h200_sxm", "B200": "b200_sxm"}
 BACKENDS = {"tensorrt-llm": "trtllm", "vllm": "vllm", "sglang": "sglang"}
 ESTIMATE = """
@@ -66,7 +67,7 @@ def main() -> None:
         python = arguments.aiconfigurator or environment(Path(directory))
         answers, seconds, num_bytes = aiconfigurator(python, runs)
     unseen = predict_unseen(everything)
-    ttft = {run_of(row): row for row in everything if row.metric == "ttft" and row.load == "closed"}
+    ttft = {run_of(row): row for row in everything if row.metric == "ttft" and row.load in LOADS}
     for metric in ("tpot", "ttft"):
         rows = [run if metric == "tpot" else ttft.get(run_of(run)) for run in runs]
         pairs = [
@@ -105,7 +106,7 @@ def print_errors(metric: str, rows: list[Row], theirs: np.ndarray, predicted_uns
 def is_common(row: Row) -> bool:
     return (
         row.metric == "tpot"
-        and row.load == "closed"
+        and row.load in LOADS
         and row.gpu in SYSTEMS
         and (row.shape.name, row.dtype) in MODELS
         and row.parallel.pp_size == 1

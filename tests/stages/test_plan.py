@@ -45,7 +45,7 @@ def test_one_screen(tkit):
 
 def test_stored_weights_are_what_a_build_writes(tkit):
     """Byte for byte, against the tensors in the files."""
-    for quant, tp in (("none", 1), ("none", 2), ("int8", 2)):
+    for quant, tp in (("none", 1), ("none", 2), ("int8", 2), ("int4", 4)):  # the last in groups of 64
         built = tkit("build", "--quant", quant, "--tp", tp, "--json")
         assert built.exit_code == 0, built.output
         card = json.loads(built.stdout)

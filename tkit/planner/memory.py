@@ -185,6 +185,7 @@ def _rank_modules(
 ) -> list[tuple[Module, Precision]]:
     """Of one pipeline stage, each with its format. lm_head shares the embedding's memory when it is tied, lies on the same
     stage and is split the same way; on disk it is always written."""
+    precision = _fitted(shape, precision, parallel)
     default, its_own = replace(precision, modules=()), dict(precision.modules)
     first, last = outside_modules(shape)
     is_shared = shape.is_tied and parallel.pp_size == 1 and (parallel.tp_size == 1 or shape.traits.shards_embedding)
@@ -201,6 +202,45 @@ def _rank_modules(
     if pp_rank == parallel.pp_size - 1:
         modules += [(module, default) for module in (last if is_stored or not is_shared else last[:1])]
     return modules
+
+
+@functools.lru_cache(maxsize=4096)
+def _fitted(shape: ModelShape, precision: Precision, parallel: Parallel) -> Precision:
+    """As `tkit build` does: all layers of a format in smaller groups where a rank's share of one does not divide."""
+    default, its_own = replace(precision, modules=()), dict(precision.modules)
+    if all(own.smaller_tensors is None for own in (default, *its_own.values())):
+        return precision
+    smaller: dict[Precision, Precision] = {}
+    for own in {default, *its_own.values()}:
+        modules = {
+            module
+            for index, layer in enumerate(shape.layers)
+            for module in layer_modules(shape, layer)
+            if module.is_quantized and its_own.get(f"layers.{index}.{module.name}", default) == own
+        }
+        halved = replace(
+            own, tensors=own.smaller_tensors or (), size_multiple=own.size_multiple // 2, smaller_tensors=None
+        )
+        is_whole = all(_divides(module, own, parallel) for module in modules)
+        if own.smaller_tensors and not is_whole and all(_divides(module, halved, parallel) for module in modules):
+            smaller[own] = halved
+    modules_smaller = tuple((name, smaller.get(own, own)) for name, own in precision.modules)
+    return replace(smaller.get(default, default), modules=modules_smaller)
+
+
+def _divides(module: Module, precision: Precision, parallel: Parallel) -> bool:
+    """The kernels' rule on both sides of a layer. KV heads count as often as they are repeated; experts are not padded."""
+    has_experts = module.kind == "experts"
+    tp = parallel.moe_tp_size if has_experts else parallel.tp_size
+    out = sum(
+        max(block.features // block.unit, parallel.tp_size) * block.unit if block.axis == "kv_heads" else block.features
+        for block in module.out
+    )
+    sides = [(out, module.out[0].axis)] + ([(module.in_.features, module.in_.axis)] if module.in_ else [])
+    return all(
+        size % (precision.size_multiple * (tp if axis == "expert" or not has_experts else 1)) == 0
+        for size, axis in sides
+    )
 
 
 @functools.lru_cache(maxsize=65536)

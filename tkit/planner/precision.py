@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from tkit.errors import InputError, did_you_mean
 from tkit.specs.hardware import Gpu
-from tkit.specs.quantization import QUANT_FORMATS, StoredTensor
+from tkit.specs.quantization import QUANT_FORMATS, StoredTensor, smaller_groups
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "model": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1,
@@ -35,6 +35,8 @@ class Precision:
     only_experts: bool = False
     is_written: bool = True  # by `tkit build`
     modules: tuple[tuple[str, Precision], ...] = ()  # `layers.0.attention.qkv` -> its own, where it differs
+    size_multiple: int = 1  # of every rank's share of a layer, both ways
+    smaller_tensors: tuple[StoredTensor, ...] | None = None  # in groups of half the size, where kernels have them
 
 
 def _tensors(*rows: tuple[str, str, tuple[int, int] | None, tuple[int, int] | None]) -> tuple[StoredTensor, ...]:
@@ -82,6 +84,7 @@ def precision(name: str) -> Precision:
         )
     stored = QUANT_FORMATS.get(name)
     bits, math, min_sm, native_sm, tensors = _ROWS.get(name, (stored.weight_bits if stored else 16, "fp16", 70, 70, ()))
+    smaller = smaller_groups(stored) if stored else None
     is_plain = stored is not None and stored.is_stored_plain
     return Precision(
         name=name,
@@ -93,6 +96,8 @@ def precision(name: str) -> Precision:
         resident=_INT8_CHANNEL if is_plain and bits == 8 else None,
         only_experts=name == "mxfp4",
         is_written=stored is not None,
+        size_multiple=stored.size_multiple if stored else 1,
+        smaller_tensors=smaller.tensors if smaller else None,
     )
 
 
