@@ -41,14 +41,16 @@ def mock() -> Iterator[str]:
         yield url
 
 
-def test_what_is_done_is_not_done_again_and_what_was_cut_off_goes_on(tkit, tmp_path, mock):
-    Path("r.yaml").write_text(RECIPE + BESIDE.replace("URL", f"'http://{mock}/v1'"))
+def test_what_is_done_is_not_done_again_and_what_was_cut_off_goes_on(tkit, tmp_path, make_llama, mock):
+    model = make_llama()
+    recipe = RECIPE.replace("demo", str(model))
+    Path("r.yaml").write_text(recipe + BESIDE.replace("URL", f"'http://{mock}/v1'"))
     record = json.loads(tkit("run", "r.yaml", "--json").stdout)
     engine, runs = Path(record["engines"][0]), [Path(run) for run in record["sweeps"]]
     validated, measured = (engine / "validation.json").stat().st_mtime_ns, {run: points(run) for run in runs}
     assert [len(found) for found in measured.values()] == [2, 2, 2]
     labels = [json.loads((run / "manifest.json").read_text())["label"] for run in runs]
-    assert labels == [engine.name, "demo, transformers generate", "theirs"]
+    assert labels == [engine.name, f"{model}, transformers generate", "theirs"]
 
     for run in runs[:2]:
         journal, cut = run / "state.jsonl", next(run.glob("points/*-c2-*"))
@@ -75,7 +77,7 @@ def test_what_is_done_is_not_done_again_and_what_was_cut_off_goes_on(tkit, tmp_p
     assert {run: points(run) for run in runs} == after
     assert (engine / "validation.json").stat().st_mtime_ns == validated
     run = runs[0]
-    Path("r.yaml").write_text(RECIPE)
+    Path("r.yaml").write_text(recipe)
 
     kept = Path(
         "reports/baselines/main"
