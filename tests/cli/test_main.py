@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -87,6 +90,20 @@ def test_a_file_that_may_not_grow_is_named_and_nothing_is_left(tmp_path):
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.splitlines()[-1].endswith("/checkpoint/rank0.safetensors: File too large")
     assert not list((tmp_path / "engines").iterdir())
+
+
+def test_on_a_terminal_the_result_stands_last(tmp_path):
+    terminal, end = pty.openpty()
+    with subprocess.Popen([*TKIT, "build"], cwd=tmp_path, stdout=end, stderr=end) as build:
+        os.close(end)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while some := os.read(terminal, 1000):
+                shown += some
+    os.close(terminal)
+    assert build.returncode == 0
+    assert "hash source" in shown.decode()
+    assert re.fullmatch(r"engines/demo-none-tp1-\w+\s*", shown.decode().splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", COMMANDS)

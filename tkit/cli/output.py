@@ -34,6 +34,7 @@ class Output(Progress):
 
     def record(self, record: Any, text: str, last_line: str | None = None) -> None:
         """`--json` prints the record as it is stored; otherwise the text, and `last_line` for scripts on stdout."""
+        self.close()  # a bar would be drawn again below what is printed
         if self.as_json:
             click.echo(to_json(record), nl=False)
             return

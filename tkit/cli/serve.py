@@ -88,12 +88,10 @@ def command(
         return
     if detach:
         record = serve_detached(engine_dir, serve_options, replaces=replaces, progress=output)
-        output.close()
         output.record(record, _summary(record, is_detached=True))
         return
 
     def announce(record: ServerRecord) -> None:
-        output.close()
         output.record(record, _summary(record, is_detached=False))
 
     serve(engine_dir, serve_options, announce, replaces=replaces, progress=output)
