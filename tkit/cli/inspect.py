@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tkit.specs.engine import EngineCard
     from tkit.stages.inspect import CheckpointFacts, FileFacts, InspectionRecord, TensorFacts
 
+LEAST_WIDTH = 80  # a narrower terminal folds lines, which loses nothing; a narrower table loses columns
 _LAYER = re.compile(r"(?<=\.layers\.)\d+|(?<=\.h\.)\d+")
 
 
@@ -186,5 +187,5 @@ def _drawn(table: _Table) -> str:
     for row in table.rows:
         drawn.add_row(*(Text(cell) for cell in row))
     text = io.StringIO()
-    Console(file=text, force_terminal=True, width=shutil.get_terminal_size().columns).print(drawn)
+    Console(file=text, force_terminal=True, width=max(shutil.get_terminal_size().columns, LEAST_WIDTH)).print(drawn)
     return text.getvalue().rstrip("\n")
