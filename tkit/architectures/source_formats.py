@@ -290,17 +290,8 @@ def carried_moves(moves: Sequence[Move], format: SourceFormat, forms: Forms) -> 
     """
     qkv = {move.layer: move.sources for move in moves if move.module.endswith(".attention.qkv")}
     carried: list[Move] = []
-    transposed = {
-        name.removesuffix(".weight").rpartition(".")[2]: None
-        for move in moves
-        if move.transform == "transpose" and not _is_plain(move.sources[0], forms)
-        for name in move.sources
-    }
-    if transposed and format.unpack != "gptq":
-        raise InputError(
-            f"{format}: {', '.join(transposed)} are Conv1D layers, of which only GPTQ says how they lie",
-            hint="name the model it was made from",
-        )
+    if format.unpack != "gptq":
+        check_transposed(moves, forms, str(format))
     for move in moves:
         if move.kv_cache is not None:
             carried.append(_kv_scales(move, qkv[move.layer]))
@@ -310,6 +301,22 @@ def carried_moves(moves: Sequence[Move], format: SourceFormat, forms: Forms) -> 
             unfolded = tuple(dataclasses.replace(output, fold=None) for output in move.outputs)
             carried.append(dataclasses.replace(move, outputs=unfolded))
     return carried
+
+
+def check_transposed(moves: Sequence[Move], forms: Forms, what: str) -> None:
+    """Raises InputError naming quantized layers that transformers stores transposed."""
+    transposed = {
+        name.removesuffix(".weight").rpartition(".")[2]: None
+        for move in moves
+        if move.transform == "transpose"
+        for name in move.sources
+        if not _is_plain(name, forms)
+    }
+    if transposed:
+        raise InputError(
+            f"{what}: {', '.join(transposed)} are Conv1D layers, of which only GPTQ says how they lie",
+            hint="name the model it was made from",
+        )
 
 
 def _kv_scales(move: Move, qkv: Sequence[str]) -> Move:

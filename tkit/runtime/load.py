@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tkit.architectures.config import checkpoint_dtype, hf_config, parallel_from_trtllm, spec_from_hf, spec_from_trtllm
 from tkit.architectures.formats import precision_from_trtllm
 from tkit.architectures.moves import plan_moves
-from tkit.architectures.source_formats import carried_moves, source_format
+from tkit.architectures.source_formats import Forms, carried_moves, check_transposed, source_format
 from tkit.architectures.table import ARCHITECTURES
 from tkit.architectures.unified_hf import hf_layer_format
 from tkit.checkpoints.convert import check_sources
@@ -192,7 +192,7 @@ def _read_hugging_face(directory: Path, device: str) -> tuple[ModelSpec, Weights
     with open_source(directory) as files:
         quantization = config.get("quantization_config") or {}
         is_unified = isinstance(quantization, Mapping) and quantization.get("quant_method") == "modelopt"
-        layers = _unified_layers(files, quantization) if is_unified else _source_layers(files, spec, config, path)
+        layers = _unified_layers(files, spec, quantization) if is_unified else _source_layers(files, spec, config, path)
         for name, format, parts, is_transposed in layers:
             if format is None:
                 weights[name] = parts["weight"].to(dtype)
@@ -209,8 +209,9 @@ def _read_hugging_face(directory: Path, device: str) -> tuple[ModelSpec, Weights
     return spec, weights, kernel_inputs, kv_cache
 
 
-def _unified_layers(files: TensorFiles, quantization: Mapping[str, Any]) -> Iterator[_Layer]:
+def _unified_layers(files: TensorFiles, spec: ModelSpec, quantization: Mapping[str, Any]) -> Iterator[_Layer]:
     """The unified form, tkit's and ModelOpt's. A weight with a scale beside it is quantized as `quantization` says."""
+    check_transposed(plan_moves(spec, Precision.of("none"), Parallel()), _forms(files), "ModelOpt")
     for name, entry in files.entries.items():
         module, _, part = name.rpartition(".")
         if f"{module}.weight_scale" not in files.entries or part == "bias":
@@ -239,7 +240,7 @@ def _source_layers(files: TensorFiles, spec: ModelSpec, config: Mapping[str, Any
     format = source_format(config, files.entries.keys(), path)
     moves = plan_moves(spec, Precision.of("none", kv_cache=format.kv_cache if format else "auto"), Parallel())
     if format is not None:
-        moves = carried_moves(moves, format, {name: (e.dtype, e.shape) for name, e in files.entries.items()})
+        moves = carried_moves(moves, format, _forms(files))
     known = (*(format.ignored if format else ()), *zero_biases(files, moves))
     check_sources(files, moves, (*ARCHITECTURES[spec.architecture].ignored, *known))
     for move in moves:
@@ -253,6 +254,10 @@ def _source_layers(files: TensorFiles, spec: ModelSpec, config: Mapping[str, Any
         for layer, tensors in by_layer(move, sources).items():
             parts = {part: to_torch(*raw) for part, raw in unpacked(format, tensors, "F32").items()}
             yield _Layer(f"{layer}.weight", format.target, parts, move.transform == "transpose")
+
+
+def _forms(files: TensorFiles) -> Forms:
+    return {name: (entry.dtype, entry.shape) for name, entry in files.entries.items()}
 
 
 def _kv_cache(files: TensorFiles, spec: ModelSpec, device: str) -> KvCache:
