@@ -15,18 +15,15 @@ import pytest
 from container import write_container
 from nvidia_node import write_programs
 
-from tkit.specs.server import ServeOptions
-from tkit.stages.serve import running_server
+from tkit.files import from_mapping
+from tkit.specs.server import ServerRecord
 from tkit.stages.servers import server_files
 from tkit.triton import launcher, probe
-
-FREE = ServeOptions(http_port=0, grpc_port=0, metrics_port=0, openai_port=0, timeout_s=120)
 
 
 @pytest.fixture
 def engine(tkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An engine for two GPUs, compiled on a node that is also the container."""
-    monkeypatch.setattr(launcher.ServerProcess, "stop", launcher.ServerProcess.kill)  # rank 1 waits without end
     node = tmp_path / "node"
     for make in (write_programs, write_container):
         for name, value in make(node).items():
@@ -41,7 +38,12 @@ def engine(tkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 
 
 def test_a_compiled_engine_is_served_on_both_its_ranks_and_keeps_others_off_its_gpus(tkit, engine: Path) -> None:
-    with running_server(engine, FREE) as record:
+    ports = [word for port in ("http", "grpc", "metrics", "openai") for word in (f"--{port}-port", "0")]
+    command = [sys.executable, "-m", "tkit", "serve", "compiled", "--json", *ports]
+    serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert serving.stdout is not None
+        record = from_mapping(ServerRecord, json.loads("".join(iter(serving.stdout.readline, "}\n")) + "}"), "stdout")
         leader = psutil.Process(record.pid)
         assert "mpirun" in " ".join(leader.cmdline())
         ranks = [child for child in leader.children() if "--model-repository" in " ".join(child.cmdline())]
@@ -54,7 +56,8 @@ def test_a_compiled_engine_is_served_on_both_its_ranks_and_keeps_others_off_its_
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
-            assert json.load(answer)["choices"][0]["text"] == "xyzx"
+            told = json.load(answer)
+        assert (told["choices"][0]["text"], told["usage"]["completion_tokens"]) == ("xyzx", 4)
         assert swept(tkit, "triton-grpc") == swept(tkit, "openai") == "server_usage"
         assert record.kv_cache_shares == {"GPU-00000000": 0.9, "GPU-10000000": 0.9}
         processes = [leader, *leader.children(recursive=True)]
@@ -62,8 +65,11 @@ def test_a_compiled_engine_is_served_on_both_its_ranks_and_keeps_others_off_its_
         shutil.copytree(engine, engine.with_name("other"))
         message = refused(tkit, "other")
         assert "GPU GPU-10000000: --kv-cache-fraction 0.9 beside 0.9 of compiled is more than all its memory" in message
-    assert not [process for process in processes if launcher.is_running(process.pid)]
-    assert not list(Path("/dev/shm").glob(f"tkit{record.pid}_*"))
+    finally:
+        serving.kill()
+        serving.communicate()
+    _, left = psutil.wait_procs(processes, timeout=60)  # no rank stays behind a foreground that was killed
+    assert not [process for process in left if launcher.is_running(process.pid)]
 
 
 def swept(tkit, protocol: str) -> str:
@@ -75,20 +81,6 @@ def swept(tkit, protocol: str) -> str:
     record = json.loads(point.read_text())
     assert record["errors"] == {}
     return str(record["token_source"])
-
-
-def test_a_killed_foreground_leaves_no_rank_behind(engine: Path) -> None:
-    ports = [word for port in ("http", "grpc", "metrics", "openai") for word in (f"--{port}-port", "0")]
-    command = [sys.executable, "-m", "tkit", "serve", "compiled", "--json", *ports]
-    serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert serving.stdout is not None
-    record = json.loads("".join(iter(serving.stdout.readline, "}\n")) + "}")
-    leader = psutil.Process(record["pid"])
-    processes = [leader, *leader.children(recursive=True)]
-    serving.kill()
-    serving.communicate()
-    _, left = psutil.wait_procs(processes, timeout=30)
-    assert not [process for process in left if launcher.is_running(process.pid)]
 
 
 def refused(tkit, name: str) -> str:
