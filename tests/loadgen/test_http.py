@@ -292,6 +292,7 @@ ENDING = completion("", 3) + b"data: [DONE]\n\n"
         ([completion("a"), completion("b"), completion("c") + ENDING], True, [1, 1, 1]),
         ([m.replace(b"\n", b"\r\n") for m in (completion("a"), completion("b"), completion("c"), ENDING)], True, [1, 1, 1]),
         ([completion("a"), completion("b") + completion("c"), ENDING], False, [1, 1, 1]),
+        ([completion("a") + b"da", completion("b")[2:], completion("c"), ENDING], False, [1, 1, 1]),
         ([b": alive\n\n", completion("a"), completion("b"), completion("c"), ENDING], False, [1, 1, 1]),
         ([completion("a"), b"data: {oops\n\n" + completion("b"), completion("c"), ENDING], False, [1]),
         ([completion("a"), completion("b"), completion("c"), completion("", 4) + b"data: [DONE]\n\n"], False, [1, 1, 2]),
@@ -388,6 +389,16 @@ def test_an_answer_may_be_cut_anywhere() -> None:
         assert [event.data for event in sse_events(exchange.messages, exchange.times)] == DATA, cut
     exchange = received([bytes([byte]) for byte in ANSWER])
     assert [event.data for event in sse_events(exchange.messages, exchange.times)] == DATA
+
+
+def test_parts_as_long_as_a_chunk_that_came_before_may_be_something_else() -> None:
+    """Two chunks in one part, or an end and a beginning, each as many bytes as the chunk before."""
+    chunks = [b"5\r\nhello\r\n", b"1\r\na\r\n", b"1\r\nb\r\n", b"5\r\nworld\r\n", b"0\r\n\r\n"]
+    head, rest = ANSWER[: ANSWER.index(b"\r\n\r\n", 30) + 4], b"".join(chunks[1:])
+    for first in range(len(rest)):
+        for second in range(first + 1, len(rest)):
+            exchange = received([head, chunks[0], *filter(None, (rest[:first], rest[first:second], rest[second:]))])
+            assert (exchange.error, b"".join(exchange.messages)) == (None, b"helloabworld"), (first, second)
 
 
 def test_an_event_has_the_time_of_its_last_byte() -> None:

@@ -33,7 +33,7 @@ from tkit.loadgen.prompts import PromptMaker
 from tkit.loadgen.session import Measurement, Session
 
 MS = 1_000_000
-STREAMS, OSL = 4, 32
+STREAMS, OSL = 4, 16
 ATTEMPTS = 5
 
 
@@ -163,7 +163,7 @@ def test_what_users_wait_when_more_come_than_there_is_room_for(mock: str, tokeni
     """Four answers at a time, each 0.67 s long, and 12 requests a second: the queue grows by six a second."""
     shape = Shape(isl=16, osl=63)
     profile = dataclasses.replace(
-        find_profile("quick"), shapes=(shape,), requests=None, max_duration_s=4, min_duration_s=4
+        find_profile("quick"), shapes=(shape,), requests=None, max_duration_s=2, min_duration_s=2
     )
     take_record(mock)
     with Session("openai", mock, "slots", prompts=PromptMaker(tokenizer_dir, 0), profile=profile) as session:
@@ -240,7 +240,7 @@ def test_a_client_on_a_core_that_others_use_says_so(mock: str, tokenizer_dir: Pa
 def test_more_streams_than_the_client_can_hold(tokenizer_dir: Path, tmp_path: Path) -> None:
     """A token per 0.5 ms and stream: 512 000 a second, which no single core reads."""
     with running_mock(itl_ms=0.5) as url:
-        process = sweep(url, tokenizer_dir, tmp_path, "--shape", "16/64", "--concurrency", "256", "--requests", "512")
+        process = sweep(url, tokenizer_dir, tmp_path, "--shape", "16/64", "--concurrency", "256", "--requests", "256")
         assert process.wait(120) == 0
     point = point_of(tmp_path)
     assert not point["is_valid"]

@@ -31,7 +31,7 @@ from tkit.loadgen.prompts import PromptMaker
 from tkit.loadgen.session import Measurement, Session
 
 MS = 1_000_000
-SHAPE = Shape(isl=16, osl=32)
+SHAPE = Shape(isl=16, osl=16)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,9 @@ def test_streams_of_all_workers_are_one_load(mock: str, tokenizer_dir: Path, pro
     assert len(did) == 2 + len(point.records), "two probes; nothing was sent twice"
     delays = []
     for record in point.records:
-        line = did[f"16x32-32-6-1-{record.id}"]
+        line = did[f"16x16-16-6-1-{record.id}"]
         seen, sent = np.array(record.token_ns), np.array(line["sent_ns"])
-        assert len(seen) == 32
+        assert len(seen) == 16
         assert (seen > sent).all(), "one clock, whichever process looks at it"
         assert record.sent_ns < line["arrived_ns"]
         delays += list((seen - sent) / MS)
@@ -99,8 +99,8 @@ def test_streams_of_all_workers_are_one_load(mock: str, tokenizer_dir: Path, pro
 
 
 def test_a_schedule_is_shared_out(mock: str, tokenizer_dir: Path) -> None:
-    point = measure("openai", mock, tokenizer_dir, place=Place(shape=SHAPE, rate=20, repeat=1), requests=20)
-    alone = measure("openai", mock, tokenizer_dir, place=Place(shape=SHAPE, rate=20, repeat=1), requests=20, workers=1)
+    point = measure("openai", mock, tokenizer_dir, place=Place(shape=SHAPE, rate=40, repeat=1), requests=20)
+    alone = measure("openai", mock, tokenizer_dir, place=Place(shape=SHAPE, rate=40, repeat=1), requests=20, workers=1)
     assert point.failures == []
     assert point.summary.requests == alone.summary.requests == 20
     due, due_alone = (
