@@ -6,9 +6,9 @@ AIPerf where its command is given.
 
 Every client is a process of its own, started for the row. `of ideal`: output tokens per second over those of the schedule, in
 the steady window; `server late`: the mock server's own delay, which every client sees. CPU is that of the client's process
-over its output tokens while it measures (whole: from start to end), RSS that of tkit's client when it has measured, peak that
-of all processes together, with the one that writes Parquet afterwards. At 256 streams the bars that tkit is held to follow,
-each with its value, the median of the rounds.
+over its output tokens while it measures (whole: from start to end), RSS that of the client's process when it has measured,
+peak that of all processes together, with the one that writes Parquet afterwards. At 256 streams the bars that tkit is held to
+follow, each with its value, the median of the rounds.
 """
 
 from __future__ import annotations
@@ -231,7 +231,9 @@ async def run_plain(client: str, url: str, streams: int) -> None:
                 arrivals.append(now)
 
     async with PLAIN[client](url) as answers:
+        cpu_before = time.process_time()
         await asyncio.gather(*(stream(answers, index) for index in range(streams)))
+        cpu_s = time.process_time() - cpu_before
     times = np.array(arrivals)
     low, high = times[0] + 2 * E2E_S, times[-1] - 2 * E2E_S  # the steady window
     tok_s = float(((times > low) & (times < high)).sum() / (high - low))
@@ -239,8 +241,11 @@ async def run_plain(client: str, url: str, streams: int) -> None:
         "ttft_p50": np.percentile(ttfts, 50),
         "ttft_p99": np.percentile(ttfts, 99),
         "itl_p50": np.percentile(gaps, 50),
+        "tok_s": tok_s,
+        "cpu_us": cpu_s / len(arrivals) * 1e6,
+        "rss_bytes": psutil.Process().memory_info().rss,
     }
-    print(json.dumps({**{name: float(value) for name, value in figures.items()}, "tok_s": tok_s}))
+    print(json.dumps({name: float(value) for name, value in figures.items()}))
 
 
 Answers = Callable[[str], AsyncIterator[object]]  # request id -> something per token
