@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from tkit.loadgen.mock_server import child_server
 from tkit.triton import probe
 from tkit.triton.ensemble import ensemble_config
 from tkit.triton.install import find_install, free_ports, install_problems, link_backends
@@ -120,25 +120,12 @@ def paced_server(directory: Path, *, ttft_ms: float = 50, itl_ms: float = 10) ->
 @contextlib.contextmanager
 def fake_server(engine_dir: str = "") -> Iterator[str]:
     """The address of a running fake_server.py."""
-    command = [sys.executable, str(HERE / "fake_server.py"), engine_dir]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            yield f"{HOST}:{int(process.stdout.readline())}"
-        finally:
-            process.stdin.close()
-            process.wait(10)
+    with child_server([sys.executable, str(HERE / "fake_server.py"), engine_dir]) as url:
+        yield url
 
 
 @contextlib.contextmanager
 def fake_http_server(log: Path, tokenizer_dir: Path) -> Iterator[FakeHttp]:
     command = [sys.executable, str(HERE / "fake_http.py"), str(log), str(tokenizer_dir / "tokenizer.json")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            yield FakeHttp(url=f"{HOST}:{int(process.stdout.readline())}", log=log)
-        finally:
-            process.stdin.close()
-            process.wait(10)
+    with child_server(command) as url:
+        yield FakeHttp(url=url, log=log)

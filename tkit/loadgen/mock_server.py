@@ -23,7 +23,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -593,6 +593,13 @@ def running_mock(*, ttft_ms: float = DEFAULT_TTFT_MS, itl_ms: float = DEFAULT_IT
         f"--itl-ms={itl_ms}",
         f"--seed={seed}",
     ]
+    with child_server(command) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def child_server(command: Sequence[str]) -> Iterator[str]:
+    """The address, host:port, of a process that prints its port and serves until its standard input closes."""
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
