@@ -98,6 +98,10 @@ def test_a_pipe_is_written_to_and_a_link_is_followed(tmp_path):
     link.symlink_to(tmp_path / "file")
     write_atomic(link, "text")
     assert link.is_symlink() and (tmp_path / "file").read_text() == "text"
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    write_atomic(loop, "text")
+    assert loop.read_text() == "text"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(data.encode() if isinstance(data, str) else data)
         return
-    path = path.resolve()  # what a link leads to is replaced, not the link
+    path = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link, unless it leads to itself
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path), open(temporary, "wb") as file:
