@@ -92,6 +92,13 @@ def test_a_file_that_may_not_grow_is_named_and_nothing_is_left(tmp_path):
     assert not list((tmp_path / "engines").iterdir())
 
 
+def test_options_that_say_nothing_of_this_engine_are_told(tkit):
+    result = tkit("build", "--goal", "latency", "--max-batch-size", 4, "--dry-run")
+    assert result.exit_code == 0
+    assert "--goal, --max-batch-size: not of a reference engine" in result.stderr
+    assert "not of a reference" not in tkit("build", "--backend", "pytorch", "--goal", "latency", "--dry-run").stderr
+
+
 def test_on_a_terminal_the_result_stands_last(tmp_path):
     terminal, end = pty.openpty()
     with subprocess.Popen([*TKIT, "build"], cwd=tmp_path, stdout=end, stderr=end) as build:

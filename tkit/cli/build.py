@@ -10,7 +10,7 @@ import click
 from tkit.cli.output import Output, output_options
 from tkit.cli.sections import SectionedCommand
 from tkit.specs.quantization import QUANT_FORMATS
-from tkit.specs.recipe import BACKENDS, FORMATS, GOALS, EngineRecipe
+from tkit.specs.recipe import BACKENDS, FORMATS, GOALS, RUNTIME_FIELDS, EngineRecipe
 from tkit.units import format_bytes, format_seconds
 
 SECTIONS = {
@@ -122,6 +122,9 @@ def command(
             source, engine_recipe, output, machine, backend=backend, target=target, allow_pickle=allow_pickle
         )
     output.note(f"backend {plan.backend}: {plan.reason}")
+    ignored = [f"--{name.replace('_', '-')}" for name in RUNTIME_FIELDS if name in given]
+    if ignored and plan.backend == "reference":
+        output.note(f"{', '.join(ignored)}: not of a reference engine; say so again when it is compiled")
     if dry_run:
         output.record(plan.record(), plan.summary())
         return
