@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,6 +130,23 @@ def test_a_gpu_that_cannot_tell_its_power_is_left_out_of_it(tmp_path: Path) -> N
     tell(run / "points" / "128x64-c4-r1", powers=(300.0, None))
     (found,), _ = read_runs([run])
     assert over_time(found.points[0])["power_w"].iloc[0] == 300.0
+
+
+def test_samples_that_are_no_numbers_are_no_samples(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "run", engine=card("fp8"), concurrency=(4,), requests=20)
+    point = run / "points" / "128x64-c4-r1"
+    tell(point, EXPOSITIONS["tkit"].replace('limit"} 1000', 'limit"} 0'), (math.inf, 1.0))
+    edit(point / "point.json", telemetry={"gpu_memory_bytes": 1e9})  # of how many GPUs?
+    table = pq.read_table(point / "server.parquet").to_pydict()
+    table["value"][:4] = [math.nan] * 4
+    table["when_ns"][5] = table["labels"][6] = None
+    write_parquet(point / "server.parquet", table, SERVER_COLUMNS)
+    (found,), _ = read_runs([run])
+    told = over_time(found.points[0])
+    assert set(told) == {"running", "waiting", "server_bytes"}
+    assert all(math.isfinite(value) for series in told.values() for value in (*series, *series.index))
+    parts, _ = made(run)
+    assert all(plot.spec["data"]["values"] for plot in parts["telemetry"].plots)
 
 
 def test_torn_samples_take_their_point_with_them_by_name(tmp_path: Path) -> None:

@@ -538,7 +538,11 @@ def _measured_memory(comparison: Comparison, run: RunFacts) -> dict[str, Entry]:
         for cell in level.cells
         if cell.run == run.id
     ]
-    per_gpu = [numbers["gpu_memory_bytes"] / numbers["gpus"] for numbers in told if "gpu_memory_bytes" in numbers]
+    per_gpu = [
+        numbers["gpu_memory_bytes"] / count
+        for numbers in told
+        if "gpu_memory_bytes" in numbers and (count := numbers.get("gpus"))
+    ]
     server = [numbers["server_bytes_max"] for numbers in told if "server_bytes_max" in numbers]
     share = [numbers["kv_share_max"] for numbers in told if "kv_share_max" in numbers]
     return {

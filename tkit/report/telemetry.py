@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from tkit.report.read import Point
@@ -54,28 +55,25 @@ SERVER: dict[str, tuple[Source, ...]] = {
 def over_time(point: Point) -> dict[str, pd.Series]:
     """Quantity -> values by seconds since the first request: those of SERVER, and power_w, all GPUs together."""
     found: dict[str, pd.Series] = {}
-    server = point.server_samples()
+    server = {str(metric): rows for metric, rows in point.server_samples().groupby("metric")}
     for quantity, sources in SERVER.items():
-        values = next((told for source in sources if len(told := _told(server, source))), None)
-        if values is not None:
-            found[quantity] = values
+        source = next((source for source in sources if source.metric in server), None)
+        if source is not None:
+            found[quantity] = _told(server[source.metric], source)
     power = point.gpu_samples().dropna(subset=["power_w"])
-    if len(power):
-        found["power_w"] = power.groupby("when_s")["power_w"].sum()
-    return found
+    found["power_w"] = power.groupby("when_s")["power_w"].sum()
+    finite = {quantity: values[np.isfinite(values) & np.isfinite(values.index)] for quantity, values in found.items()}
+    return {quantity: values for quantity, values in finite.items() if len(values)}
 
 
-def _told(server: pd.DataFrame, source: Source) -> pd.Series:
-    rows = server[server["metric"] == source.metric]
-    if rows.empty:
-        return pd.Series(dtype="float64")
-
+def _told(rows: pd.DataFrame, source: Source) -> pd.Series:
     def of(labels: str) -> pd.Series:
-        grouped = rows[rows["labels"].str.contains(labels, regex=False)].groupby("when_s")["value"]
+        chosen = [labels in str(told) for told in rows["labels"]]
+        grouped = rows[chosen].groupby("when_s")["value"]
         return grouped.mean() if source.metric in SHARES else grouped.sum()
 
     values = of(source.labels)
-    return values if source.of is None else (values / of(source.of)).dropna()
+    return values if source.of is None else values / of(source.of)
 
 
 SHARES = {source.metric for source in SERVER["kv_share"] if source.of is None}
