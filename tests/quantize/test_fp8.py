@@ -42,6 +42,21 @@ def test_stored_values_are_the_nearest_of_the_grid():
     assert stored["weight"].float().tolist() == slow
 
 
+def test_weights_that_the_build_fuses_share_the_scale_of_the_largest():
+    """Rounded once under it: a second rounding of the codes under the smaller scale gives other codes."""
+    gate, up = torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(3))
+    up[0, 0] = 9.0
+    stored = fp8.quantize({"fc": gate, "gate": up}, statistics(torch.ones(4, 24)))
+    scale = torch.tensor([9.0 / 448])
+    for module, weight in (("fc", gate), ("gate", up)):
+        assert torch.equal(stored[module]["weights_scaling_factor"], scale)
+        slow = [[nearest_e4m3(value) for value in row] for row in (weight / scale).tolist()]
+        assert stored[module]["weight"].float().tolist() == slow
+    own = gate.abs().max() / 448
+    twice = ((gate / own).to(torch.float8_e4m3fn).float() * own / scale).to(torch.float8_e4m3fn)
+    assert not torch.equal(twice.float(), stored["fc"]["weight"].float())
+
+
 def test_activation_scale_is_the_largest_input_over_448():
     x = torch.randn(10, 8)
     x[3, 5] = -7.0

@@ -5,8 +5,9 @@
 
 Per row, which looks at weights only, is in data_free.py; its activations are scaled per token when they come.
 
-Layout: TensorRT-LLM `FP8`: weight (out, in) float8_e4m3fn, both scales (1,) float32. A fused q/k/v weight has one scale,
-the largest of the three, because the weight is quantized as it is stored: stacked. `FP8_PER_CHANNEL_PER_TOKEN`: weight and
+Layout: TensorRT-LLM `FP8`: weight (out, in) float8_e4m3fn, both scales (1,) float32. Weights with one input have one scale,
+that of the largest: trtllm-build fuses fc and gate and would round the codes under the smaller scale a second time; so do
+the PyTorch backend and vLLM. `FP8_PER_CHANNEL_PER_TOKEN`: weight and
 per_channel_scale (out,) float32. Follows NVIDIA ModelOpt 0.47.
 """
 
@@ -33,10 +34,9 @@ def round_to_fp8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def quantize(weights: Mapping[str, torch.Tensor], inputs: InputStatistics) -> dict[str, dict[str, torch.Tensor]]:
     """{module: {stored tensor: values}} for weights (out, in) that read the same activations."""
+    scale = fp8_scale(torch.stack([torch.stack(weight.aminmax()).abs().amax() for weight in weights.values()]).amax())
     stored = {}
     for module, weight in weights.items():
-        low, high = torch.aminmax(weight)
-        scale = fp8_scale(torch.maximum(-low, high))
         codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
         for block, rows in row_blocks(weight, codes):
             rows.copy_(round_to_fp8(block.float(), scale))
@@ -50,8 +50,7 @@ def quantize(weights: Mapping[str, torch.Tensor], inputs: InputStatistics) -> di
 
 def quantize_experts(weights: Sequence[torch.Tensor], inputs: InputStatistics) -> dict[str, torch.Tensor]:
     """The experts below one another, a weight scale each, and one activation scale for all of them."""
-    stored = quantize({str(index): weight for index, weight in enumerate(weights)}, inputs)
-    experts = list(stored.values())
+    experts = [quantize({"expert": weight}, inputs)["expert"] for weight in weights]
     return {
         "weight": torch.cat([expert["weight"].view(torch.int8) for expert in experts]).view(torch.float8_e4m3fn),
         "weights_scaling_factor": torch.cat([expert["weights_scaling_factor"] for expert in experts]),
