@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -11,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from tkit.loadgen.metrics import tpot_ms
 from tkit.loadgen.mock_server import child_server
+from tkit.loadgen.session import Measurement
 from tkit.triton import probe
 from tkit.triton.ensemble import ensemble_config
 from tkit.triton.install import find_install, free_ports, install_problems, link_backends
@@ -23,6 +27,7 @@ from tkit.triton.repository import ServedModel, write_repository
 
 HERE = Path(__file__).parent
 HOST = "127.0.0.1"
+MS = 1_000_000
 SYLLABLES = ("ba", "ce", "di", "fo", "gu", "la", "me", "ni", "po", "ru", "sa", "te", "vi", "xo", "zu")
 WORDS = [first + second for first in SYLLABLES for second in SYLLABLES]
 
@@ -71,6 +76,27 @@ class FakeHttp:
         """What it did when it was asked for a model, by request id."""
         lines = [json.loads(line) for line in self.log.read_text().splitlines()]
         return {line["id"]: line for line in lines if line["body"].get("model", model) == model}
+
+
+def check_times(point: Measurement, sent: dict[str, dict[str, Any]]) -> None:
+    """Never before the server acted; the medians a few milliseconds after, whatever else this machine does."""
+    to_client, tpot_ratio, ttft_delay = [], [], []
+    for record in point.records:
+        line = sent[f"24x16-16-4-1-{record.id}"]
+        assert record.first_token_ns is not None
+        assert record.last_token_ns is not None
+        assert record.sent_ns < line["arrived_ns"]
+        assert all(seen > left for seen, left in zip(record.token_ns, line["sent_ns"], strict=True))
+        assert record.last_token_ns <= record.end_ns
+        to_client += [(seen - left) / MS for seen, left in zip(record.token_ns, line["sent_ns"], strict=True)]
+        own_ttft = line["sent_ns"][0] - line["arrived_ns"]
+        ttft_delay.append((record.first_token_ns - record.sent_ns - own_ttft) / MS)
+        tpot = tpot_ms(record)
+        assert tpot is not None
+        tpot_ratio.append(tpot / ((line["sent_ns"][-1] - line["sent_ns"][0]) / MS / 15))
+    assert statistics.median(to_client) < 15
+    assert 0 < statistics.median(ttft_delay) < 30
+    assert statistics.median(tpot_ratio) == pytest.approx(1, abs=0.1)
 
 
 BARE = ModelConfig(

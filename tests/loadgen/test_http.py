@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import ssl
-import statistics
 import threading
 from array import array
 from collections.abc import Callable, Iterator
@@ -18,13 +17,13 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from servers import check_times
 
 from tkit.errors import InputError, ServerError, TkitError
 from tkit.files import read_json, write_json
 from tkit.loadgen.exchange import Exchange, RequestRecord, request_record
 from tkit.loadgen.http import _Connection, http_address
 from tkit.loadgen.load import loop_factory
-from tkit.loadgen.metrics import tpot_ms
 from tkit.loadgen.monitor import Monitor
 from tkit.loadgen.openai_http import OpenAIClient
 from tkit.loadgen.point import Place
@@ -70,27 +69,6 @@ def measure(
         else:
             session._e2e_s[SHAPE, 0] = 0.01
         return session.measure(Place(shape=SHAPE, concurrency=concurrency, repeat=1), lambda live: None)
-
-
-def check_times(point: Measurement, sent: dict[str, dict[str, Any]]) -> None:
-    """Never before the server acted; the medians a few milliseconds after, whatever else this machine does."""
-    to_client, tpot_ratio, ttft_delay = [], [], []
-    for record in point.records:
-        line = sent[f"24x16-16-4-1-{record.id}"]
-        assert record.first_token_ns is not None
-        assert record.last_token_ns is not None
-        assert record.sent_ns < line["arrived_ns"]
-        assert all(seen > left for seen, left in zip(record.token_ns, line["sent_ns"], strict=True))
-        assert record.last_token_ns <= record.end_ns
-        to_client += [(seen - left) / MS for seen, left in zip(record.token_ns, line["sent_ns"], strict=True)]
-        own_ttft = line["sent_ns"][0] - line["arrived_ns"]
-        ttft_delay.append((record.first_token_ns - record.sent_ns - own_ttft) / MS)
-        tpot = tpot_ms(record)
-        assert tpot is not None
-        tpot_ratio.append(tpot / ((line["sent_ns"][-1] - line["sent_ns"][0]) / MS / 15))
-    assert statistics.median(to_client) < 15
-    assert 0 < statistics.median(ttft_delay) < 30
-    assert statistics.median(tpot_ratio) == pytest.approx(1, abs=0.1)
 
 
 def test_triton_http_against_a_real_triton(paced: Any) -> None:

@@ -32,6 +32,8 @@ from tkit.loadgen.session import Measurement, Session
 
 MS = 1_000_000
 SHAPE = Shape(isl=16, osl=16)
+CLOSED = Place(shape=SHAPE, concurrency=6, repeat=1)
+OPEN = Place(shape=SHAPE, rate=40, repeat=1)
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +58,14 @@ def measure(
     tokenizer_dir: Path,
     *,
     model: str = "exact",
-    place: Place | None = None,
+    place: Place = CLOSED,
     workers: int = 3,
     on_progress: Callable[[Live], None] = lambda live: None,
     **changes: Any,
 ) -> Measurement:
     with session(protocol, url, model, tokenizer_dir, workers, **changes) as opened:
         opened.probe(SHAPE)
-        return opened.measure(place or Place(shape=SHAPE, concurrency=6, repeat=1), on_progress)
+        return opened.measure(place, on_progress)
 
 
 def take_record(url: str) -> dict[str, dict[str, Any]]:
@@ -99,8 +101,11 @@ def test_streams_of_all_workers_are_one_load(mock: str, tokenizer_dir: Path, pro
 
 
 def test_a_schedule_is_shared_out(mock: str, tokenizer_dir: Path) -> None:
-    point = measure("openai", mock, tokenizer_dir, place=Place(shape=SHAPE, rate=40, repeat=1), requests=20)
-    alone = measure("openai", mock, tokenizer_dir, place=Place(shape=SHAPE, rate=40, repeat=1), requests=20, workers=1)
+    with session("openai", mock, "exact", tokenizer_dir, 3, requests=20) as opened:
+        opened.probe(SHAPE)
+        opened.measure(dataclasses.replace(CLOSED, concurrency=3), lambda live: None)  # by the same workers
+        point = opened.measure(OPEN, lambda live: None)
+    alone = measure("openai", mock, tokenizer_dir, place=OPEN, requests=20, workers=1)
     assert point.failures == []
     assert point.summary.requests == alone.summary.requests == 20
     due, due_alone = (

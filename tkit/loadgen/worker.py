@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from tkit.errors import TkitError
 from tkit.loadgen.board import BOARD_BYTES, Board
 from tkit.loadgen.exchange import request_record
+from tkit.loadgen.live import Live
 from tkit.loadgen.load import Outcome, Part, loop_factory, run_load
 from tkit.loadgen.load_trace import LoadTrace
 from tkit.loadgen.protocols import Client, make_client
@@ -57,14 +58,17 @@ def _serve(connection: Connection, cells: memoryview) -> None:
 
 
 async def _drive(connection: Connection, client: Client, part: Part, board: Board) -> LoadTrace:
-    """Ends early when the sweep's process does: nothing else comes over the connection meanwhile."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    """Ends early when nobody is there any more to tell how far it is."""
+    task = asyncio.current_task()
     assert task is not None
-    loop.add_reader(connection.fileno(), task.cancel)
-    try:
-        return await run_load(client, part.exchanges, part.load, connection.send, board)
-    finally:
-        loop.remove_reader(connection.fileno())
+
+    def tell(live: Live) -> None:
+        try:
+            connection.send(live)
+        except OSError:
+            task.cancel()
+
+    return await run_load(client, part.exchanges, part.load, tell, board)
 
 
 if __name__ == "__main__":
