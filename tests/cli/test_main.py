@@ -35,6 +35,7 @@ def test_a_name_is_that_of_a_directory(tkit, tmp_path, command, name):
     ("command", "message"),
     [
         (["build", ""], 'no model ""'),
+        (["plan", "meta/Llama-3.1-8"], 'shipped model table (did you mean "Llama-3.1-8B"?)'),
         (["run", ""], 'no model ""'),
         (["plan", ""], 'no model ""'),
         (["build", demo.MODEL_DIR / "config.json"], "a file, expected a model's directory"),
@@ -62,6 +63,7 @@ def test_what_is_typed_wrong_is_named(tkit, tmp_path, command, message):
     [
         ["build", "--out"],
         ["plan", "--html"],
+        ["sweep", "--calibrate", "--protocol", "openai", "--out"],
         ["sweep", "--protocol", "hf-generate", "--engine", demo.MODEL_DIR, "--out"],
     ],
 )

@@ -22,6 +22,9 @@ def run_calibration(out: Path, protocol: str | None = None, progress: Progress |
     """Measures one protocol, or all, and writes `out/client.json`; what it holds of other protocols stays."""
     from tkit.loadgen.calibrate import calibrate  # every sweep looks for a calibration, few make one
 
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise InputError(f"{out} is read-only", hint="choose another --out")
     progress = progress or Progress()
     protocols = PROTOCOLS if protocol is None else (_measured_as(protocol),)
     known = _read(out)

@@ -16,11 +16,11 @@ from tkit import demo
 from tkit.architectures.config import spec_from_hf
 from tkit.architectures.formats import module_formats
 from tkit.architectures.table import ARCHITECTURES
-from tkit.errors import InputError
+from tkit.errors import InputError, did_you_mean
 from tkit.files import read_json
 from tkit.planner.compare import ComparedRow, Comparison, parse_axes
 from tkit.planner.cost import read_prices
-from tkit.planner.models import find_shape, shape_table
+from tkit.planner.models import TABLE, find_shape, shape_table
 from tkit.planner.planning import Plan, Wish, make_plan
 from tkit.planner.precision import Precision, mixed
 from tkit.planner.published import SHIPPED
@@ -48,8 +48,9 @@ def resolve_shape(model: str | None) -> tuple[ModelShape, str, Recipe]:
     if shape is not None:
         return shape, f"shipped model table; {recipe.model} is not on this machine", recipe
     raise InputError(
-        f"{recipe.model}: neither on this machine nor in the shipped model table",
-        hint=f"give a directory with config.json; the table has {', '.join(shape_table())}",
+        f"{recipe.model}: neither on this machine nor in the shipped model table"
+        f"{did_you_mean(recipe.model.rpartition('/')[2], shape_table())}",
+        hint=f"give a directory with config.json; the table is {TABLE}",
     )
 
 
