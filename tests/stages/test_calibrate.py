@@ -10,6 +10,7 @@ from click.testing import Result
 
 from tkit.errors import InputError
 from tkit.files import read_json, write_json
+from tkit.loadgen import calibrate as client
 from tkit.specs.client import ClientCalibration
 from tkit.stages import calibrate as stage
 
@@ -33,7 +34,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(protocol)
         return calibration(protocol, 0.1 * len(names))
 
-    monkeypatch.setattr(stage, "calibrate", measure)
+    monkeypatch.setattr(client, "calibrate", measure)
     return names
 
 
