@@ -30,15 +30,20 @@ MAX_NAME_BYTES = 200  # file systems take 255; temporary ones have something in 
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Writes `path` so that a reader sees the old file or the new one, also after a crash. A pipe or a device, such as
     /dev/stdout, is written to and stays what it is."""
+    try:
+        content = data.encode() if isinstance(data, str) else data
+    except UnicodeEncodeError as error:  # a path whose bytes are no UTF-8, which Python keeps as half a character
+        around = error.object[max(error.start - 40, 0) : error.end + 40]
+        raise InputError(f"{path}: {around!r} is not UTF-8", hint="rename the file or directory") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
-        path.write_bytes(data.encode() if isinstance(data, str) else data)
+        path.write_bytes(content)
         return
     path = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link, unless it leads to itself
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path), open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -113,7 +118,7 @@ def name_problem(name: str) -> str | None:
     """Why a directory cannot be called `name`; None when it can. Those with a dot in front are work in progress."""
     if len(os.fsencode(name)) > MAX_NAME_BYTES:
         return f"is {len(os.fsencode(name))} bytes long, expected at most {MAX_NAME_BYTES}"
-    if not re.fullmatch(r"[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*", name):
+    if not name.isprintable() or not re.fullmatch(r"[^./][^/]*", name):
         return f"is {name!r}, expected a directory name without a path"
     return None
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from tkit.cli.main import COMMANDS, cli
 TKIT = [sys.executable, "-m", "tkit"]
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", ".", ".hidden", "", "a\nb", "x" * 300])
+@pytest.mark.parametrize("name", ["../x", "a/b", ".", ".hidden", "", "a\nb", "a\udcff", "x" * 300])
 @pytest.mark.parametrize(
     "command", [["build"], ["sweep", "--url", "127.0.0.1:1"], ["import", "results.json"], ["run", "demo"]]
 )
@@ -91,6 +92,14 @@ def test_a_file_that_may_not_grow_is_named_and_nothing_is_left(tmp_path):
     result = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.splitlines()[-1].endswith("/checkpoint/rank0.safetensors: File too large")
+    assert not list((tmp_path / "engines").iterdir())
+
+
+def test_a_path_that_is_no_text_is_refused(tkit, tmp_path):
+    """Linux allows any bytes; JSON does not."""
+    shutil.copytree(demo.MODEL_DIR, tmp_path / "m\udcff")
+    result = tkit("build", "m\udcff", "--name", "e")
+    assert (result.exit_code, "is not UTF-8" in result.stderr) == (2, True), result.exception
     assert not list((tmp_path / "engines").iterdir())
 
 
