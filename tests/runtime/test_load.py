@@ -16,6 +16,7 @@ from tkit.specs.quantization import QUANT_FORMATS
 
 READER = Path(__file__).parents[2] / "benchmarks" / "_trtllm_reader.py"
 
+SHORT = ("--calib-samples", 2, "--calib-len", 32)
 TOKENS = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(7))
 SIZES = {
     "hidden_size": 256,
@@ -77,7 +78,7 @@ def test_int8_is_rounded_as_the_build_on_the_gpu_will(make_llama, build):
 def test_int4_awq_runs_the_stored_codes(make_llama, build, tp_size):
     """Rebuild the model by hand from the rank files and compare."""
     model_dir = make_llama(**SIZES)
-    engine = build(model_dir, "int4_awq", tp_size)
+    engine = build(model_dir, "int4_awq", tp_size, 1, *SHORT)
     ranks = [load_file(engine / "checkpoint" / f"rank{rank}.safetensors") for rank in range(tp_size)]
     source = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
 
@@ -108,11 +109,13 @@ WIDE = SIZES | {"hidden_size": 512, "intermediate_size": 512, "head_dim": 64, "n
 STORED = [name for name, format in QUANT_FORMATS.items() if not format.is_stored_plain and name != "int4_gptq"]
 
 
-@pytest.mark.parametrize("quant", ["int8", *STORED])
-def test_every_format_computes_what_another_reader_makes_of_it_on_any_number_of_ranks(make_llama, build, quant):
+@pytest.mark.parametrize(("quant", "kv_cache"), [*((quant, "auto") for quant in ("int8", *STORED)), ("fp8", "fp8")])
+def test_every_format_computes_what_another_reader_makes_of_it_on_any_number_of_ranks(
+    make_llama, build, quant, kv_cache
+):
     """The benchmarks' reader shares no code with tkit."""
     model_dir = make_llama(**WIDE)
-    engines = [build(model_dir, quant, tp_size, 1, "--calib-samples", 2, "--calib-len", 32) for tp_size in (1, 2, 4)]
+    engines = [build(model_dir, quant, tp_size, 1, "--kv-cache", kv_cache, *SHORT) for tp_size in (1, 2, 4)]
     models = [load_model(engine, "cpu")[0] for engine in engines]
     for split in models[1:]:
         for (name, one), (_, two) in zip(models[0].named_parameters(), split.named_parameters(), strict=True):
@@ -127,7 +130,7 @@ def test_every_format_computes_what_another_reader_makes_of_it_on_any_number_of_
 def test_fp8_rounds_weights_and_inputs(make_llama, build):
     model_dir = make_llama(**SIZES)
     source = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    engine = build(model_dir, "fp8", 2)
+    engine = build(model_dir, "fp8", 2, 1, *SHORT)
     model, _ = load_model(engine, "cpu")
     layer, original = model.model.layers[0], source.model.layers[0]
     qkv = torch.cat([original.self_attn.get_submodule(f"{part}_proj").weight for part in "qkv"])
