@@ -69,7 +69,7 @@ def test_everything_wrong_is_said_at_once() -> None:
         'shape "0/5": expected input/output tokens, 1 to 10,000,000 each, like 128/64',
         'shape "a/b": expected input/output tokens, 1 to 10,000,000 each, like 128/64',
         "concurrency holds a value twice: 4, 0, 4",
-        "concurrency is 4, 0, 4, expected at least 1 each",
+        "concurrency is 4, 0, 4, expected at least 1 each, at most 65,535",
         "requests is 0, expected at least 1",
         "repeats is -1, expected at least 1",
         "duration is -2.0 s, expected more than 0",

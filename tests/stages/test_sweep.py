@@ -242,6 +242,8 @@ def test_a_shape_that_the_engine_cannot_hold(tkit: Tkit, served: Path) -> None:
         (["--shape", "128"], 2, 'shape "128": expected input/output tokens, 1 to 10,000,000 each, like 128/64'),
         (["--concurrency", "0"], 2, "concurrency is 0, expected at least 1 each"),
         (["--concurrency", "1,x"], 2, "'1,x' is not a list of whole numbers like 1,4,16"),
+        (["--concurrency", "100000000"], 2, "concurrency is 100000000, expected at least 1 each, at most 65,535"),
+        (["--rate", "1e300"], 2, "rate is 1e+300, expected more than 0 each, at most 1,000,000"),
         (["--rate", "0"], 2, "rate is 0.0, expected more than 0 each"),
         (["--rate", "1,x"], 2, "'1,x' is not a list of numbers like 0.5,2,4"),
         (["--arrivals", "posson"], 2, 'unknown process "posson" (did you mean "poisson"?)'),

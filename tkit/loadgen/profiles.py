@@ -14,6 +14,8 @@ from tkit.loadgen.arrivals import Arrivals, parse_arrivals
 from tkit.specs.recipe import SweepRecipe
 from tkit.specs.record import SLO_TIERS
 
+MAX_STREAMS = 65_535  # as many ports as one address has
+MAX_REQUESTS_S = 1_000_000  # a schedule is made ahead
 MAX_SHAPE_TOKENS = 10_000_000  # above any model's context: a slip of the finger, not a shape
 
 
@@ -256,10 +258,12 @@ def _problems(changes: dict[str, Any]) -> list[str]:
         values = changes.get(name)
         if values is not None and len(set(values)) < len(values):
             problems.append(f"{name} holds a value twice: {', '.join(map(str, values))}")
-    if any(streams < 1 for streams in changes.get("concurrency", ())):
-        problems.append(f"concurrency is {', '.join(map(str, changes['concurrency']))}, expected at least 1 each")
-    if not all(0 < rate < float("inf") for rate in changes.get("rates", ())):
-        problems.append(f"rate is {', '.join(map(str, changes['rates']))}, expected more than 0 each")
+    if not all(1 <= streams <= MAX_STREAMS for streams in changes.get("concurrency", ())):
+        given = ", ".join(map(str, changes["concurrency"]))
+        problems.append(f"concurrency is {given}, expected at least 1 each, at most {MAX_STREAMS:,}")
+    if not all(0 < rate <= MAX_REQUESTS_S for rate in changes.get("rates", ())):
+        given = ", ".join(map(str, changes["rates"]))
+        problems.append(f"rate is {given}, expected more than 0 each, at most {MAX_REQUESTS_S:,}")
     for name in ("requests", "repeats", "max_outstanding"):
         if name in changes and changes[name] < 1:
             problems.append(f"{name} is {changes[name]}, expected at least 1")
