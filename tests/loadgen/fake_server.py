@@ -25,8 +25,10 @@ INPUTS = {
 MODELS = {
     "ensemble", "truncated", "stalled", "silent", "failing", "overloaded", "short", "dying", "garbled", "coalescing",
     "deltas", "so_far", "sluggish", "dripping", "unary", "not_ready", "untypical",
+    "promising",
 }  # fmt: skip
-WITHOUT_COUNTS = {"deltas", "so_far"}
+WITHOUT_COUNT_OUTPUT = {"deltas", "so_far"}
+WITHOUT_COUNTS = {*WITHOUT_COUNT_OUTPUT, "promising"}
 DELTA_COUNTS = {"coalescing"}
 
 
@@ -91,7 +93,7 @@ class FakeTriton:
                         os._exit(9)
             tokens = min(step, asked - done)
             text = " word" * (done + tokens if model == "so_far" else tokens)
-            count = None if model in WITHOUT_COUNTS else tokens if model in DELTA_COUNTS else done + tokens
+            count = None if model in {*WITHOUT_COUNTS, "promising"} else tokens if model in DELTA_COUNTS else done + tokens
             yield response(text, count, is_final=done + tokens == asked)
             await asyncio.sleep(ITL_S * (100 if model == "dripping" and number > PROBES else 1))
 
@@ -109,7 +111,7 @@ class FakeTriton:
             answer.inputs.add(name="prompt" if (name, tensor) == ("untypical", "text_input") else tensor,
                               datatype=data_type, shape=[-1, 1])  # fmt: skip
         for tensor, data_type in (("text_output", "BYTES"), ("num_output_tokens", "INT32")):
-            if tensor == "text_output" or name not in WITHOUT_COUNTS:
+            if tensor == "text_output" or name not in WITHOUT_COUNT_OUTPUT:
                 answer.outputs.add(name=tensor, datatype=data_type, shape=[-1, 1])
         return answer.SerializeToString()
 

@@ -115,6 +115,12 @@ def test_chat_is_measured_with_prompts_that_leave_room_for_the_template(fake: An
     assert prompts(tokenizer_dir).count_tokens(message["content"]) == 24 - 9
 
 
+def test_a_template_longer_than_the_prompts_is_named(fake: Any, tokenizer_dir: Path) -> None:
+    session = Session("openai-chat", f"{fake.url}/one", None, prompts=prompts(tokenizer_dir), profile=QUICK)
+    with session, pytest.raises(InputError, match="the server counts 9 tokens more than the 8 of 8/16"):
+        session.probe(Shape(isl=8, osl=16))
+
+
 def test_tls(certificate: tuple[Path, Path], fake: Any, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a relay that ends the TLS; a certificate that nobody vouches for is refused."""
     key, authority = certificate

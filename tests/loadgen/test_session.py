@@ -109,8 +109,9 @@ def test_a_count_of_requests_may_be_cut_off_by_a_duration(fake_url: str, tokeniz
     assert 0.3 <= point.summary.window_s < 3
 
 
-@pytest.mark.parametrize("model", ["coalescing", "so_far", "deltas"])
+@pytest.mark.parametrize("model", ["coalescing", "so_far", "deltas", "promising"])
 def test_other_ways_to_count(fake_url: str, tokenizer_dir: Path, model: str) -> None:
+    """The promising one has an output for counts and sends none."""
     point = measure(fake_url, model, tokenizer_dir, profile(3), 1)
     assert point.failures == []
     (shape,) = {(record.osl, record.chunks, record.n_first) for record in point.records}

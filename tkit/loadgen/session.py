@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from tkit.errors import ServerError
+from tkit.errors import InputError, ServerError
 from tkit.loadgen.arrivals import arrival_times
 from tkit.loadgen.board import MAX_WORKERS
 from tkit.loadgen.closed_loop import ClosedLoop
@@ -155,6 +155,11 @@ class Session:
             self._e2e_s[shape, 0] = (e2e_ms(record) or 0.0) / 1000
             if self._wraps_prompts:
                 self._template_tokens += max((record.isl or 0) - (record.isl_asked or record.isl or 0), 0)
+                if not shape.dataset and self._template_tokens >= shape.isl:
+                    raise InputError(
+                        f"{self._url}: the server counts {self._template_tokens} tokens more than the {shape.isl} of {shape}",
+                        hint="longer prompts (--shape) if its chat template is that long; else another --tokenizer",
+                    )
 
     def measure(self, place: Place, on_progress: Callable[[Live], None]) -> Measurement:
         """Drives one point. Whatever the server does, it ends, and the failures are in the records."""

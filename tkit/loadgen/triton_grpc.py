@@ -135,7 +135,11 @@ class TritonGrpcClient:
     def _token_counts(self, responses: list[_Response], osl: int) -> array[int]:
         """Tokens that each response adds."""
         if self.token_source == "server_usage":
-            return array("q", added_tokens([response.num_output_tokens for response in responses], osl))
+            counts = [response.num_output_tokens for response in responses]
+            if any(counts):
+                return array("q", added_tokens(counts, osl))
+            if any(response.text for response in responses):
+                self.token_source = "tokenizer"
         return array("q", tokens_of_texts([response.text for response in responses], self._token_ends))
 
 
