@@ -93,7 +93,7 @@ class FakeTriton:
                         os._exit(9)
             tokens = min(step, asked - done)
             text = " word" * (done + tokens if model == "so_far" else tokens)
-            count = None if model in {*WITHOUT_COUNTS, "promising"} else tokens if model in DELTA_COUNTS else done + tokens
+            count = None if model in WITHOUT_COUNTS else tokens if model in DELTA_COUNTS else done + tokens
             yield response(text, count, is_final=done + tokens == asked)
             await asyncio.sleep(ITL_S * (100 if model == "dripping" and number > PROBES else 1))
 

@@ -278,6 +278,26 @@ def test_a_sweep_narrows_the_band(tkit, tmp_path):
     assert "refitted to 4 points of run" in after["provenance"]
 
 
+@pytest.mark.parametrize(
+    ("manifest", "problems"),
+    [
+        ({"host_speed": {"flops": 1.0}}, ["measured on a processor, not on H100-SXM"]),
+        (
+            {"identity": {"hardware": "NVIDIA L4"}, "engine": {"num_params": 4_000_000}},
+            ["measured on NVIDIA L4, not on H100-SXM", "measured with a model of 4,000,000 parameters, not with Llama-3.1-8B"],
+        ),
+        ({"engine": {"compiled": {"gpu": "NVIDIA H100 80GB HBM3"}, "num_params": 8_030_261_248}}, []),
+    ],
+)  # fmt: skip
+def test_only_what_was_measured_is_refitted(tkit, tmp_path, manifest, problems):
+    write_run(tmp_path / "run", factor=1.0)
+    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
+    result = tkit("plan", "llama-3.1-8b", "--gpu", "h100", "--calibrate", "run")
+    assert result.exit_code == (2 if problems else 0)
+    assert [problem in result.stderr for problem in problems] == [True] * len(problems)
+    assert Path("run/plan-calibration.json").exists() == (not problems)
+
+
 def test_a_slow_host_is_told_from_slow_memory(tkit, tmp_path):
     """The demo's weights take microseconds: only the host can explain 30 ms a token."""
     write_run(tmp_path / "run", factor=1.0)

@@ -51,7 +51,7 @@ def walls(tkit: Tkit, run: Path, *options: str) -> tuple[list[dict[str, Any]], s
 
 def gpu_engine(**values: Any) -> dict[str, Any]:
     return card(
-        "fp8", tp_size=2, source=SOURCE, backend="tensorrt", versions={"tensorrt_llm": "1.2.1"},
+        "fp8", tp_size=2, num_params=4_196_608, source=SOURCE, backend="tensorrt", versions={"tensorrt_llm": "1.2.1"},
         compiled={"gpu": H100}, **values,
     )  # fmt: skip
 

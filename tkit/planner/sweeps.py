@@ -17,17 +17,19 @@ from tkit.errors import InputError
 from tkit.files import from_mapping, read_json, write_json
 from tkit.planner.calibration import levenberg_marquardt
 from tkit.planner.engines import Engine, engine
+from tkit.planner.gpus import gpu_of_device
 from tkit.planner.memory import ledger
 from tkit.planner.planning import Wish, dtype_cell
 from tkit.planner.precision import kv_dtype, precision
 from tkit.planner.roofline import Efficiencies, machine
-from tkit.planner.shapes import ModelShape
+from tkit.planner.shapes import ModelShape, num_params
 from tkit.planner.speed import idle_ttft_s, throughput, tpot_s, way_in_s
 from tkit.specs.parallel import Parallel
 
 CALIBRATION_FILE = "plan-calibration.json"
 CALIBRATION_SCHEMA = "tkit.plan-calibration/2"
 MIN_POINTS = 3
+SAME_MODEL = 0.02  # the most by which parameter counts of one model differ; a table's may leave out biases
 MEMORY = ("memory", "kv")
 PRODUCTS = ("gemm_fp16", "gemm_fp8", "gemm_int8", "gemm_fp4", "attention")
 HOST = (
@@ -67,7 +69,7 @@ class Calibration:
 def calibrate(run: Path, shape: ModelShape, wish: Wish) -> Calibration:
     """Fits to the valid points of `run` and writes `plan-calibration.json` into it."""
     measured = read_points(run)
-    parallel, quant = _engine_of(run, wish)
+    parallel, quant = _engine_of(run, shape, wish)
     weights = wish.weights if quant == wish.quant else precision(quant)
     kv = kv_dtype(wish.kv_cache, weights, wish.gpu)
     base = engine(wish.engine, wish.engine_version)
@@ -162,10 +164,24 @@ def _seconds(distribution: Mapping[str, Any]) -> float | None:
     return None if distribution["p50"] is None else distribution["p50"] / 1e3
 
 
-def _engine_of(run: Path, wish: Wish) -> tuple[Parallel, str]:
-    """Layout and quantization of what was measured: the engine card in the manifest, else what was asked for."""
+def _engine_of(run: Path, shape: ModelShape, wish: Wish) -> tuple[Parallel, str]:
+    """Layout and quantization of what was measured: the engine card in the manifest, else what was asked for. Raises
+    InputError where the manifest tells of another model or other hardware."""
     manifest = read_json(run / "manifest.json")
     card = manifest.get("engine") or {}
+    problems = []
+    hardware = (manifest.get("identity") or {}).get("hardware") or (card.get("compiled") or {}).get("gpu")
+    if manifest.get("host_speed"):
+        problems.append(f"measured on a processor, not on {wish.gpu.name}")
+    elif hardware and gpu_of_device(hardware) != wish.gpu:
+        problems.append(f"measured on {hardware}, not on {wish.gpu.name}")
+    asked, held = num_params(shape), card.get("num_params") or num_params(shape)
+    if abs(held / asked - 1) > SAME_MODEL:
+        problems.append(f"measured with a model of {held:,} parameters, not with {shape.name} of {asked:,}")
+    if problems:
+        raise InputError(
+            f"--calibrate {run}", problems=problems, hint="plan what was measured, or sweep what is planned"
+        )
     parallel = Parallel(tp_size=card.get("tp_size") or wish.tp or 1, pp_size=card.get("pp_size") or wish.pp or 1)
     return parallel, card.get("quant") or wish.quant
 
