@@ -70,29 +70,35 @@ class TritonPythonModel:
 
     def _answer(self, request_id: str, sender: Any, inputs: list[Any]) -> None:
         try:
-            names = ["text_output", *OUTPUTS]
-            request = pb_utils.InferenceRequest(
-                model_name=MODEL, request_id=request_id, inputs=inputs, requested_output_names=names
-            )
-            so_far = ""
-            for response in request.exec(decoupled=True):
-                if response.has_error():
-                    _refuse(sender, response.error().message(), pb_utils.TritonError.INTERNAL)
-                    return
-                outputs = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
-                if "text_output" not in outputs:
-                    continue  # the final response is empty
-                text = outputs.pop("text_output").reshape(-1)[0].decode()
-                # A model that sends deltas is understood as well: they do not begin with what came before.
-                delta = text[len(so_far) :] if text.startswith(so_far) else text
-                so_far = so_far + delta
-                sender.send(_response(delta, outputs))
-            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            problem = self._stream(request_id, sender, inputs)
         except Exception as error:
-            _refuse(sender, f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
-        finally:
-            with self._lock:
-                self._open.pop(request_id, None)
+            problem = f"{type(error).__name__}: {error}"
+        with self._lock:  # before the last response: asked about a request that has it, the server crashes
+            self._open.pop(request_id, None)
+        if problem is None:
+            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        else:
+            _refuse(sender, problem, pb_utils.TritonError.INTERNAL)
+
+    def _stream(self, request_id: str, sender: Any, inputs: list[Any]) -> str | None:
+        """Sends what the model answers, but for the end of it; returns what the model complains of."""
+        names = ["text_output", *OUTPUTS]
+        request = pb_utils.InferenceRequest(
+            model_name=MODEL, request_id=request_id, inputs=inputs, requested_output_names=names
+        )
+        so_far = ""
+        for response in request.exec(decoupled=True):
+            if response.has_error():
+                return str(response.error().message())
+            outputs = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+            if "text_output" not in outputs:
+                continue  # the final response is empty
+            text = outputs.pop("text_output").reshape(-1)[0].decode()
+            # A model that sends deltas is understood as well: they do not begin with what came before.
+            delta = text[len(so_far) :] if text.startswith(so_far) else text
+            so_far = so_far + delta
+            sender.send(_response(delta, outputs))
+        return None
 
     def _watch(self) -> None:
         """Tells the model of clients that left: a request of the same id that says stop."""
