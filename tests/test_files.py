@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
     many: tuple[Inner, ...] = ()
     maybe: int | None = None
+    named: Mapping[str, str] = field(default_factory=dict)
 
 
 def test_nested_values_become_dataclasses():
@@ -31,7 +33,14 @@ def test_nested_values_become_dataclasses():
 
 def test_every_problem_is_listed_with_its_place():
     with pytest.raises(InputError) as error:
-        from_mapping(Outer, {"nam": "a", "inner": {"sise": 3}, "many": [{"size": "x"}, 5], "maybe": True}, "file.yaml")
+        values = {
+            "nam": "a",
+            "inner": {"sise": 3},
+            "many": [{"size": "x"}, 5],
+            "maybe": True,
+            "named": {"a": None, "b": "c"},
+        }
+        from_mapping(Outer, values, "file.yaml")
     assert set(error.value.problems) == {
         'file.yaml: unknown key "nam" (did you mean "name"?)',
         'file.yaml: key "name" is missing',
@@ -39,6 +48,7 @@ def test_every_problem_is_listed_with_its_place():
         "file.yaml: many[0]: size: expected int, found 'x'",
         "file.yaml: many[1]: expected keys of Inner, found 5",
         "file.yaml: maybe: expected int, found True",
+        "file.yaml: named: a: expected str, found None",
     }
 
 

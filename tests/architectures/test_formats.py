@@ -186,9 +186,3 @@ def test_only_the_format_that_does_not_fit_changes():
     assert layers["transformer.layers.0.mlp.fc"]["group_size"] == 64
     assert layers["transformer.layers.0.attention.qkv"]["group_size"] == 128
     assert len(notes) == 1
-
-
-def test_an_override_without_a_name_is_named():
-    with pytest.raises(InputError) as error:
-        Precision.of("int8", {"mlp": None, "attention": ["int4"], "layers.0": "none"})
-    assert error.value.problems == ('"mlp": None', "\"attention\": ['int4']")
