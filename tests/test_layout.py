@@ -33,10 +33,22 @@ LAYERS = [  # a package imports from the layers after its own, never from its ow
         "demo",
     },
     {"specs"},
-    {"files", "units"},
+    {"files", "units", "cores"},
     {"errors"},
 ]
-NO_TORCH = ["architectures", "specs", "planner", "loadgen", "report", "cli", "errors", "units", "files", "checkpoints"]
+NO_TORCH = [
+    "architectures",
+    "specs",
+    "planner",
+    "loadgen",
+    "report",
+    "cli",
+    "errors",
+    "units",
+    "files",
+    "cores",
+    "checkpoints",
+]
 
 
 def layer_of(package: str) -> int:

@@ -137,7 +137,12 @@ def http_log(tmp_path: Path, tokenizer_dir: Path) -> Iterator[Any]:
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
-    return [child for child in psutil.Process(pid).children() if "tkit.loadgen.worker" in child.cmdline()]
+    """A process that has ended has no command line; other tests may have left some that nobody has waited for."""
+
+    def is_worker(child: psutil.Process) -> bool:
+        return child.status() != psutil.STATUS_ZOMBIE and "tkit.loadgen.worker" in child.cmdline()
+
+    return [child for child in psutil.Process(pid).children() if is_worker(child)]
 
 
 def strike(blow: Callable[[psutil.Process], None]) -> Callable[[Live], None]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from tkit.cores import usable_cores
 from tkit.errors import InputError, ServerError
 from tkit.loadgen.arrivals import arrival_times
 from tkit.loadgen.board import MAX_WORKERS
@@ -300,5 +300,5 @@ class Session:
             return max(min(self._num_workers, most), 1)
         known = self._calibration.max_streams if self._calibration is not None else None
         needed = math.ceil(streams / (known or STREAMS_PER_WORKER))
-        cores = len(os.sched_getaffinity(0)) - is_loopback(self._url)
+        cores = usable_cores() - is_loopback(self._url)
         return max(min(needed, most, cores), 1)

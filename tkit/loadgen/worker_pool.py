@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -43,9 +43,9 @@ class WorkerPool:
     def __init__(self, arguments: tuple[Any, ...], timeout_s: float):
         self._hello = (arguments, timeout_s)
         self._workers: list[_Worker] = []
-        self._board_file = os.memfd_create("tkit-board")
-        os.truncate(self._board_file, BOARD_BYTES)
-        weakref.finalize(self, os.close, self._board_file)
+        self._board_file = tempfile.TemporaryFile()  # noqa: SIM115
+        self._board_file.truncate(BOARD_BYTES)
+        weakref.finalize(self, self._board_file.close)  # close() is not the end: workers may be started again
 
     def run(
         self,
@@ -58,7 +58,11 @@ class WorkerPool:
         lost."""
         self._start(num_workers - len(self._workers))
         workers = self._workers[:num_workers]
-        with mmap.mmap(self._board_file, BOARD_BYTES) as board, memoryview(board) as view, view.cast("q") as cells:
+        with (
+            mmap.mmap(self._board_file.fileno(), BOARD_BYTES) as board,
+            memoryview(board) as view,
+            view.cast("q") as cells,
+        ):
             for index in range(len(cells)):
                 cells[index] = 0
             for number, worker in enumerate(workers):
@@ -104,7 +108,7 @@ class WorkerPool:
 
     def _started(self) -> _Worker:
         ours, theirs = Pipe()
-        files = (theirs.fileno(), self._board_file)
+        files = (theirs.fileno(), self._board_file.fileno())
         command = [sys.executable, "-m", "tkit.loadgen.worker", *map(str, files)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=files)
         theirs.close()

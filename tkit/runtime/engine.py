@@ -12,7 +12,6 @@ no longer answers, every request ends with "error" and `submit` says why.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from tkit.cores import usable_cores
 from tkit.errors import InputError, ServerError
 from tkit.runtime.cache import SlotCache
 from tkit.runtime.forward import forward, kv_bytes_per_token, max_positions
@@ -97,7 +97,7 @@ class Engine:
         self.num_vocab: int = config.vocab_size
         self.max_positions = max_positions(config)
         self.prefill_chunk = prefill_chunk
-        self.num_threads = num_threads or max(1, _num_usable_cores() - 1)
+        self.num_threads = num_threads or max(1, usable_cores() - 1)
         self._decoder = Decoder.of(tokenizer)
         self._kv_bytes_per_token = kv_bytes_per_token(model)
         budget = min(
@@ -378,10 +378,6 @@ class Engine:
 
 def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _num_usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _default_kv_bytes(device: torch.device) -> int:

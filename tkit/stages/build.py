@@ -52,6 +52,7 @@ from tkit.checkpoints.reader import (
     read_config,
 )
 from tkit.checkpoints.tensors import SAFETENSORS_DTYPE
+from tkit.cores import usable_cores
 from tkit.errors import InputError
 from tkit.files import read_json, sha256_file, sync_directory, write_atomic, write_json
 from tkit.runtime.carried import CarriedQuantizer, check_carried, zero_biases
@@ -250,7 +251,7 @@ def build(
     work = _work_directory(out, plan, progress)
     try:
         _check_disk(out, plan)
-        card = _write_engine(plan, work, device, workers or os.cpu_count() or 1, allow_zeros, started, progress)
+        card = _write_engine(plan, work, device, workers or usable_cores(), allow_zeros, started, progress)
         return target, publish(work, target, card, force), False
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from tkit import __version__
+from tkit.cores import usable_cores
 from tkit.errors import InputError
 from tkit.files import from_mapping, read_json, write_json
 from tkit.loadgen.protocols import find_protocol
@@ -46,10 +47,9 @@ def find_calibration(out: Path, protocol: str) -> ClientCalibration | None:
 
 def client_machine() -> dict[str, str]:
     """What the load generator's speed depends on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": _cpu_name(),
-        "cores": str(cores),
+        "cores": str(usable_cores()),
         "platform": platform.platform(),
         "python": platform.python_version(),
     }

@@ -243,12 +243,11 @@ def stop_listening(pid: int, ports: Collection[int]) -> bool:
     without CAP_SYS_PTRACE).
     """
     try:
-        pidfd = os.pidfd_open(pid)
-        for connection in psutil.Process(pid).net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports:
-                with socket.socket(fileno=_borrowed(pidfd, connection.fd)) as listener:
-                    listener.shutdown(socket.SHUT_RDWR)
-        os.close(pidfd)
+        with open(os.pidfd_open(pid), "rb", buffering=0) as pidfd:
+            for connection in psutil.Process(pid).net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports:
+                    with socket.socket(fileno=_borrowed(pidfd.fileno(), connection.fd)) as listener:
+                        listener.shutdown(socket.SHUT_RDWR)
     except (OSError, psutil.Error):
         return False
     return True
