@@ -185,7 +185,8 @@ def test_status_tells_how_a_server_is_and_how_it_died(engine: Path) -> None:
     record = serve_detached(engine, FREE)
     code, told = status()
     assert (code, told["state"], told["problem"], told["record"]["pid"]) == (0, "serving", None, record.pid)
-    assert told["requests"] == {"length": 1, "running": 0, "waiting": 0}  # the one that proved that it generates
+    proven = {"length": 1, "running": 0, "waiting": 0}  # the one that proved that it generates; gauges follow in 0.1 s
+    assert wait_for(lambda: status()[1]["requests"] == proven)
     text = tkit("status", "tiny").stdout.splitlines()
     assert text[0] == f"tiny: serving; since {record.started[:19].replace('T', ' ')} UTC, pid {record.pid}"
     assert text[1].startswith(
