@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tkit.architectures.formats import module_formats
 from tkit.architectures.table import ARCHITECTURES, SHARDED_AXES, Architecture, Module, Source
@@ -142,6 +142,19 @@ def count_params(moves: Iterable[Move]) -> int:
     """Distinct source values: a tied lm_head counts once."""
     shapes = {name: shape for move in moves for name, shape in zip(move.sources, move.source_shapes, strict=True)}
     return sum(map(math.prod, shapes.values()))
+
+
+def has_fused_gate(spec: ModelSpec) -> bool:
+    """trtllm-build makes one layer of fc and gate (`fuse_gate_mlp`), but not behind Gemma's gelu_pytorch_tanh."""
+    return spec.hidden_act in ("silu", "gelu")
+
+
+def fused_modules(moves: Sequence[Move], is_gate_fused: bool) -> list[list[Move]]:
+    """`moves` in the groups that run as one layer: fc and gate together where `is_gate_fused`, all others alone."""
+    groups: dict[tuple[int | None, str | None], list[Move]] = {}
+    for move in moves:
+        groups.setdefault((move.layer, move.input if is_gate_fused else move.module), []).append(move)
+    return list(groups.values())
 
 
 def _module_violations(

@@ -17,7 +17,7 @@ from tkit.specs.moves import Move
 
 
 def merge(files: TensorFiles, moves: Sequence[Move]) -> Iterator[tuple[Move, dict[str, tuple[np.ndarray, str]]]]:
-    """Yields each move of an `open_ranks` checkpoint with {part: (bits, dtype)} of its whole tensors, padding removed.
+    """Each move of an `open_ranks` checkpoint with {part: (bits, dtype)} of its whole tensors, padding removed.
 
     Memory: one module. Raises InputError listing every tensor that is absent or has another shape than planned.
     """
@@ -33,8 +33,10 @@ def merge(files: TensorFiles, moves: Sequence[Move]) -> Iterator[tuple[Move, dic
             problems=problems,
             hint="rebuild with tkit build",
         )
-    for move in moves:
-        yield move, {part: _whole(files, move, part) for part in dict.fromkeys(output.part for output in move.outputs)}
+    return (
+        (move, {part: _whole(files, move, part) for part in dict.fromkeys(output.part for output in move.outputs)})
+        for move in moves
+    )
 
 
 def _shape(files: TensorFiles, rank: int | None, name: str) -> tuple[int, ...] | None:

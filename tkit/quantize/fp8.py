@@ -80,6 +80,18 @@ def dequantize(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return stored["weight"].float() * stored["weights_scaling_factor"]
 
 
+def under_scales(
+    stored: Mapping[str, torch.Tensor], scale: torch.Tensor, input_scale: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What becomes of a layer that is fused with others under larger scales: its codes are rounded once more. Under its own
+    scale every code stays."""
+    return {
+        "weight": round_to_fp8(dequantize(stored), scale),
+        "weights_scaling_factor": scale,
+        "activation_scaling_factor": input_scale,
+    }
+
+
 BLOCK = 128  # rows and columns of a weight, columns of an input, that share a scale
 
 

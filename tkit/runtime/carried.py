@@ -8,27 +8,33 @@ z is not always 8, `zero` = (8 - z) s beside them: W = q s + zero.
     compressed-tensors  word = 8 inputs of one row;     zero points: 8 rows in order
     ModelOpt            TensorRT-LLM's own bytes
 
-Eight bits are carried as they are. A module of several layers has one scale where FP8 is per tensor: layers with a smaller
-one are rounded once more, to the largest. Loads no torch.
+Eight bits are carried as they are. Layers that are fused have one scale where FP8 is per tensor: those with a smaller one are
+rounded once more, to the largest. Of q, k, v that is how they are stored; fc and gate would be stored apart, but trtllm-build
+fuses them, and rounds as here. Loads no torch.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
 
+from tkit.architectures.moves import fused_modules, has_fused_gate
 from tkit.checkpoints.reader import TensorFiles
-from tkit.checkpoints.tensors import cast, to_float32
+from tkit.checkpoints.tensors import SAFETENSORS_DTYPE, cast, to_float32
 from tkit.errors import InputError
 from tkit.quantize.data_free import fp8_bits
+from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
 from tkit.specs.source_format import SourceFormat
 
 Raw = tuple[np.ndarray, str]  # bits and their safetensors dtype
 Layer = Mapping[str, Raw]  # the source's tensors of one layer, without its name
 Parts = dict[str, Raw]  # TensorRT-LLM's
+T = TypeVar("T")
 
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # where columns 0 to 7 lie
 SIGN = np.uint8(0x88)  # u ^ 8 is q in two's complement, two codes at a time
@@ -40,9 +46,8 @@ class CarriedQuantizer:
     Beside the parts of a whole module it gives those of each of its layers, as `weight[0]`, `weight[1]`, ...
     """
 
-    def __init__(self, format: SourceFormat, dtype: str):
-        """`dtype` is the model's safetensors dtype."""
-        self.format, self.dtype = format, dtype
+    def __init__(self, format: SourceFormat, spec: ModelSpec):
+        self.format, self.spec = format, spec
 
     def begin(self, sources: Mapping[str, Raw]) -> None:
         pass
@@ -54,15 +59,21 @@ class CarriedQuantizer:
         return []
 
     def layer(self, index: int, sources: Mapping[str, Raw], moves: Sequence[Move]) -> dict[str, Parts]:
-        carried = {}
-        for move in moves:
-            if move.kv_cache is not None:
-                carried[move.module] = _kv_cache(*(sources[name] for name in move.sources))
-                continue
-            layers = [unpacked(self.format, layer, self.dtype) for layer in by_layer(move, sources).values()]
-            carried[move.module] = _stacked(layers, move) | {
-                f"{part}[{index}]": raw for index, layer in enumerate(layers) for part, raw in layer.items()
-            }
+        dtype = SAFETENSORS_DTYPE[self.spec.dtype]
+        carried = {
+            move.module: _kv_cache(*(sources[name] for name in move.sources))
+            for move in moves
+            if move.kv_cache is not None
+        }
+        for group in fused_modules([move for move in moves if move.kv_cache is None], has_fused_gate(self.spec)):
+            own = [
+                [unpacked(self.format, layer, dtype) for layer in by_layer(move, sources).values()] for move in group
+            ]
+            stored = _with_one_scale(own, group[0].num_experts) if self.format.unpack == "fp8" else own
+            for move, layers, fused in zip(group, own, stored, strict=True):
+                carried[move.module] = _stacked(fused, move) | {
+                    f"{part}[{index}]": raw for index, layer in enumerate(layers) for part, raw in layer.items()
+                }
         return carried
 
 
@@ -78,7 +89,7 @@ def unpacked(format: SourceFormat, layer: Layer, dtype: str) -> Parts:
     return UNPACK[format.unpack](format, layer, dtype)
 
 
-def check_carried(source: TensorFiles, moves: Sequence[Move], format: SourceFormat) -> list[str]:
+def check_carried(source: TensorFiles, moves: Sequence[Move], format: SourceFormat, spec: ModelSpec) -> list[str]:
     """Reads the small tensors that decide whether codes can be carried over; returns notes for the card.
 
     Raises InputError listing inputs that are stored in another order than they come in, zero points that a symmetric format
@@ -92,7 +103,8 @@ def check_carried(source: TensorFiles, moves: Sequence[Move], format: SourceForm
         read.add("pre_quant_scale")
     if format.unpack == "fp8":
         read.add("weight_scale")
-    problems, num_rescaled = [], 0
+    problems = []
+    scales: dict[str, list[np.float32]] = {}
     for move in carried:
         small = {
             name: (source.read(name), source.entries[name].dtype) for name in move.sources if _ending(name) in read
@@ -104,17 +116,19 @@ def check_carried(source: TensorFiles, moves: Sequence[Move], format: SourceForm
         factors = [layer["pre_quant_scale"][0].tobytes() for layer in layers.values() if "pre_quant_scale" in layer]
         if len(set(factors)) > 1 or len(factors) not in (0, len(layers)):
             problems.append(f"{', '.join(layers)} share one input, but have a pre_quant_scale of their own")
-        scales = [float(_scale(layer, "weight_scale")[0]) for layer in layers.values() if "weight_scale" in layer]
-        per_expert = len(layers) // max(move.num_experts, 1)
-        are_apart = any(scale != scales[index - index % per_expert] for index, scale in enumerate(scales))
-        num_rescaled += are_apart and any(output.rank is not None for output in move.outputs)
+        if format.unpack == "fp8" and any(output.rank is not None for output in move.outputs):
+            scales[move.module] = [_scale(layer, "weight_scale")[0] for layer in layers.values()]
     if problems:
         raise InputError(f"{source.directory}: {format}, but not in a form that can be carried over", problems=problems)
     notes = [f"carried over from {format}"]
+    num_rescaled = 0
+    for group in fused_modules([move for move in carried if move.module in scales], has_fused_gate(spec)):
+        for fused in _per_expert([scale for move in group for scale in scales[move.module]], group[0].num_experts):
+            num_rescaled += sum(scale != max(fused) for scale in fused)
     if num_rescaled:
         notes.append(
-            f"{num_rescaled} of {len(carried)} modules fuse layers with scales of their own; TensorRT-LLM has one for them, "
-            "the largest, and the codes of the others were rounded to it"
+            f"{num_rescaled} of {sum(map(len, scales.values()))} layers have a smaller scale than others that they are fused "
+            "with; TensorRT-LLM has one for them, the largest, and their codes were rounded to it"
         )
     if format.kv_cache != "auto":
         notes.append(f"the scales of the KV cache, {format.kv_cache}, were carried over too")
@@ -165,8 +179,6 @@ def _stacked(layers: Sequence[Parts], move: Move) -> Parts:
     if len(layers) == 1:
         return dict(layers[0])
     per_expert = len(layers) // max(move.num_experts, 1)
-    if move.format.name == "fp8":
-        layers = _with_one_scale(layers, per_expert)
     stacked = {}
     for tensor in move.format.tensors:
         raws = [layer[tensor.name] for layer in layers]
@@ -178,13 +190,13 @@ def _stacked(layers: Sequence[Parts], move: Move) -> Parts:
     return stacked
 
 
-def _with_one_scale(layers: Sequence[Parts], per_expert: int) -> list[Parts]:
-    """FP8 layers under the largest of their scales, those of each expert under its own; layers that have it keep every
-    bit. The inputs of all have one scale."""
+def _with_one_scale(modules: Sequence[Sequence[Parts]], num_experts: int) -> list[list[Parts]]:
+    """The layers of modules that are fused, under the largest of their FP8 scales, those of each expert under its own;
+    layers that have it keep every bit. The inputs of all have one scale."""
+    layers = [layer for module in modules for layer in module]
     inputs = max(layer["activation_scaling_factor"][0].view(np.float32)[0] for layer in layers)
-    common = []
-    for start in range(0, len(layers), per_expert):
-        fused = layers[start : start + per_expert]
+    common: list[Parts] = []
+    for fused in _per_expert(layers, num_experts):
         scales = [layer["weights_scaling_factor"][0].view(np.float32)[0] for layer in fused]
         for layer, scale in zip(fused, scales, strict=True):
             codes = layer["weight"][0]
@@ -197,7 +209,14 @@ def _with_one_scale(layers: Sequence[Parts], per_expert: int) -> list[Parts]:
                     "activation_scaling_factor": (np.array([inputs]).view(np.uint32), "F32"),
                 }
             )
-    return common
+    in_order = iter(common)
+    return [list(itertools.islice(in_order, len(module))) for module in modules]
+
+
+def _per_expert(layers: list[T], num_experts: int) -> list[list[T]]:
+    """Those of each expert, which are fused; all where there are no experts."""
+    size = len(layers) // max(num_experts, 1)
+    return [layers[start : start + size] for start in range(0, len(layers), size)]
 
 
 # the value of each of the 256 codes of float8_e4m3fn; 0 for the two NaNs, which no checkpoint may hold

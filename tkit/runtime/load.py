@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tkit.architectures.config import checkpoint_dtype, hf_config, parallel_from_trtllm, spec_from_hf, spec_from_trtllm
 from tkit.architectures.formats import precision_from_trtllm
-from tkit.architectures.moves import plan_moves
+from tkit.architectures.moves import fused_modules, has_fused_gate, plan_moves
 from tkit.architectures.source_formats import Forms, carried_moves, check_transposed, source_format
 from tkit.architectures.table import ARCHITECTURES
 from tkit.architectures.unified_hf import hf_layer_format
@@ -28,7 +29,7 @@ from tkit.checkpoints.merge import merge
 from tkit.checkpoints.reader import TensorFiles, open_ranks, open_source, read_config
 from tkit.errors import InputError
 from tkit.files import read_json
-from tkit.quantize import int8
+from tkit.quantize import fp8, int8
 from tkit.quantize.kv_cache import rounded
 from tkit.quantize.table import QUANTIZERS, dequantize_experts
 from tkit.runtime.bits import to_torch
@@ -48,6 +49,8 @@ Weights = dict[str, torch.Tensor]  # by Hugging Face name, dequantized
 Hook = Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor]]
 KernelInputs = dict[str, Hook]  # by Hugging Face module, where the kernel rounds what enters it
 KvCache = dict[int, Change]  # by layer, where keys and values are stored in 8 bits
+# the weights' and the inputs' scale by layer, where FP8 layers are fused when they are loaded
+CommonScales = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def pick_device(device: str = "auto") -> str:
@@ -66,21 +69,25 @@ def load_model(engine_dir: Path, device: str = "auto") -> tuple[PreTrainedModel,
     if (engine_dir / "rank0.safetensors").exists():
         spec, weights, kernel_inputs, kv_cache = _read_trtllm(engine_dir, device)
     elif (engine_dir / "config.json").exists():
-        return load_source(engine_dir, device), spec_from_hf(read_config(engine_dir), str(engine_dir / "config.json"))
+        config = read_config(engine_dir)
+        if not config.get("quantization_config"):
+            return load_source(engine_dir, device), spec_from_hf(config, str(engine_dir / "config.json"))
+        spec, weights, kernel_inputs, kv_cache = _read_hugging_face(engine_dir, device, is_served=True)
     elif (engine_dir / "checkpoint").is_dir():
         spec, weights, kernel_inputs, kv_cache = _read_trtllm(engine_dir / "checkpoint", device)
     else:
-        spec, weights, kernel_inputs, kv_cache = _read_hugging_face(engine_dir / "hf", device)
+        spec, weights, kernel_inputs, kv_cache = _read_hugging_face(engine_dir / "hf", device, is_served=True)
     return _model(spec, weights, kernel_inputs, kv_cache, device), spec
 
 
 def load_source(directory: Path, device: str = "auto") -> PreTrainedModel:
     """A Hugging Face model as it was published, in the dtype that `load_model` gives its engine. One that is quantized
-    computes what its own kernels would, without the packages that made it."""
+    computes what its own kernels would, without the packages that made it; each layer with its own scales, while
+    `load_model` takes one for those that are served as one layer."""
     device = pick_device(device)
     config = read_config(directory)
     if config.get("quantization_config"):
-        return _model(*_read_hugging_face(directory, device), device)
+        return _model(*_read_hugging_face(directory, device, is_served=False), device)
     own = checkpoint_dtype(config.get("dtype") or config.get("torch_dtype") or "float32")
     dtype = torch.float32 if device == "cpu" else getattr(torch, own)
     with _transformers_errors(f"{directory}"):
@@ -135,9 +142,14 @@ def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, Kern
     weights: Weights = {}
     kernel_inputs: KernelInputs = {}
     kv_cache: KvCache = {}
+    moves = plan_moves(spec, precision, parallel)
     with open_ranks(directory, parallel.world_size) as files:
-        for move, parts in merge(files, plan_moves(spec, precision, parallel)):
+        merged = merge(files, moves)
+        common = _gate_scales(files, moves, spec)
+        for move, parts in merged:
             stored = {part: to_torch(raw, code) for part, (raw, code) in parts.items()}
+            if move.module in common:
+                stored = fp8.under_scales(stored, *common[move.module])
             if move.kv_cache is not None and move.layer is not None:
                 scale = stored["kv_cache_scaling_factor"].to(device)
                 kv_cache[move.layer] = _cached(move.kv_cache, scale, scale)
@@ -150,6 +162,45 @@ def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, Kern
             if hook is not None:
                 kernel_inputs.update(dict.fromkeys((name.removesuffix(".weight") for name in move.sources), hook))
     return spec, weights, kernel_inputs, kv_cache
+
+
+def _gate_scales(files: TensorFiles, moves: Sequence[Move], spec: ModelSpec) -> CommonScales:
+    """Those that trtllm-build gives fc and gate when it fuses them in FP8."""
+    common: CommonScales = {}
+    for fused in fused_modules([move for move in moves if move.input is not None], has_fused_gate(spec)):
+        if len(fused) < 2 or any(move.format is None or move.format.name != "fp8" for move in fused):
+            continue
+        outputs = [output for move in fused for output in move.outputs]
+        weights, inputs = (
+            _largest(files, [f"{output.rank}/{output.name}" for output in outputs if output.part == part])
+            for part in ("weights_scaling_factor", "activation_scaling_factor")
+        )
+        common.update((move.module, (weights, inputs)) for move in fused)
+    return common
+
+
+def _served_scales(files: TensorFiles, moves: Sequence[Move]) -> CommonScales:
+    """Those that the PyTorch backend and vLLM give FP8 layers when they fuse them: q, k and v, gate and up. The weights of
+    each expert have one, the inputs of all experts too."""
+    common: CommonScales = {}
+    for fused in fused_modules([move for move in moves if move.input is not None], is_gate_fused=True):
+        layers = [name.removesuffix(".weight") for move in fused for name in move.sources]
+        of_inputs, of_weights = ([f"{layer}.{part}" for layer in layers] for part in ("input_scale", "weight_scale"))
+        entries = [files.entries.get(name) for name in (*of_inputs, *of_weights)]
+        if any(entry is None or math.prod(entry.shape) != 1 for entry in entries):
+            continue  # in 16 bits, or in another format
+        inputs = _largest(files, of_inputs)
+        per_expert = len(layers) // max(fused[0].num_experts, 1)
+        for start in range(0, len(layers), per_expert):
+            expert = slice(start, start + per_expert)
+            common.update(dict.fromkeys(layers[expert], (_largest(files, of_weights[expert]), inputs)))
+    return common
+
+
+def _largest(files: TensorFiles, names: Sequence[str]) -> torch.Tensor:
+    """(1,) float32 of scales that are one number each."""
+    scales = [to_torch(files.read(name), files.entries[name].dtype).float().reshape(1) for name in names]
+    return torch.cat(scales).amax(dim=0, keepdim=True)
 
 
 def _round_expert_inputs(experts: Any, hooks: Mapping[tuple[int, str], Hook]) -> None:
@@ -182,14 +233,19 @@ class _Layer(NamedTuple):
     is_transposed: bool = False
 
 
-def _read_hugging_face(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelInputs, KvCache]:
-    """A Hugging Face checkpoint, whoever wrote it; each layer with its own scales. Raises InputError naming what is missing."""
+def _read_hugging_face(
+    directory: Path, device: str, is_served: bool
+) -> tuple[ModelSpec, Weights, KernelInputs, KvCache]:
+    """A Hugging Face checkpoint, whoever wrote it; each layer with its own scales, or, where it `is_served`, with those that
+    its readers give it. Raises InputError naming what is missing."""
     config, path = read_config(directory), str(directory / "config.json")
     spec = spec_from_hf(config, path)
     dtype = _dtype(spec, device)
     weights: Weights = {}
     kernel_inputs: KernelInputs = {}
+    plain = plan_moves(spec, Precision.of("none"), Parallel())
     with open_source(directory) as files:
+        common = _served_scales(files, plain) if is_served else {}
         quantization = config.get("quantization_config") or {}
         is_unified = isinstance(quantization, Mapping) and quantization.get("quant_method") == "modelopt"
         layers = _unified_layers(files, spec, quantization) if is_unified else _source_layers(files, spec, config, path)
@@ -197,13 +253,15 @@ def _read_hugging_face(directory: Path, device: str) -> tuple[ModelSpec, Weights
             if format is None:
                 weights[name] = parts["weight"].to(dtype)
                 continue
+            if format.name == "fp8" and name.removesuffix(".weight") in common:
+                parts = fp8.under_scales(parts, *common[name.removesuffix(".weight")])
             weight = QUANTIZERS[format.name].dequantize(parts).to(dtype)
             weights[name] = weight.T.contiguous() if is_transposed else weight
             hook = _kernel_input(format, parts, device)
             if hook is not None:
                 kernel_inputs[name.removesuffix(".weight")] = hook
         kv_cache = _kv_cache(files, spec, device)
-    planned = (name for move in plan_moves(spec, Precision.of("none"), Parallel()) for name in move.sources)
+    planned = (name for move in plain for name in move.sources)
     if missing := sorted({f"{name} is missing" for name in planned if name not in weights}):
         raise InputError(f"{directory}: the weights do not match config.json", problems=missing)
     return spec, weights, kernel_inputs, kv_cache

@@ -51,7 +51,6 @@ from tkit.checkpoints.reader import (
     open_source,
     read_config,
 )
-from tkit.checkpoints.tensors import SAFETENSORS_DTYPE
 from tkit.cores import usable_cores
 from tkit.errors import InputError
 from tkit.files import read_json, sha256_file, sync_directory, write_atomic, write_json
@@ -189,7 +188,7 @@ def plan_build(
         else:
             moves = carried_moves(moves, carried, forms)
             check_sources(files, moves, (*ignored, *carried.ignored, *zero_biases(files, moves)))
-            notes += check_carried(files, moves, carried)
+            notes += check_carried(files, moves, carried, spec)
         paths = files.files
     for note in smaller_groups:
         progress.note(note)
@@ -478,7 +477,7 @@ def publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineCa
 def _quantizer(plan: BuildPlan, work: Path, tokenizer: Tokenizer, device: str, workers: int) -> LayerQuantizer | None:
     """None where weights are only moved; torch is imported only where it computes."""
     if plan.carried is not None:
-        return CarriedQuantizer(plan.carried, SAFETENSORS_DTYPE[plan.spec.dtype])
+        return CarriedQuantizer(plan.carried, plan.spec)
     if not any(move.is_computed for move in plan.moves):
         return None
     if plan.calib_file is None:
