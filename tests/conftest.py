@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -10,25 +11,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# tiny models: threads cost more than they give, and the tests run in parallel
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
-import torch
 from click.testing import CliRunner, Result
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tkit import demo
 from tkit.cli.main import cli
 
+# tiny models: threads cost more than they give, and the tests run in parallel; torch, which reads it, is imported later
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.set_threshold(200_000)  # as tkit does where it imports torch
 # a shell that starts the tests in the background has them ignore Ctrl-C, and every process they start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeLlama = Callable[..., Path]
 
 
+def pytest_collection_finish() -> None:
+    """What has been imported by now lives to the end; a sweep's look for garbage in it would take longer than the sweep."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def make_llama(tmp_path_factory: pytest.TempPathFactory) -> MakeLlama:
     """make_llama(**config) -> directory of a tiny random Llama with the demo tokenizer; equal arguments, one model."""
+    import torch  # not above: xdist's own process, and tests of packages without torch, would wait for it
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     made: dict[str, Path] = {}
 
     def make(dtype: str = "bfloat16", **overrides: Any) -> Path:

@@ -25,7 +25,6 @@ def quiet_interpreter() -> Iterator[None]:
     """No garbage collection, and short turns for other threads, while times are taken."""
     interval = sys.getswitchinterval()
     gc.collect()
-    gc.freeze()
     gc.disable()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
@@ -33,7 +32,6 @@ def quiet_interpreter() -> Iterator[None]:
     finally:
         sys.setswitchinterval(interval)
         gc.enable()
-        gc.unfreeze()
 
 
 class Monitor:
