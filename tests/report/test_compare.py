@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,28 @@ def test_faster_tokens_and_a_slower_start_are_mixed(tmp_path: Path) -> None:
     assert verdicts(compared(one, other))[0].tone == "mixed"
 
 
+@pytest.mark.parametrize(
+    ("speeds", "tone"), [((1.25, 0.8), "mixed"), ((1.25, 1.0), "worse"), ((0.8, 0.8), "better"), ((0.8, 1.25), "mixed")]
+)
+def test_a_loss_at_any_load_stands_in_the_tone(tmp_path: Path, speeds: tuple[float, float], tone: str) -> None:
+    one = make_run(tmp_path, "one", label="one", repeats=3, concurrency=(1, 4))
+    other = make_run(tmp_path, "other", label="other", repeats=3, concurrency=(1, 4), speed=speeds[1], seed=1)
+    at_1 = make_run(tmp_path, "at-1", repeats=3, concurrency=(1,), speed=speeds[0], seed=2)
+    for point in (at_1 / "points").iterdir():
+        shutil.rmtree(other / "points" / point.name)
+        point.rename(other / "points" / point.name)
+    verdict = verdicts(compared(one, other))[0]
+    assert (verdict.tone, "at C = 4:" in verdict.claims[0].text) == (tone, True)
+
+
 # ---- what may not be compared -------------------------------------------------------------------------------------
+
+
+def test_what_only_the_baseline_measured_is_named(tmp_path: Path) -> None:
+    one = make_run(tmp_path, "one", label="one", shapes=("128/64", "512/32"), concurrency=(1,))
+    other = make_run(tmp_path, "other", label="other", concurrency=(1,), seed=1)
+    assert verdicts(compared(one, other))[0].details[0] == "Not measured, unlike the baseline: 512/32."
+    assert len(verdicts(compared(other, one))[0].details) == 1
 
 
 def test_an_invalid_point_takes_no_part(tmp_path: Path) -> None:
@@ -130,7 +152,8 @@ def test_other_token_sources_stand_apart(tmp_path: Path) -> None:
     assert comparison.groups[1].note is not None and "tokens counted by chunks" in comparison.groups[1].note
     assert not any(cell.changes for group in comparison.groups for level in group.levels for cell in level.cells)
     assert claims(comparison) == [
-        "other against one, 128/64: not comparable, the baseline was not measured so, or under other definitions."
+        "other against one, 128/64: not comparable, tokens counted by chunks under tkit.definitions/1, "
+        "the baseline's by server_usage under tkit.definitions/1."
     ]
 
 

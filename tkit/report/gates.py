@@ -134,14 +134,19 @@ def evaluate(gates: Sequence[Gate], comparison: Comparison, spared: Collection[s
 
 
 def failures(comparison: Comparison) -> list[str]:
-    """A line per check that failed, then per check that could not be made; none when every gate passed."""
+    """What failed, then what could not be evaluated, a line each; none when every gate passed."""
     return [
-        f"{outcome.gate.text}: {describe(comparison, check)}"
+        f"{outcome.gate.text}: {line}"
         for state in (FAILED, NOT_EVALUATED)
         for outcome in comparison.gates
-        for check in outcome.checks
-        if check.state == state
+        for line in described(comparison, outcome, state)
     ]
+
+
+def worst(comparison: Comparison) -> str:
+    """Of the states of its gates."""
+    states = {outcome.state for outcome in comparison.gates}
+    return next((state for state in (FAILED, NOT_EVALUATED) if state in states), PASSED)
 
 
 def summary(comparison: Comparison) -> str:
@@ -153,18 +158,36 @@ def summary(comparison: Comparison) -> str:
     return ", ".join(parts) or f"{total} passed"
 
 
-def describe(comparison: Comparison, check: GateCheck) -> str:
-    """`demo-fp8-tp1, 128/64 at C = 4: +18.2 % (95 % CI +9.1 to +28.0)`"""
-    where = [text.shorten(comparison.facts(check.run).name)] if check.run is not None else []
-    where += [place(check)] if check.shape is not None else []
-    return ": ".join(
-        [", ".join(where)] * bool(where) + ["not evaluated"] * (check.state == NOT_EVALUATED) + [check.text]
-    )
+def described(comparison: Comparison, outcome: GateOutcome, state: str) -> list[str]:
+    """`demo-fp8-tp1, 128/64 at C = 4: +18.2 % (95 % CI +9.1 to +28.0)`, a line per finding in that state."""
+    lines = []
+    for checks in findings(outcome):
+        first = checks[0]
+        if first.state != state:
+            continue
+        where = [text.shorten(comparison.facts(first.run).name)] if first.run is not None else []
+        where += [place(checks)] if first.shape is not None else []
+        parts = [", ".join(where)] * bool(where) + ["not evaluated"] * (state == NOT_EVALUATED) + [first.text]
+        lines.append(": ".join(parts))
+    return lines
 
 
-def place(check: GateCheck) -> str:
-    """`128/64 at C = 4`; "" of what a run has once."""
-    return f"{check.shape} at {check.load}" if check.shape is not None else ""
+def findings(outcome: GateOutcome) -> list[tuple[GateCheck, ...]]:
+    """Its checks, those of one run and shape together that found the same at several loads."""
+    found: dict[tuple[object, ...], list[GateCheck]] = {}
+    for check in outcome.checks:
+        arrivals = check.load.arrivals if check.load is not None else None
+        found.setdefault((check.run, check.shape, arrivals, check.state, check.text), []).append(check)
+    return [tuple(checks) for checks in found.values()]
+
+
+def place(checks: Sequence[GateCheck]) -> str:
+    """`128/64 at C = 4, 16`; "" of what a run has once."""
+    loads = [check.load for check in checks if check.load is not None]
+    if not loads:
+        return ""
+    numbers = ", ".join(load.number for load in loads)
+    return f"{checks[0].shape} at {f'C = {numbers}' if loads[0].rate is None else f'{numbers} req/s'}"
 
 
 def closest(outcome: GateOutcome) -> GateCheck | None:

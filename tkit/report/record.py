@@ -195,7 +195,8 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """`tone`: better, worse, mixed, same or undecided against the baseline; "none" without one.
+    """`tone`, of the speed against the baseline: worse or mixed (also better) where it is so at any load, else better, same
+    or undecided at the highest; "none" without a baseline.
 
     `claims`: one per comparable group. `details`: quality and validity.
     """

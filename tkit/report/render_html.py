@@ -17,12 +17,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from tkit.report import gates
 from tkit.report.plots import COLORS, series
-from tkit.report.record import Comparison
+from tkit.report.record import FAILED, NOT_EVALUATED, PASSED, Comparison
 from tkit.report.sections import Section
+from tkit.report.verdict import TITLES
 
+GATE_TONES = {FAILED: "worse", NOT_EVALUATED: "undecided", PASSED: "better"}
 TEMPLATES = Path(__file__).with_name("templates")
-TITLES = {"better": "better", "worse": "worse", "mixed": "mixed", "same": "equal", "undecided": "not decided"}
 
 # the marks of plots.MARKS, 12 units wide around the origin
 MARK_PATHS = (
@@ -50,6 +52,8 @@ def render_html(comparison: Comparison, sections: Sequence[Section]) -> str:
         comparison=comparison,
         sections=sections,
         titles=TITLES,
+        gate_summary=gates.summary(comparison) if comparison.gates else "",
+        gate_tone=GATE_TONES[gates.worst(comparison)] if comparison.gates else "",
         colors=COLORS,
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src {' '.join(digest for _, digest in scripts)}",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
-from tkit.report.gates import describe
-from tkit.report.record import FAILED, NOT_EVALUATED, PASSED, Comparison, GateOutcome
+from tkit.report.gates import described
+from tkit.report.record import FAILED, NOT_EVALUATED, PASSED, Comparison
 
 # what XML 1.0 cannot hold, not even escaped
 FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -58,18 +58,14 @@ def _gates(comparison: Comparison) -> ElementTree.Element:
         case = _case(suite, "gates", outcome.gate.text)
         if outcome.state != PASSED:
             tag = "failure" if outcome.state == FAILED else "error"
-            lines = _lines(comparison, outcome, outcome.state)
-            rest = _lines(comparison, outcome, NOT_EVALUATED) if outcome.state == FAILED else []
+            lines = described(comparison, outcome, outcome.state)
+            rest = described(comparison, outcome, NOT_EVALUATED) if outcome.state == FAILED else []
             found = ElementTree.SubElement(case, tag, message=_xml(lines[0]), type=outcome.state)
             found.text = _xml("\n".join(lines + rest))
         else:
-            lines = _lines(comparison, outcome, PASSED)
+            lines = described(comparison, outcome, PASSED)
             ElementTree.SubElement(case, "system-out").text = _xml("\n".join(lines))
     return suite
-
-
-def _lines(comparison: Comparison, outcome: GateOutcome, state: str) -> list[str]:
-    return [describe(comparison, check) for check in outcome.checks if check.state == state]
 
 
 def _case(suite: ElementTree.Element, classname: str, name: str) -> ElementTree.Element:

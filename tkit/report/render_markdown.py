@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from tkit.report import text
+from tkit.report import gates, text
 from tkit.report.record import Comparison
 from tkit.report.sections import Section
 from tkit.report.tables import Entry, Table
+from tkit.report.verdict import TITLES
 
 TONES = {"better": "▲", "worse": "▼"}
 SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
@@ -18,8 +19,10 @@ LIVELY = re.compile(r"(?<=[@#])(?=\w)|(?<=:)(?=//)|(?<=www)(?=\.)|(?<=:)(?=[a-z+
 
 def render_markdown(comparison: Comparison, sections: Sequence[Section]) -> str:
     lines = ["# Comparison report" if len(comparison.runs) > 1 else "# Report", ""]
+    if comparison.gates:
+        lines.append(f"- **Gates: {gates.summary(comparison)}.**")
     for verdict in comparison.verdict:
-        mark = f"{TONES[verdict.tone]} " if verdict.tone in TONES else ""
+        mark = f"{TONES.get(verdict.tone, '')} {TITLES[verdict.tone]}: ".lstrip() if verdict.tone in TITLES else ""
         claims = " ".join(f"**{escape(claim.text)}** {escape(claim.over_loads)}".strip() for claim in verdict.claims)
         lines.append(f"- {mark}{claims} {escape(' '.join(verdict.details))}")
     for section in sections:

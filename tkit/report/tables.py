@@ -134,15 +134,16 @@ def differences_tables(comparison: Comparison) -> list[Table]:
 
 
 def gates_table(comparison: Comparison) -> Table:
-    """A row per check that did not pass; of a gate that passed, the check that came closest to its limit."""
+    """A row per finding that is no pass; of a gate that passed, the check that came closest to its limit."""
     rows: list[tuple[Entry, ...]] = []
     for outcome in comparison.gates:
-        told = [check for check in outcome.checks if check.state != PASSED]
+        told = [checks for checks in gates.findings(outcome) if checks[0].state != PASSED]
         nearest = gates.closest(outcome)
         if not told and nearest is not None:
-            told = [nearest]
+            told = [(nearest,)]
         total = text.plural(len(outcome.checks), "check")
-        for check in sorted(told, key=lambda check: check.state != FAILED):
+        for checks in sorted(told, key=lambda checks: checks[0].state != FAILED):
+            check = checks[0]
             found = (
                 f"{total}; closest: {check.text}" if check.state == PASSED and len(outcome.checks) > 1 else check.text
             )
@@ -153,7 +154,7 @@ def gates_table(comparison: Comparison) -> Table:
                     Entry(text=comparison.facts(check.run).name, run=check.run)
                     if check.run
                     else Entry(text=text.ABSENT),
-                    Entry(text=gates.place(check) or text.ABSENT),
+                    Entry(text=gates.place(checks) or text.ABSENT),
                     Entry(text=found),
                 )
             )

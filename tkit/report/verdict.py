@@ -10,6 +10,13 @@ from tkit.report.statistics import Change
 HEADLINE = ("output_tok_s", "ttft_p50", "tpot_p50")
 OPEN_HEADLINE = ("ttft_sched_p50", "tpot_p50")  # there the rate is the one asked for
 ALL = {2: "Both", 3: "All three"}
+TITLES = {  # Verdict.tone -> what a reader sees: nothing but speed is judged
+    "better": "faster",
+    "worse": "slower",
+    "mixed": "faster and slower",
+    "same": "equally fast",
+    "undecided": "speed not decided",
+}
 JUDGED = {"better": "better", "worse": "worse", "same": "equal", "undecided": "not decided"}
 LABELS = {
     "output_tok_s": "output tok/s",
@@ -36,13 +43,16 @@ def verdicts(comparison: Comparison) -> tuple[Verdict, ...]:
 
 def _verdict(comparison: Comparison, run: RunFacts) -> Verdict:
     groups = [group for group in comparison.groups if run.id in group.runs]
-    details = (*_quality(comparison, run), _validity(run))
+    details = (*_not_measured(comparison, groups), *_quality(comparison, run), _validity(run))
     if comparison.baseline is None:
         return Verdict(run=run.id, tone="none", claims=tuple(_alone(run, group) for group in groups), details=details)
     found = [_against(comparison, run, group, is_first=group is groups[0]) for group in groups]
     return Verdict(
         run=run.id,
-        tone=_tone([judged for _, words in found for judged in words]),
+        tone=_tone(
+            [word for _, words in found for word in words],
+            [word for group in groups for cell in _compared(group, run) for word in _judged(comparison, cell).values()],
+        ),
         claims=tuple(claim for claim, _ in found),
         details=details,
     )
@@ -57,26 +67,60 @@ def judgement(name: str, change: Change, threshold: float) -> str:
     return "undecided"
 
 
+def _compared(group: Group, run: RunFacts) -> list[Cell]:
+    """Its cells at the loads that are valid in both."""
+    return [cell for level in group.levels for cell in level.cells if cell.run == run.id and cell.changes]
+
+
+def _judged(comparison: Comparison, cell: Cell) -> dict[str, str]:
+    """What a claim is about -> better, worse, same or undecided."""
+    return {
+        name: judgement(name, cell.changes[name], comparison.threshold)
+        for name in _headline(cell)
+        if name in cell.changes
+    }
+
+
 def _against(comparison: Comparison, run: RunFacts, group: Group, *, is_first: bool) -> tuple[Claim, list[str]]:
     """The claim, and what each of its changes was judged. It is made at the highest load that is valid in both."""
     assert comparison.baseline is not None
     baseline = comparison.facts(comparison.baseline)
     pair = f"{text.shorten(run.name)} against {text.shorten(baseline.name)}, " if is_first else ""
-    cells = [cell for level in group.levels for cell in level.cells if cell.run == run.id and cell.changes]
+    cells = _compared(group, run)
     if not cells:
-        reason = "no load is valid in both"
-        if baseline.id not in group.runs:
-            reason = "the baseline was not measured so, or under other definitions"
-        return Claim(text=f"{pair}{group.title}: not comparable, {reason}."), []
+        return Claim(text=f"{pair}{group.title}: not comparable, {_obstacle(comparison, group)}."), []
     last = cells[-1]
-    changes = {name: last.changes[name] for name in _headline(last) if name in last.changes}
-    judged = {name: judgement(name, found, comparison.threshold) for name, found in changes.items()}
+    judged = _judged(comparison, last)
     clauses = [
-        _clause(name, found, judged[name], comparison.threshold, is_first=name == next(iter(changes)))
-        for name, found in changes.items()
+        _clause(name, last.changes[name], word, comparison.threshold, is_first=name == next(iter(judged)))
+        for name, word in judged.items()
     ]
     claim = f"{pair}{group.shape} at {last.load}: {', '.join(clauses)}."
-    return Claim(text=claim, over_loads=_over_loads(cells, comparison.threshold)), list(judged.values())
+    over_loads = _over_loads(cells, [_judged(comparison, cell) for cell in cells])
+    return Claim(text=claim, over_loads=over_loads), list(judged.values())
+
+
+def _obstacle(comparison: Comparison, group: Group) -> str:
+    """Why nothing in the group can be held against the baseline."""
+    if comparison.baseline in group.runs:
+        return "no load is valid in both"
+    its = [
+        f"{other.token_source} under {other.definitions}"
+        for other in comparison.groups
+        if comparison.baseline in other.runs and (other.shape, other.arrivals) == (group.shape, group.arrivals)
+    ]
+    if not its:
+        return "the baseline was not measured so"
+    return f"tokens counted by {group.token_source} under {group.definitions}, the baseline's by {' and '.join(its)}"
+
+
+def _not_measured(comparison: Comparison, groups: list[Group]) -> tuple[str, ...]:
+    """What only the baseline was measured with: the verdict is silent about it."""
+    measured = {group.title for group in groups}
+    absent = dict.fromkeys(
+        group.title for group in comparison.groups if comparison.baseline in group.runs and group.title not in measured
+    )
+    return (f"Not measured, unlike the baseline: {'; '.join(absent)}.",) if absent else ()
 
 
 def _headline(cell: Cell) -> tuple[str, ...]:
@@ -91,21 +135,21 @@ def _clause(name: str, change: Change, judged: str, threshold: float, *, is_firs
     return f"{LABELS[name]} {text.percent(change.relative)} {span}{words}"
 
 
-def _tone(judged: list[str]) -> str:
-    if "better" in judged and "worse" in judged:
-        return "mixed"
-    return next((tone for tone in ("better", "worse", "undecided", "same") if tone in judged), "undecided")
+def _tone(headlines: list[str], everywhere: list[str]) -> str:
+    """A loss at any load counts, a gain only at the highest: whoever reads no further must not be surprised."""
+    if "worse" in everywhere:
+        return "mixed" if "better" in everywhere else "worse"
+    return next((tone for tone in ("better", "undecided", "same") if tone in headlines), "undecided")
 
 
-def _over_loads(cells: list[Cell], threshold: float) -> str:
+def _over_loads(cells: list[Cell], judged: list[dict[str, str]]) -> str:
     if len(cells) < 2:
         return ""
     counts = []
-    seen = set()
+    seen = {word for words in judged for word in words.values()}
     for name in _headline(cells[0]):
-        judged = [judgement(name, cell.changes[name], threshold) for cell in cells if name in cell.changes]
-        seen.update(judged)
-        told = [f"{words} at {judged.count(word)}" for word, words in JUDGED.items() if word in judged]
+        found = [words[name] for words in judged if name in words]
+        told = [f"{title} at {found.count(word)}" for word, title in JUDGED.items() if word in found]
         counts.append(f"{LABELS[name]} {', '.join(told)}")
     if len(seen) == 1:
         return f"{ALL[len(counts)]} are {JUDGED[seen.pop()]} at each of the {len(cells)} loads."
