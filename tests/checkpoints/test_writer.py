@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tkit.checkpoints import direct_file
 from tkit.checkpoints.writer import CheckpointWriter
 
 LAYOUT = {"a": ("F32", (2, 3)), "b": ("I8", (5,))}
@@ -85,7 +86,8 @@ def cut_short(directory, num_steps, journal):
 def spoil_data(directory, journal):
     path = directory / "rank1.safetensors"
     data = bytearray(path.read_bytes())
-    data[-30] ^= 1  # inside tensor b
+    position = int.from_bytes(data[:8], "little") + 8 + 40  # inside tensor b, which follows 24 bytes of a
+    data[position] ^= 1
     path.write_bytes(data)
 
 
@@ -105,7 +107,11 @@ def lose_a_file(directory, journal):
     ("damage", "first_step"),
     [(lambda *_: None, 2), (spoil_data, 1), (tear_journal, 1), (lose_journal, 0), (lose_a_file, 0)],
 )
-def test_a_killed_conversion_goes_on_where_the_files_still_hold(tmp_path, damage, first_step):
+@pytest.mark.parametrize("min_direct_bytes", [0, 1 << 40], ids=["direct", "cached"])
+def test_a_killed_conversion_goes_on_where_the_files_still_hold(
+    tmp_path, monkeypatch, damage, first_step, min_direct_bytes
+):
+    monkeypatch.setattr(direct_file, "MIN_DIRECT_BYTES", min_direct_bytes)
     undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
     undisturbed.mkdir(), resumed.mkdir()
     expected, _ = write_steps(undisturbed, 3, undisturbed / "journal")

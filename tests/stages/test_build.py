@@ -301,7 +301,7 @@ def test_a_killed_build_resumes_and_ends_with_the_same_digest(tkit, make_llama, 
         "def dying(self, view):\n"
         "    journal = self.path.parent.parent / 'journal.jsonl'\n"
         f"    if journal.exists() and len(journal.read_text().splitlines()) >= {num_steps}:\n"
-        "        self._file.write(view[: len(view) // 2]); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        self._file.write(view[: len(view) // 2]); self._file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
         "    append(self, view)\n"
         "FileWriter._append = dying\n"
         "from tkit.cli.main import main\n"

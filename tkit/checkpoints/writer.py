@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import queue
 import threading
 from collections.abc import Iterable, Mapping
@@ -20,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from tkit.checkpoints.direct_file import DirectFile
 from tkit.checkpoints.tensors import ITEM_BYTES, raw_bytes
-from tkit.files import naming
 
 
 def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, int]:
@@ -61,15 +60,11 @@ class FileWriter:
         self._next = 0
         self._position = 0
         self._hash = hashlib.sha256()
-        is_new = not path.exists()
-        self._file = open(path, "xb" if is_new else "r+b", buffering=0)  # noqa: SIM115 - closed by `finish` or `close`
-        with naming(path):
-            os.posix_fallocate(self._file.fileno(), 0, self.num_bytes)  # a full disk shows now, not after an hour
+        self._file = DirectFile(path, self.num_bytes)
         self._header = header
 
     def start(self) -> None:
         """Writes the header; the first tensor is next."""
-        self._file.seek(0)
         self._append(memoryview(self._header))
 
     def resume(self, mark: Mark, digest: Any) -> None:
@@ -91,8 +86,9 @@ class FileWriter:
                 states.append(digest.copy())
         return states
 
-    @property
     def mark(self) -> Mark:
+        """Of what is in the file now."""
+        self._file.flush()
         return Mark(position=self._position, num_tensors=self._next, sha256=self._hash.hexdigest())
 
     def write(self, name: str, chunks: Iterable[np.ndarray]) -> None:
@@ -111,9 +107,7 @@ class FileWriter:
         """The file's sha256."""
         missing = [name for name, _ in self._expected[self._next :]]
         assert not missing, f"{self.path}: never written: {missing}"
-        with naming(self.path):
-            os.fsync(self._file.fileno())
-        self._file.close()
+        self._file.finish()
         return self._hash.hexdigest()
 
     def close(self) -> None:
@@ -122,9 +116,7 @@ class FileWriter:
     def _append(self, view: memoryview) -> None:
         self._hash.update(view)
         self._position += len(view)
-        with naming(self.path):
-            while view:
-                view = view[self._file.write(view) :]
+        self._file.write(view)
 
 
 class CheckpointWriter:
@@ -200,9 +192,10 @@ class CheckpointWriter:
                 self._guard(lambda name=name: self._digests.update({name: self._files[name].finish()}))
 
     def _end_step(self, step: int, files: Iterable[str]) -> None:
+        ours = {name: self._files[name].mark() for name in files}
         with self._lock:
             marks = self._marks.setdefault(step, {})
-            marks.update({name: self._files[name].mark for name in files})
+            marks.update(ours)
             if self._journal is not None and len(marks) == len(self._files):
                 with open(self._journal, "a") as journal:
                     journal.write(_journal_line(step, self._marks.pop(step)))
