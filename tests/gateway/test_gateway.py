@@ -18,10 +18,11 @@ from typing import Any
 import openai
 import pytest
 from fake_backend import ROWS, write_engine
+from transformers import AutoTokenizer
 
 from tkit import demo
 from tkit.backends.table import BACKENDS
-from tkit.gateway.app import MAX_BODY_BYTES
+from tkit.gateway.app import LARGE_BYTES, MAX_BODY_BYTES
 from tkit.gateway.triton import TritonModel
 from tkit.specs.server import ServeOptions, ServerRecord
 from tkit.stages.serve import running_server
@@ -56,7 +57,7 @@ def client(server: ServerRecord) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def complete(client: openai.OpenAI, prompt: str = "a b c", max_tokens: int = 4, **more: Any) -> Any:
+def complete(client: openai.OpenAI, prompt: Any = "a b c", max_tokens: int = 4, **more: Any) -> Any:
     return client.completions.create(model="ensemble", prompt=prompt, max_tokens=max_tokens, **more)
 
 
@@ -103,14 +104,58 @@ def test_a_completion_whole_and_streamed(client: openai.OpenAI) -> None:
 def test_a_chat_whole_and_streamed(client: openai.OpenAI) -> None:
     ask = dict(model="ensemble", messages=[{"role": "user", "content": "Hello"}], max_completion_tokens=3)
     whole: Any = client.chat.completions.create(**ask)  # type: ignore[call-overload]
-    # what the template makes of it: "<s>user: Hello", "", "assistant:", whose words the fake engine repeats
+    # what the template makes of it: "user: Hello", "", "assistant:", whose words the fake engine repeats
     assert (whole.object, whole.choices[0].message.role) == ("chat.completion", "assistant")
-    assert whole.choices[0].message.content == "<s>user: Hello assistant: "
+    assert whole.choices[0].message.content == "user: Hello assistant: "
     events: Any = list(client.chat.completions.create(stream=True, **ask))  # type: ignore[call-overload]
     assert events[0].object == "chat.completion.chunk"
     assert [event.choices[0].delta.role for event in events] == ["assistant", None, None, None]
-    assert [event.choices[0].delta.content for event in events] == ["", "<s>user: ", "Hello ", "assistant: "]
+    assert [event.choices[0].delta.content for event in events] == ["", "user: ", "Hello ", "assistant: "]
     assert events[-1].choices[0].finish_reason == "length"
+
+
+def test_several_prompts_and_choices_whole_and_streamed(client: openai.OpenAI) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    expected = ["a b ", "a b ", "c c ", "c c "]
+    for prompt in (["a b", "c"], [tokenizer.encode("a b"), tokenizer.encode("c")]):
+        whole = complete(client, prompt, 2, n=2, logprobs=0)
+        assert [(choice.index, choice.text) for choice in whole.choices] == list(enumerate(expected))
+        assert [choice.logprobs.text_offset for choice in whole.choices] == [[0, 2]] * 4
+        assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, 8)  # each prompt once
+        events = list(complete(client, prompt, 2, n=2, stream=True, stream_options={"include_usage": True}))
+        texts, reasons = [""] * 4, [""] * 4
+        for event in events[:-1]:
+            [choice] = event.choices
+            texts[choice.index] += choice.text
+            reasons[choice.index] += choice.finish_reason or "."
+        assert (texts, reasons) == (expected, [".length"] * 4)
+        assert events[-1].usage == whole.usage
+    chat = client.chat.completions.create(
+        model="ensemble", messages=[{"role": "user", "content": "x"}], n=3, max_tokens=2, stream=True
+    )
+    roles = [event.choices[0].index for event in chat if event.choices[0].delta.role]
+    assert sorted(roles) == [0, 1, 2]
+
+
+def test_one_prompt_that_fails_ends_the_others(server: ServerRecord, client: openai.OpenAI) -> None:
+    def num_ended() -> float:
+        return sum(value for name, value in metrics(server).items() if name.startswith("tkit_requests_total"))
+
+    before = num_ended()
+    with pytest.raises(openai.InternalServerError, match="the fake engine was asked to fail"):
+        complete(client, ["!silent", "!error", "a b"], 4000)
+    assert wait_until(lambda: num_ended() == before + 3)
+    with pytest.raises(openai.RateLimitError, match="queue full"):
+        complete(client, "a b", 4000, n=9)
+    assert wait_until(lambda: num_ended() == before + 12)
+
+
+def test_large_bodies_are_read_beside_the_event_loop_with_the_same_answers(client: openai.OpenAI) -> None:
+    long = "word " * (LARGE_BYTES // 4)
+    assert complete(client, long, 2).choices[0].text == "word word "
+    with pytest.raises(openai.BadRequestError, match="n is 0") as refused:
+        complete(client, long, n=0)
+    assert refused.value.param == "n"
 
 
 def test_log_probabilities(client: openai.OpenAI) -> None:
@@ -124,7 +169,7 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
     )
     assert chat.choices[0].logprobs is not None and chat.choices[0].logprobs.content is not None
     [token] = chat.choices[0].logprobs.content
-    assert (token.token, token.logprob, token.bytes) == ("<s>user: ", -0.5, list(b"<s>user: "))
+    assert (token.token, token.logprob, token.bytes) == ("user: ", -0.5, list(b"user: "))
 
 
 def test_stop_words_end_of_sequence_and_ignoring_it(client: openai.OpenAI) -> None:
@@ -137,7 +182,7 @@ def test_stop_words_end_of_sequence_and_ignoring_it(client: openai.OpenAI) -> No
 @pytest.mark.parametrize(
     ("error", "body", "message"),
     [
-        (openai.BadRequestError, {"n": 2}, "n is 2, this server supports only 1"),
+        (openai.BadRequestError, {"best_of": 2}, "best_of is 2, this server supports only 1"),
         (openai.BadRequestError, {"max_tokens": 4500}, "max_tokens is 4500, at most 4096"),  # says the engine
         (openai.BadRequestError, {"extra_body": {"repetition_penalty": 1e39}}, "too large for FP32"),
         (openai.NotFoundError, {"model": "gpt-4"}, 'the model "gpt-4" does not exist'),
@@ -175,14 +220,14 @@ def test_a_full_server_says_so_and_has_room_later(server: ServerRecord, client: 
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-@pytest.mark.parametrize("prompt", ["a b", "!silent"])
-def test_a_client_that_leaves_frees_its_slot(server: ServerRecord, stream: bool, prompt: str) -> None:
+@pytest.mark.parametrize("prompt", ["a b", "!silent", ["a b", "!silent"]])
+def test_a_client_that_leaves_frees_its_slots(server: ServerRecord, stream: bool, prompt: str | list[str]) -> None:
     cancelled = 'tkit_requests_total{outcome="cancelled"}'
-    before = metrics(server).get(cancelled, 0)
+    before, num_prompts = metrics(server).get(cancelled, 0), 1 if isinstance(prompt, str) else len(prompt)
     with raw(server, body={"prompt": prompt, "max_tokens": 4000, "stream": stream}):
-        assert wait_until(lambda: metrics(server)[OPEN] == 1)
+        assert wait_until(lambda: metrics(server)[OPEN] == num_prompts)
     assert wait_until(lambda: metrics(server)[OPEN] == 0)
-    assert wait_until(lambda: metrics(server)[cancelled] == before + 1)
+    assert wait_until(lambda: metrics(server)[cancelled] == before + num_prompts)
 
 
 def raw(server: ServerRecord, body: Any = b"", head: str = "", path: str = "/v1/completions") -> socket.socket:

@@ -65,7 +65,7 @@ async def generate(request: GenerationRequest, *outputs: str, stream: bool = Tru
     await server.start()
     try:
         await model.connect()
-        return [piece async for piece in model.generate(request, "id", stream=stream)], servicer
+        return [piece async for _, piece in model.generate([request], "id", stream=stream)], servicer
     finally:
         await model.close()
         await server.stop(0)

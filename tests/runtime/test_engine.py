@@ -380,6 +380,7 @@ def test_a_full_queue_is_refused_and_has_room_later(
     ("each", "message"),
     [
         (request(""), "the prompt is empty"),
+        (request("x" * 1_000_000), "the prompt has 1000000 characters, the model has 1024 positions"),
         (request("hello", 1020), r"5 prompt tokens \+ max_tokens 1020 = 1025, the model has 1024 positions"),
         (request("hello", 508), r"5 prompt tokens \+ max_tokens 508 = 513, the KV cache holds 600\n.*768 bytes"),
     ],

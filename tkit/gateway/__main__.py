@@ -18,7 +18,7 @@ import uvloop
 
 from tkit.files import from_mapping, read_api_key
 from tkit.gateway.app import make_app
-from tkit.gateway.chat import ChatTokenizer
+from tkit.gateway.prompts import PromptTokenizer
 from tkit.gateway.settings import GatewaySettings
 from tkit.gateway.triton import TritonModel
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 async def _serve(settings: GatewaySettings, server_pid: int) -> None:
-    tokenizer = ChatTokenizer(Path(settings.tokenizer))
+    tokenizer = PromptTokenizer(Path(settings.tokenizer))
     api_key = read_api_key(Path(settings.api_key_file)) if settings.api_key_file is not None else None
     model = TritonModel(settings.triton, settings.model, settings.instance)
     server = uvicorn.Server(

@@ -6,6 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from tkit.gateway.requests import ApiRequest
@@ -16,15 +17,12 @@ ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 
 
 class Answer:
-    """One answer, told piece by piece: `whole` at the end, or `events` for each."""
+    """One answer of one or several choices, told piece by piece: `whole` at the end, or `events` for each."""
 
     def __init__(self, request: ApiRequest, model: str):
         self._request = request
-        self._is_first = True
-        self._pieces: list[Piece] = []  # of an answer that is told as a whole
-        self._num_input_tokens = 0
-        self._num_output_tokens = 0
-        self._text_offset = 0
+        self._choices = [_Choice() for _ in request.generations]
+        self._num_open = len(self._choices)
         self._head = {
             "id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{secrets.token_hex(12)}",
             "object": _object(request),
@@ -39,52 +37,63 @@ class Answer:
     def id(self) -> str:
         return str(self._head["id"])
 
-    def add(self, piece: Piece) -> None:
-        self._count(piece)
-        self._pieces.append(piece)
+    def add(self, index: int, piece: Piece) -> None:
+        self._count(index, piece)
+        self._choices[index].pieces.append(piece)
 
     def whole(self) -> dict[str, Any]:
-        text = "".join(piece.text for piece in self._pieces)
-        if self._request.is_chat:
-            choice: dict[str, Any] = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        else:
-            choice = {"text": text}
-        choice = {"index": 0, **choice, "logprobs": self._log_probs(self._pieces)}
-        choice["finish_reason"] = self._pieces[-1].finish_reason if self._pieces else None
-        return {**self._head, "choices": [choice], "usage": self._usage()}
+        choices = [self._whole(index, choice.pieces) for index, choice in enumerate(self._choices)]
+        return {**self._head, "choices": choices, "usage": self._usage()}
 
-    def events(self, piece: Piece) -> Iterator[bytes]:
-        """The server-sent events of one piece; with the last come the usage, if asked for, and the end."""
-        self._count(piece)
-        if self._is_first and self._request.is_chat:
-            yield self._event({"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
-        self._is_first = False
+    def events(self, index: int, piece: Piece) -> Iterator[bytes]:
+        """The server-sent events of one piece; with the last of all come the usage, if asked for, and the end."""
+        choice = self._choices[index]
+        self._count(index, piece)
+        if choice.is_first and self._request.is_chat:
+            yield self._event({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+        choice.is_first = False
         told: dict[str, Any] = {"delta": {"content": piece.text}} if self._request.is_chat else {"text": piece.text}
-        log_probs = self._log_probs([piece])
-        yield self._event({"index": 0, **told, "logprobs": log_probs, "finish_reason": piece.finish_reason})
+        log_probs = self._log_probs(choice, [piece])
+        yield self._event({"index": index, **told, "logprobs": log_probs, "finish_reason": piece.finish_reason})
         if piece.finish_reason is not None:
-            if self._request.include_usage:
-                yield _event({**self._head, "choices": [], "usage": self._usage()})
-            yield DONE
+            self._num_open -= 1
+            if not self._num_open:
+                if self._request.include_usage:
+                    yield _event({**self._head, "choices": [], "usage": self._usage()})
+                yield DONE
 
     def _event(self, choice: dict[str, Any]) -> bytes:
         return self._event_start + to_json(choice) + self._event_end
 
-    def _count(self, piece: Piece) -> None:
-        self._num_output_tokens += piece.num_tokens
+    def _count(self, index: int, piece: Piece) -> None:
+        choice = self._choices[index]
+        choice.num_output_tokens += piece.num_tokens
         if piece.num_input_tokens is not None:
-            self._num_input_tokens = piece.num_input_tokens
+            choice.num_input_tokens = piece.num_input_tokens
+
+    def _whole(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
+        text = "".join(piece.text for piece in pieces)
+        if self._request.is_chat:
+            told: dict[str, Any] = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        else:
+            told = {"text": text}
+        log_probs = self._log_probs(self._choices[index], pieces)
+        finish_reason = pieces[-1].finish_reason if pieces else None
+        return {"index": index, **told, "logprobs": log_probs, "finish_reason": finish_reason}
 
     def _usage(self) -> dict[str, int]:
+        """A prompt that several choices answer counts once, as OpenAI counts it."""
+        num_input_tokens = sum(choice.num_input_tokens for choice in self._choices[:: self._request.n])
+        num_output_tokens = sum(choice.num_output_tokens for choice in self._choices)
         return {
-            "prompt_tokens": self._num_input_tokens,
-            "completion_tokens": self._num_output_tokens,
-            "total_tokens": self._num_input_tokens + self._num_output_tokens,
+            "prompt_tokens": num_input_tokens,
+            "completion_tokens": num_output_tokens,
+            "total_tokens": num_input_tokens + num_output_tokens,
         }
 
-    def _log_probs(self, pieces: list[Piece]) -> dict[str, Any] | None:
+    def _log_probs(self, choice: _Choice, pieces: list[Piece]) -> dict[str, Any] | None:
         """A token's text is what it settled: nothing while a character or a possible stop word is incomplete."""
-        if not self._request.generation.return_log_probs:
+        if not self._request.generations[0].return_log_probs:
             return None
         tokens = [token for piece in pieces for token in _tokens(piece)]
         if self._request.is_chat:
@@ -95,10 +104,21 @@ class Answer:
             return {"content": content, "refusal": None}
         offsets = []
         for text, _ in tokens:
-            offsets.append(self._text_offset)
-            self._text_offset += len(text)
+            offsets.append(choice.text_offset)
+            choice.text_offset += len(text)
         texts, log_probs = [text for text, _ in tokens], [log_prob for _, log_prob in tokens]
         return {"tokens": texts, "token_logprobs": log_probs, "top_logprobs": None, "text_offset": offsets}
+
+
+@dataclass(slots=True)
+class _Choice:
+    """How far one choice is."""
+
+    is_first: bool = True  # nothing of it has been told
+    pieces: list[Piece] = field(default_factory=list)  # of an answer that is told as a whole
+    num_input_tokens: int = 0
+    num_output_tokens: int = 0
+    text_offset: int = 0
 
 
 def error_events(body: dict[str, Any]) -> Iterator[bytes]:

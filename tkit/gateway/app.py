@@ -20,13 +20,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tkit import __version__
 from tkit.gateway.answers import Answer, error_events, to_json
-from tkit.gateway.chat import ChatTokenizer
 from tkit.gateway.errors import ApiError
-from tkit.gateway.requests import read_request
+from tkit.gateway.prompts import PromptTokenizer
+from tkit.gateway.requests import ApiRequest, read_request
 from tkit.gateway.settings import GatewaySettings
 from tkit.gateway.triton import Generation, Piece, TritonModel
 
 MAX_BODY_BYTES = 16_000_000  # a prompt of a million tokens has about 4 MB
+LARGE_BYTES = 50_000  # read beside the event loop; it takes up to 50 ms
 # 413: the rest of the body is not read
 HEADERS = {
     401: {"www-authenticate": "Bearer"},
@@ -36,12 +37,15 @@ HEADERS = {
 }
 CLIENT_LEFT = 499  # nginx's; nobody reads it
 
+Told = tuple[int, Piece]  # of which choice
 Handler = Callable[[Request], Coroutine[Any, Any, ASGIApp]]
 
 log = logging.getLogger(__name__)
 
 
-def make_app(settings: GatewaySettings, model: TritonModel, tokenizer: ChatTokenizer, api_key: str | None) -> Starlette:
+def make_app(
+    settings: GatewaySettings, model: TritonModel, tokenizer: PromptTokenizer, api_key: str | None
+) -> Starlette:
     front = _Front(settings, model, tokenizer)
     guarded = [
         ("/v1/models", front.models, "GET"),
@@ -56,7 +60,7 @@ def make_app(settings: GatewaySettings, model: TritonModel, tokenizer: ChatToken
 
 
 class _Front:
-    def __init__(self, settings: GatewaySettings, model: TritonModel, tokenizer: ChatTokenizer):
+    def __init__(self, settings: GatewaySettings, model: TritonModel, tokenizer: PromptTokenizer):
         self._settings = settings
         self._model = model
         self._tokenizer = tokenizer
@@ -99,28 +103,37 @@ class _Front:
         return await self._complete(request, is_chat=True)
 
     async def _complete(self, request: Request, *, is_chat: bool) -> ASGIApp:
-        asked = read_request(
-            await _read_json(request),
+        body = await _read_body(request)
+        # A large body takes seconds to become text and tokens, and every stream would wait for it.
+        asked = (
+            await asyncio.to_thread(self._asked, body, is_chat)
+            if len(body) > LARGE_BYTES
+            else self._asked(body, is_chat)
+        )
+        answer = Answer(asked, self._settings.model)
+        generation = self._model.generate(asked.generations, answer.id, stream=asked.stream)
+        if asked.stream:
+            return await _EventStream.opened(answer, generation, request.receive)
+        async with _cancelled_when_the_client_leaves(generation, request.receive):
+            async for index, piece in generation:
+                answer.add(index, piece)
+        return Response(status_code=CLIENT_LEFT) if generation.is_cancelled else _json(answer.whole())
+
+    def _asked(self, body: bytes, is_chat: bool) -> ApiRequest:
+        return read_request(
+            _parsed(body),
             is_chat=is_chat,
             model=self._settings.model,
             max_positions=self._settings.max_positions,
             tokenizer=self._tokenizer,
         )
-        answer = Answer(asked, self._settings.model)
-        generation = self._model.generate(asked.generation, answer.id, stream=asked.stream)
-        if asked.stream:
-            return await _EventStream.opened(answer, generation, request.receive)
-        async with _cancelled_when_the_client_leaves(generation, request.receive):
-            async for piece in generation:
-                answer.add(piece)
-        return Response(status_code=CLIENT_LEFT) if generation.is_cancelled else _json(answer.whole())
 
 
 class _EventStream:
     """A streamed answer as an ASGI application. Its first piece is awaited before the status is sent, so that a refusal
     has a status of its own."""
 
-    def __init__(self, answer: Answer, generation: Generation, first: Piece | None, rest: AsyncIterator[Piece]):
+    def __init__(self, answer: Answer, generation: Generation, first: Told | None, rest: AsyncIterator[Told]):
         self._answer = answer
         self._generation = generation
         self._first = first
@@ -139,9 +152,9 @@ class _EventStream:
         async with _cancelled_when_the_client_leaves(self._generation, receive):
             try:
                 if self._first is not None:
-                    await _send(send, self._answer.events(self._first))
-                async for piece in self._rest:
-                    await _send(send, self._answer.events(piece))
+                    await _send(send, self._answer.events(*self._first))
+                async for index, piece in self._rest:
+                    await _send(send, self._answer.events(index, piece))
             except ApiError as error:
                 await _send(send, error_events(error.body()))
         await send({"type": "http.response.body", "body": b""})
@@ -186,7 +199,7 @@ def _with_key(handler: Handler, api_key: str | None) -> Handler:
     return guarded
 
 
-async def _read_json(request: Request) -> Any:
+async def _read_body(request: Request) -> bytes:
     length = request.headers.get("content-length", "0")
     body, num_bytes = [], int(length) if length.isdecimal() else 0
     if num_bytes <= MAX_BODY_BYTES:
@@ -198,8 +211,12 @@ async def _read_json(request: Request) -> Any:
             body.append(part)
     if num_bytes > MAX_BODY_BYTES:
         raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    return b"".join(body)
+
+
+def _parsed(body: bytes) -> Any:
     try:
-        return json.loads(b"".join(body), parse_constant=_refuse_constant)
+        return json.loads(body, parse_constant=_refuse_constant)
     except RecursionError as error:
         raise ApiError(400, "the body is not readable as JSON: nested too deeply") from error
     except ValueError as error:

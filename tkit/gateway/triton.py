@@ -1,4 +1,4 @@
-"""Generating on Triton over gRPC: one channel, one ModelStreamInfer per request. Knows the inputs of TensorRT-LLM's
+"""Generating on Triton over gRPC: one channel, one ModelStreamInfer per choice. Knows the inputs of TensorRT-LLM's
 `ensemble`; nothing of HTTP.
 
 Every request goes out as a stream of its own, over which cancelling reaches the server. Whether the answer comes token by
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,10 +119,18 @@ class TritonModel:
         call = self._channel.unary_unary(SERVICE + method)
         return response.FromString(await call(request.SerializeToString(), timeout=timeout_s))
 
-    def generate(self, request: GenerationRequest, request_id: str, *, stream: bool) -> Generation:
-        """Raises ApiError when the model has no input for something that the request asks for.
+    def generate(self, requests: Sequence[GenerationRequest], request_id: str, *, stream: bool) -> Generation:
+        """Raises ApiError when the model has no input for something that a request asks for; none has gone out then."""
+        messages = [
+            self._message(request, f"{request_id}-{index}" if index else request_id, stream)
+            for index, request in enumerate(requests)
+        ]
+        return Generation(
+            [_Choice(self._stream(message, metadata=AS_STATUS), requests[0].max_tokens) for message in messages]
+        )
 
-        Without `stream` the answer is one piece, which spares a response per token; in several all the same where only
+    def _message(self, request: GenerationRequest, request_id: str, stream: bool) -> bytes:
+        """Without `stream` the answer is one piece, which spares a response per token; in several all the same where only
         those tell how many tokens there are, or which text is whose log probability.
         """
         message = pb.ModelInferRequest(model_name=self.name, id=request_id)
@@ -140,12 +148,60 @@ class TritonModel:
         if missing:
             names = [OPENAI_NAMES.get(what, what) for what in missing]
             raise ApiError(400, f"the served model cannot do {', '.join(names)}")
-        call = self._stream(message.SerializeToString(), metadata=AS_STATUS)
-        return Generation(call, request.max_tokens)
+        serialized: bytes = message.SerializeToString()
+        return serialized
 
 
 class Generation:
-    """The pieces of one answer; the last one has a finish reason."""
+    """The pieces of all choices of an answer as they come, each with its choice's number."""
+
+    def __init__(self, choices: Sequence[_Choice]):
+        self._choices = choices
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._choices[0].is_cancelled
+
+    def cancel(self) -> None:
+        """Ends the requests on the server; the iteration ends without last pieces."""
+        for choice in self._choices:
+            choice.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Raises the first ApiError; the other choices have been cancelled then."""
+        if len(self._choices) == 1:
+            async for piece in self._choices[0]:
+                yield 0, piece
+            return
+        arrived: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
+        tasks = [asyncio.create_task(_collect(index, choice, arrived)) for index, choice in enumerate(self._choices)]
+        try:
+            num_open = len(tasks)
+            while num_open:
+                index, arrival = await arrived.get()
+                if arrival is not None:
+                    yield index, arrival
+                else:
+                    await tasks[index]  # raises what ended it
+                    num_open -= 1
+        except BaseException:
+            self.cancel()
+            raise
+        finally:
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _collect(index: int, choice: _Choice, arrived: asyncio.Queue[tuple[int, Piece | None]]) -> None:
+    """None follows the last piece."""
+    try:
+        async for piece in choice:
+            arrived.put_nowait((index, piece))
+    finally:
+        arrived.put_nowait((index, None))
+
+
+class _Choice:
+    """The pieces of one choice; the last one has a finish reason."""
 
     def __init__(self, call: Any, max_tokens: int):
         self.is_cancelled = False
@@ -154,7 +210,6 @@ class Generation:
         self._num_tokens = 0
 
     def cancel(self) -> None:
-        """Ends the request on the server; the iteration ends without a last piece."""
         self.is_cancelled = True
         self._call.cancel()
 

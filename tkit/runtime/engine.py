@@ -99,6 +99,7 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.num_threads = num_threads or max(1, usable_cores() - 1)
         self._decoder = Decoder.of(tokenizer)
+        self._longest_token = max(map(len, tokenizer.get_vocab()))  # in characters
         self._kv_bytes_per_token = kv_bytes_per_token(model)
         budget = min(
             (kv_cache_bytes or _default_kv_bytes(model.device)) // self._kv_bytes_per_token,
@@ -189,6 +190,12 @@ class Engine:
     def _encode(self, request: GenerationRequest) -> list[int]:
         if not request.prompt:
             raise InputError("the prompt is empty")
+        if len(request.prompt) > self.max_positions * self._longest_token:
+            # Refused unread: encoding takes a second per megabyte, and other requests wait for it.
+            raise InputError(
+                f"the prompt has {len(request.prompt)} characters, the model has {self.max_positions} positions",
+                hint="shorten the prompt",
+            )
         # Chat templates write the first token out; the tokenizer must not put a second one before it.
         bos = self.tokenizer.bos_token
         add_special_tokens = not (bos and request.prompt.startswith(bos))

@@ -1,4 +1,4 @@
-"""Messages -> prompt, by the tokenizer's own chat template. Knows a tokenizer's files; no model and no server.
+"""Messages or token ids -> the text of a prompt, by the tokenizer's own files. Knows no model and no server.
 
 The sandbox is the one of transformers' `apply_chat_template`, without importing transformers: the same options, the
 same few functions, and namespaces that keep no underscored names.
@@ -28,8 +28,8 @@ TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILES = ("special_tokens_map.json", "tokenizer_config.json")  # what the later says holds
 
 
-class ChatTokenizer:
-    """The chat template and the token counts of one tokenizer directory."""
+class PromptTokenizer:
+    """The chat template and the tokens of one tokenizer directory."""
 
     def __init__(self, directory: Path):
         config: dict[str, Any] = {}
@@ -55,9 +55,39 @@ class ChatTokenizer:
             raise InputError(f"the chat template refuses these messages: {error}") from error
 
     def num_tokens(self, prompt: str) -> int:
+        return len(self._tokenizer.encode(prompt))
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text that the model reads as just these tokens. Raises InputError when there is none."""
+        num_tokens = self._tokenizer.get_vocab_size()
+        if unknown := [token_id for token_id in token_ids if not 0 <= token_id < num_tokens]:
+            raise InputError(f"token id {unknown[0]} is none of the tokenizer's {num_tokens}")
+        text = self.without_bos(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+        read = self._tokenizer.encode(text).ids
+        if read == [*token_ids]:
+            return text
+        if self._adds_bos and token_ids[:1] != read[:1]:
+            raise InputError(f"the model puts token id {read[0]} (BOS) before every text: begin with it")
+        same = next((i for i, pair in enumerate(zip(token_ids, read, strict=False)) if pair[0] != pair[1]), len(read))
+        raise InputError(
+            f"the model takes text, and reads that of these token ids as others, from number {same} on; send the text"
+        )
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """In characters: so many times as many as there are positions never fit."""
+        return max(map(len, self._tokenizer.get_vocab()))
+
+    def without_bos(self, prompt: str) -> str:
+        """As it is to go to the model, which encodes it as any text: TensorRT-LLM's puts a BOS before it even when one is
+        there, as in most chat templates."""
         bos = self.special_tokens.get("bos_token")
-        add_special_tokens = not (bos and prompt.startswith(bos))
-        return len(self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
+        return prompt[len(bos) :] if bos and prompt.startswith(bos) and self._adds_bos else prompt
+
+    @functools.cached_property
+    def _adds_bos(self) -> bool:
+        """And nothing else."""
+        return self._tokenizer.encode("").tokens == [self.special_tokens.get("bos_token")]
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
