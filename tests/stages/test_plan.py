@@ -37,7 +37,7 @@ def test_one_screen(tkit):
     assert "shipped model table; meta-llama/Llama-3.1-70B-Instruct is not on this machine" in lines[0]
     assert lines[2].startswith("VERDICT  fits on 2 x H100-SXM (tp 2, pp 1)")
     assert "327,680 B per token (0.3125 MiB)" in result.stdout
-    assert "SLO conversational" in result.stdout
+    assert "SLO conversational (median TTFT 2000 ms, TPOT 100 ms)" in result.stdout
     assert re.search(
         r"TPOT: formula x \d\.\d\d, .*published runs?.*;  TTFT: x \d\.\d\d, .*published run", result.stdout
     )
@@ -134,6 +134,10 @@ def test_the_hub_cache_comes_before_the_table(tmp_path, monkeypatch):
         (["--concurrency", "999999999999"], ["not in the range"]),
         (["--calibrate", "nowhere"], ["--calibrate nowhere: no points/*/point.json in it"]),
         (["--compare", "gpus=h100"], ['"gpus=h100" (did you mean "gpu"?)']),
+        (
+            ["--compare", "quant=fq8,none kv_cache=fp9"],
+            ['"fq8" (did you mean "fp8"?)', '--kv-cache: unknown type "fp9"'],
+        ),
     ],
 )
 def test_nonsense_is_refused_with_the_nearest_sensible_choice(tkit, arguments, messages):
@@ -187,8 +191,27 @@ def test_comparison(tkit, tmp_path):
     assert result.exit_code == 0, result.output
     assert "gpu=H100-SXM quant=fp8 tp=8" in result.stdout
     assert "$/M tok" in result.stdout
+    assert re.search(
+        r"gpu=H100-SXM quant=fp8 tp=8 .* [\d,]+ \[[\d,]+, [\d,]+\] +[\d,]+ +\d\.\d\d-\d\.\d\d\n", result.stdout
+    )
     assert "= formula x" in result.stdout
     assert "gpu=A100-SXM-80 quant=fp8 tp=4: fp8 needs compute capability 8.9" in result.stdout
+
+
+def test_a_comparison_has_the_formats_of_a_plan(tkit):
+    recipe = "model: demo\nengines: [{quant: int8, kv_cache: int8}]\n"
+    Path("r.yaml").write_text(recipe)
+    (row,) = record(tkit("plan", "r.yaml", "--compare", "gpu=h100", "--json"))["rows"]
+    assert (row["plan"]["quant"], row["plan"]["kv_cache"]) == ("int8", "int8")
+
+
+def test_one_ttft_on_the_screen(tkit):
+    """The curve's is the median of the load that the head tells of, not another quantity."""
+    plan = record(tkit("plan", "llama-3.1-70b", "--quant", "fp8", "--concurrency", 12, "--json"))
+    (asked,) = (point for point in plan["curve"] if point["concurrency"] == 12)
+    assert asked["ttft_ms"] == pytest.approx(plan["ttft_p50_p90_p99_ms"][0], abs=0.01)
+    assert asked["tok_s_gpu_low"] * plan["chosen"]["parallel"]["tp_size"] == pytest.approx(plan["tok_s"]["low"])
+    assert asked["ttft_ms"] < plan["ttft_ms"]["value"]  # which holds the first wave
 
 
 def test_fewer_gpus_are_cheaper(tkit, tmp_path):

@@ -9,8 +9,10 @@ from typing import Any
 from tkit.errors import InputError, did_you_mean
 from tkit.planner.gpus import find_gpu
 from tkit.planner.planning import Plan, as_record
+from tkit.planner.precision import kv_dtype, precision
 from tkit.planner.text import table
 
+COMPARISON_SCHEMA = "tkit.plan_comparison/1"
 INTEGERS = ("tp", "pp", "num_gpus", "concurrency", "isl", "osl")
 AXES = ("gpu", "quant", "kv_cache", *INTEGERS)
 
@@ -55,6 +57,11 @@ def parse_axes(axes: Sequence[str]) -> dict[str, list[Any]]:
 def _value(key: str, value: str) -> Any:
     if key == "gpu":
         return find_gpu(value)
+    if key == "quant":
+        return precision(value).name
+    if key == "kv_cache":
+        kv_dtype(value, precision("none"))  # refuses what it does not know
+        return value
     return int(value) if key in INTEGERS else value
 
 
@@ -71,11 +78,10 @@ def render(comparison: Comparison) -> str:
         "TTFT ms",
         "TPOT ms",
         "= formula x",
-        "tok/s",
+        "tok/s [90 % band]",
         "tok/s/GPU",
-        "J/token",
+        *(["$/M tok"] if has_cost else []),
     ]
-    header = [*header[:-1], "$/M tok"] if has_cost else header[:-1]
     rows, problems = [], []
     for row in comparison.rows:
         plan = row.plan
@@ -93,11 +99,11 @@ def render(comparison: Comparison) -> str:
             f"{plan.ttft_ms.value:.0f}",
             f"{plan.tpot_ms.value:.1f}",
             f"{plan.tpot_ms.factor:.2f}",
-            f"{plan.tok_s.value:,.0f}",
+            f"{plan.tok_s.value:,.0f} [{plan.tok_s.low:,.0f}, {plan.tok_s.high:,.0f}]",
             f"{plan.tok_s.value / parallel.world_size:,.0f}",
         ]
         if has_cost:
-            cells.append(f"{sum(plan.cost.usd_per_million) / 2:.2f}" if plan.cost else "-")
+            cells.append("{:.2f}-{:.2f}".format(*plan.cost.usd_per_million) if plan.cost else "-")
         rows.append(cells)
     lines = [f"{comparison.model}  [{comparison.model_source}]"]
     if rows:
@@ -107,6 +113,7 @@ def render(comparison: Comparison) -> str:
 
 def comparison_record(comparison: Comparison) -> Mapping[str, Any]:
     return {
+        "schema": COMPARISON_SCHEMA,
         "model": comparison.model,
         "model_source": comparison.model_source,
         "rows": [

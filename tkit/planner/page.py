@@ -102,13 +102,12 @@ def memory_plot(plan: Plan) -> Spec:
 
 
 def pareto_plot(plan: Plan) -> Spec:
-    low, high = plan.tok_s.low / plan.tok_s.value, plan.tok_s.high / plan.tok_s.value
     rows = [
         {
             "user": point.tok_s_user,
             "gpu": point.tok_s_gpu,
-            "low": point.tok_s_gpu * low,
-            "high": point.tok_s_gpu * high,
+            "low": point.tok_s_gpu_low,
+            "high": point.tok_s_gpu_high,
             "load": point.concurrency,
             "ttft": point.ttft_ms,
             "tpot": point.tpot_ms,

@@ -22,7 +22,7 @@ from tkit.planner.neighbours import Correction, Run, metric_of, published
 from tkit.planner.precision import KV_DTYPES, KV_MIN_SM, Precision, kv_dtype, precision
 from tkit.planner.roofline import Efficiencies, Machine, decode_step, experts_read, machine, prefill_s
 from tkit.planner.shapes import ModelShape, num_active_params, num_params
-from tkit.planner.speed import Served, idle_ttft_s, marginal_prefill_s, served, throughput, tpot_s, way_in_s
+from tkit.planner.speed import MAX_BATCH, Served, idle_ttft_s, marginal_prefill_s, served, throughput, tpot_s, way_in_s
 from tkit.specs.hardware import Gpu
 from tkit.specs.parallel import Parallel
 from tkit.specs.record import SLO_TIERS
@@ -112,10 +112,12 @@ class Point:
 
     concurrency: int
     running: int  # what the KV cache holds of it
-    ttft_ms: float
+    ttft_ms: float  # the median
     tpot_ms: float
     tok_s: float
     tok_s_gpu: float
+    tok_s_gpu_low: float  # of the 90 % band at this load
+    tok_s_gpu_high: float
     tok_s_user: float
     binds: str
 
@@ -138,12 +140,13 @@ class Alternative:
 
 @dataclass(frozen=True, kw_only=True)
 class Speculation:
-    """Drafting `tokens` per step. `gain` at the asked batch; beyond `break_even_batch` it costs more than it gives."""
+    """Drafting `tokens` per step. `gain` at the asked batch; beyond `break_even_batch` it costs more than it gives, None =
+    at no batch up to MAX_BATCH: reading long contexts, which drafting saves, outgrows the products."""
 
     acceptance: float
     tokens: int
     gain: float
-    break_even_batch: int
+    break_even_batch: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +222,7 @@ def make_plan(
     e, m = used.efficiencies, machine(shape, weights, kv, wish.gpu, chosen.parallel)
     running = max(min(wish.concurrency, chosen.max_concurrency), 1)
     speed = Speed(shape, weights, kv, wish, used, m, chosen)
-    at, run = speed.closed_loop(wish.concurrency)
+    at, run = speed.closed_loop(wish.concurrency), speed.simulated(wish.concurrency)
     tok_s, ttft = at.tok_s, at.ttft_ms
     requests_s = tok_s.value / wish.osl
     return Plan(
@@ -326,6 +329,7 @@ class Speed:
         )  # fmt: skip
         self.e = used.efficiencies
         self.prompt_s = float(marginal_prefill_s(m, wish.isl, self.e)) / m.pp
+        self._runs: dict[int, Served] = {}
 
     def running(self, load: int) -> int:
         """What the KV cache holds of it."""
@@ -390,38 +394,45 @@ class Speed:
 
     def point(self, load: int) -> Point:
         running = self.running(load)
-        step = decode_step(self.m, running, self.wish.isl + self.wish.osl / 2, self.e)
-        tok_s, tpot = self.tok_s(load).value, self.tpot_ms(load).value
+        tok_s, tpot, gpus = self.tok_s(load), self.tpot_ms(load).value, self.chosen.parallel.world_size
         return Point(
             concurrency=load,
             running=running,
-            ttft_ms=self.ttft_ms(load).value,
+            ttft_ms=self.ttft_p50_ms(load).value,
             tpot_ms=tpot,
-            tok_s=tok_s,
-            tok_s_gpu=tok_s / self.chosen.parallel.world_size,
+            tok_s=tok_s.value,
+            tok_s_gpu=tok_s.value / gpus,
+            tok_s_gpu_low=tok_s.low / gpus,
+            tok_s_gpu_high=tok_s.high / gpus,
             tok_s_user=1e3 / tpot,
-            binds="prefill" if (running - 1) / self.wish.osl * self.prompt_s > float(step.total) else step.binds,
+            binds=self.binds(running),
         )
 
-    def ttft_ms(self, load: int) -> Estimate:
-        """A closed loop in balance, not simulated: each request finds the prompts of those that ended in the step before."""
-        running = self.running(load)
-        waiting = max(load - running, 0) * self.wish.osl / self._formula_tok_s(running)
-        way_in = float(way_in_s(self.m, load, self.e))
-        idle = float(idle_ttft_s(self.m, self.wish.isl, self.e))
-        return self.estimate("ttft", load, 1e3 * (idle + way_in + self._queue_s(running) + waiting))
+    def binds(self, running: int) -> str:
+        """What takes most of a step, with so many sequences in flight."""
+        step = decode_step(self.m, running, self.wish.isl + self.wish.osl / 2, self.e)
+        return "prefill" if (running - 1) / self.wish.osl * self.prompt_s > float(step.total) else step.binds
 
-    def closed_loop(self, load: int) -> tuple[Loaded, Served]:
-        """So many clients, and the simulation behind their mean TTFT."""
-        wish, running = self.wish, self.running(load)
-        run = served(self.m, wish.isl, wish.osl, max(self.chosen.max_concurrency, 1), self.e, concurrency=load)
-        found = Loaded(
-            ttft_ms=self.estimate("ttft", load, 1e3 * float(run.ttft.mean())),
+    def simulated(self, load: int) -> Served:
+        """A run of so many clients in a closed loop; simulated once."""
+        if load not in self._runs:
+            most = max(self.chosen.max_concurrency, 1)
+            self._runs[load] = served(self.m, self.wish.isl, self.wish.osl, most, self.e, concurrency=load)
+        return self._runs[load]
+
+    def ttft_p50_ms(self, load: int) -> Estimate:
+        """Of a closed loop. The first wave, which the mean holds too, hardly moves it."""
+        return self.estimate("ttft", load, 1e3 * self.simulated(load).percentile(50))
+
+    def closed_loop(self, load: int) -> Loaded:
+        """So many clients."""
+        running = self.running(load)
+        return Loaded(
+            ttft_ms=self.estimate("ttft", load, 1e3 * float(self.simulated(load).ttft.mean())),
             tpot_ms=self.tpot_ms(load),
             tok_s=self.tok_s(load),
-            binds="room for the KV cache" if running < load else self.point(load).binds,
+            binds="room for the KV cache" if running < load else self.binds(running),
         )
-        return found, run
 
     def open_loop(self, rate: float) -> Loaded:
         """Of 500 Poisson arrivals of `rate` requests per second, simulated, latencies from the arrival. Where the engine cannot
@@ -431,21 +442,12 @@ class Speed:
         ttft, tpot = float(run.ttft.mean()), float(run.tpot.mean())
         in_flight = max(round(rate * (ttft + wish.osl * tpot)), 1)
         asked, highest = rate * wish.osl, self.tok_s(most).value
-        binds = "the arrivals" if asked < highest else self.point(most).binds
+        binds = "the arrivals" if asked < highest else self.binds(self.running(most))
         return Loaded(
             ttft_ms=self.estimate("ttft", rate, 1e3 * ttft, load="rate"),
             tpot_ms=self.estimate("tpot", rate, 1e3 * tpot, load="rate"),
             tok_s=self.estimate("throughput", rate, min(asked, highest), load="rate"),
             binds="room for the KV cache" if in_flight > most else binds,
-        )
-
-    def _queue_s(self, batch: int) -> float:
-        """Mean wait behind other prompts, Pollaczek-Khinchine for equal prompts, and half a step to be let in."""
-        wish = self.wish
-        busy = min(self._formula_tok_s(batch) / wish.osl * self.prompt_s, 0.98)
-        queue = busy / (2 * (1 - busy)) * self.prompt_s
-        return min(queue, (batch - 1) * self.prompt_s) + float(
-            decode_step(self.m, batch, wish.isl + wish.osl / 2, self.e).total
         )
 
     def phases(self, batch: int) -> tuple[Phase, ...]:
@@ -475,7 +477,8 @@ class Speed:
         )  # fmt: skip
 
     def slo(self, tier: str) -> dict[str, Any]:
-        """The highest concurrency whose TTFT and TPOT stay within the tier: by the estimate, and by the band's bad end."""
+        """The highest concurrency whose median TTFT and mean TPOT stay within the tier: by the estimate, and by the band's
+        bad end."""
         limits = SLO_TIERS[tier]
         return {
             "tier": tier,
@@ -486,9 +489,8 @@ class Speed:
 
     def _highest(self, limits: Mapping[str, float], end: Callable[[Estimate], float]) -> int:
         def holds(load: int) -> bool:
-            return end(self.ttft_ms(load)) <= limits.get("ttft", np.inf) and end(self.tpot_ms(load)) <= limits.get(
-                "tpot", np.inf
-            )
+            is_in_time = end(self.tpot_ms(load)) <= limits.get("tpot", np.inf)
+            return is_in_time and end(self.ttft_p50_ms(load)) <= limits.get("ttft", np.inf)
 
         low, high = 0, max(self.chosen.max_concurrency, 0)
         while low < high:
@@ -573,7 +575,7 @@ def _speculation(m: Machine, wish: Wish, batch: int, e: Efficiencies) -> list[Sp
     context = wish.isl + wish.osl / 2
     found = []
     for acceptance in ACCEPTANCES:
-        low, high = 0, 65536
+        low, high = 0, MAX_BATCH
         while low < high:
             middle = (low + high + 1) // 2
             gains = speculative_gain(m, middle, context, acceptance, DRAFT_TOKENS, e) > 1
@@ -583,7 +585,7 @@ def _speculation(m: Machine, wish: Wish, batch: int, e: Efficiencies) -> list[Sp
                 acceptance=acceptance,
                 tokens=DRAFT_TOKENS,
                 gain=speculative_gain(m, batch, context, acceptance, DRAFT_TOKENS, e),
-                break_even_batch=low,
+                break_even_batch=low if low < MAX_BATCH else None,
             )
         )
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tkit.planner.planning import Estimate, Plan
+from tkit.planner.planning import Estimate, Plan, Speculation
 
 BAR = 30
 
@@ -103,7 +103,9 @@ def _speed(plan: Plan) -> list[str]:
         if terms:
             lines.append(f"           {terms} ms")
     if plan.slo is not None:
-        limits = ", ".join(f"{name} {value:.0f} ms" for name, value in plan.slo["limits_ms"].items()) or "no limits"
+        names = {"ttft": "median TTFT", "tpot": "TPOT"}
+        told = (f"{names[name]} {value:.0f} ms" for name, value in plan.slo["limits_ms"].items())
+        limits = ", ".join(told) or "no limits"
         lines.append(
             f"  SLO {plan.slo['tier']} ({limits}): up to {plan.slo['concurrency']:,} in flight, "
             f"{plan.slo['concurrency_sure']:,} at the band's bad end"
@@ -122,7 +124,7 @@ def _curve(plan: Plan) -> list[str]:
     top = max(point.tok_s for point in points)
     lines = [
         "",
-        f"  {'in flight':>9} {'TTFT ms':>9} {'TPOT ms':>8} {'tok/s/user':>10} {'tok/s':>9} {'per GPU':>9}  bound by",
+        f"  {'in flight':>9} {'TTFT p50':>9} {'TPOT ms':>8} {'tok/s/user':>10} {'tok/s':>9} {'per GPU':>9}  bound by",
     ]
     for point in points:
         lines.append(
@@ -153,10 +155,14 @@ def _alternatives(plan: Plan) -> list[str]:
 def _speculation(plan: Plan) -> list[str]:
     if not plan.speculation:
         return []
-    parts = [f"a={item.acceptance}: x{item.gain:.2f} to {item.break_even_batch:,}" for item in plan.speculation]
-    return [
-        f"  drafting {plan.speculation[0].tokens} tokens, gain at {plan.concurrency}, break-even batch:  {'  '.join(parts)}"
-    ]
+    parts = [f"a={item.acceptance} x{item.gain:.2f}, pays {_break_even(item)}" for item in plan.speculation]
+    return [f"  drafting {plan.speculation[0].tokens} tokens, {plan.concurrency} in flight: {'; '.join(parts)}"]
+
+
+def _break_even(item: Speculation) -> str:
+    if item.break_even_batch is None:
+        return "always"
+    return f"to batch {item.break_even_batch:,}" if item.break_even_batch else "never"
 
 
 def _money(plan: Plan) -> list[str]:

@@ -28,7 +28,7 @@ from tkit.planner.selfcheck import SelfCheck, selfcheck
 from tkit.planner.shapes import ModelShape, shape_from_config, shape_from_spec
 from tkit.planner.sweeps import calibrate
 from tkit.specs.precision import Precision as Formats
-from tkit.specs.recipe import Recipe
+from tkit.specs.recipe import EngineRecipe, Recipe
 from tkit.stages.models import DEFAULT_MODEL, find_recipe
 
 
@@ -94,11 +94,7 @@ def plan(model: str | None, wish: Mapping[str, Any], *, prices: Path | None = No
     are first refitted to that sweep, and kept beside it."""
     shape, source, recipe = resolve_shape(model)
     recipe_engine = recipe.engines[0]
-    given = {key: value for key, value in wish.items() if value is not None}
-    given.setdefault("quant", recipe_engine.quant)
-    if given.get("kv_cache", "auto") == "auto":
-        given["kv_cache"] = recipe_engine.kv_cache
-    asked = Wish(**given)
+    asked = _wish(wish, recipe_engine)
     note = None
     if wish.get("quant") is None and (recipe_engine.quant_overrides or recipe_engine.exclude):
         path = config_path(recipe)
@@ -113,6 +109,15 @@ def plan(model: str | None, wish: Mapping[str, Any], *, prices: Path | None = No
     return dataclasses.replace(made, notes=(note, *made.notes)) if note else made
 
 
+def _wish(asked: Mapping[str, Any], default: EngineRecipe) -> Wish:
+    """What was asked; formats that were not are those of the recipe's first engine."""
+    given = {key: value for key, value in asked.items() if value is not None}
+    given.setdefault("quant", default.quant)
+    if given.get("kv_cache", "auto") == "auto":
+        given["kv_cache"] = default.kv_cache
+    return Wish(**given)
+
+
 def mixed_precision(config: Any, where: str, formats: Formats) -> Precision:
     """Every module's format, in the planner's terms. Raises InputError for patterns that the model has nothing for."""
     found = module_formats(spec_from_hf(_unquantized(config), where), formats)
@@ -123,17 +128,16 @@ def mixed_precision(config: Any, where: str, formats: Formats) -> Precision:
 
 def compare(model: str | None, wish: Mapping[str, Any], axes: Sequence[str], prices: Path | None = None) -> Comparison:
     """Every combination of `gpu=a,b quant=x,y tp=1,2`, as rows of one table. What cannot run says why."""
-    shape, source, _ = resolve_shape(model)
+    shape, source, recipe = resolve_shape(model)
     values = parse_axes(axes)
     known_prices = read_prices(prices) if prices else None
     rows: list[ComparedRow] = []
     for combination in itertools.product(*values.values()):
         chosen = dict(zip(values, combination, strict=True))
-        given = {key: value for key, value in wish.items() if value is not None} | chosen
-        given.setdefault("quant", "none")
         label = " ".join(f"{key}={getattr(value, 'name', value)}" for key, value in chosen.items())
         try:
-            made = make_plan(shape, Wish(**given), source, prices=known_prices, with_alternatives=False)
+            asked = _wish({**wish, **chosen}, recipe.engines[0])
+            made = make_plan(shape, asked, source, prices=known_prices, with_alternatives=False)
             rows.append(ComparedRow(label=label, plan=made))
         except InputError as error:
             rows.append(ComparedRow(label=label, problem="; ".join(error.problems) or error.message))
