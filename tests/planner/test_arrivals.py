@@ -6,6 +6,13 @@ import numpy as np
 import pytest
 
 from tkit.planner.arrivals import lengths, poisson, simulate
+from tkit.planner.engines import engine
+from tkit.planner.gpus import find_gpu
+from tkit.planner.models import find_shape
+from tkit.planner.planning import Wish, make_plan
+from tkit.planner.precision import precision
+from tkit.planner.wall import Place, gpu_walls
+from tkit.specs.parallel import Parallel
 
 RNG = np.random.default_rng
 
@@ -59,3 +66,11 @@ def test_lengths_stay_within_the_spread():
     assert drawn.min() >= 800
     assert drawn.max() == 1000
     assert (lengths(7, 0.0, 10, RNG(0)) == 7).all()
+
+
+def test_what_a_sweep_is_held_against_has_no_first_wave():
+    shape, gpu, place = find_shape("Llama-3.1-70B"), find_gpu("h100"), Place(isl=1024, osl=1024, in_flight=16)
+    (wall,) = gpu_walls(shape, precision("fp8"), "fp8", gpu, Parallel(), {place}, engine()).values()
+    plan = make_plan(shape, Wish(gpu=gpu, quant="fp8", tp=1, concurrency=16), "table", with_alternatives=False)
+    assert wall.predicted_ttft_ms.value < plan.ttft_ms.value / 1.3
+    assert wall.predicted_ttft_ms.value == pytest.approx(plan.ttft_p50_p90_p99_ms[0], rel=0.15)

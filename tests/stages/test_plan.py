@@ -211,7 +211,7 @@ def test_one_ttft_on_the_screen(tkit):
     (asked,) = (point for point in plan["curve"] if point["concurrency"] == 12)
     assert asked["ttft_ms"] == pytest.approx(plan["ttft_p50_p90_p99_ms"][0], abs=0.01)
     assert asked["tok_s_gpu_low"] * plan["chosen"]["parallel"]["tp_size"] == pytest.approx(plan["tok_s"]["low"])
-    assert asked["ttft_ms"] < plan["ttft_ms"]["value"]  # which holds the first wave
+    assert asked["ttft_ms"] < plan["ttft_ms"]["value"] / 1.2  # which holds the first wave
 
 
 def test_fewer_gpus_are_cheaper(tkit, tmp_path):

@@ -424,11 +424,12 @@ class Speed:
         """Of a closed loop. The first wave, which the mean holds too, hardly moves it."""
         return self.estimate("ttft", load, 1e3 * self.simulated(load).percentile(50))
 
-    def closed_loop(self, load: int) -> Loaded:
-        """So many clients."""
+    def closed_loop(self, load: int, *, is_warm: bool = False) -> Loaded:
+        """So many clients. `is_warm`: without their first wave, which public benchmarks count and `tkit sweep` does not."""
         running = self.running(load)
+        ttft = self.simulated(load).ttft[load if is_warm else 0 :]
         return Loaded(
-            ttft_ms=self.estimate("ttft", load, 1e3 * float(self.simulated(load).ttft.mean())),
+            ttft_ms=self.estimate("ttft", load, 1e3 * float(ttft.mean())),
             tpot_ms=self.tpot_ms(load),
             tok_s=self.tok_s(load),
             binds="room for the KV cache" if running < load else self.binds(running),

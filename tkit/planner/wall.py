@@ -90,7 +90,7 @@ def _predicted(
     demand = Demand(isl=isl, osl=osl, concurrency=in_flight, engine=constants.name, reserved_bytes=reserved)
     chosen = layout(shape, weights, kv, gpu, parallel, demand)
     speed = Speed(shape, weights, kv, wish, constants, m, chosen)
-    found = speed.closed_loop(in_flight) if place.rate is None else speed.open_loop(place.rate)
+    found = speed.closed_loop(in_flight, is_warm=True) if place.rate is None else speed.open_loop(place.rate)
     return replace(
         wall,
         predicted_tok_s=_banded(found.tok_s),
