@@ -182,6 +182,7 @@ def test_open_loops_are_compared_by_latency_and_not_by_the_rate_that_was_asked_f
         ttft, sched = cell.estimates["ttft_p50"], cell.estimates["ttft_sched_p50"]
         assert ttft is not None and sched is not None
         assert sched.value == pytest.approx(ttft.value + 30)
+        assert not cell.is_on_frontier
     (verdict,) = verdicts(comparison)
     assert verdict.claims[0].text.startswith("fast against slow, 128/64 at 2.5 req/s: TTFT p50 from schedule ")
     assert "output tok/s" not in verdict.claims[0].text

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import vl_convert
-from factory import card, make_run, validation
+from factory import as_open_loop, card, make_run, validation
 
 from tkit.files import to_json
 from tkit.report import text
@@ -116,6 +116,17 @@ def three(three_runs: list[Path]) -> tuple[Comparison, tuple[Section, ...]]:
 @pytest.fixture(scope="module")
 def html(three: tuple[Comparison, tuple[Section, ...]]) -> str:
     return render_html(*three)
+
+
+def test_open_loops_are_drawn_from_the_schedule_and_on_no_frontier(tmp_path: Path) -> None:
+    run = as_open_loop(make_run(tmp_path, "run", concurrency=(4,), requests=70), 2.5)
+    comparison, parts = rendered([run])
+    by_id = {part.id: part for part in parts}
+    assert by_id["pareto"].plots == ()
+    plot = by_id["latency"].plots[0]
+    sched = comparison.groups[0].levels[0].cells[0].estimates["ttft_sched_p50"]
+    assert plot.title == "TTFT from schedule against throughput, 128/64, poisson arrivals"
+    assert sched is not None and plot.spec["data"]["values"][0]["y"] == sched.value
 
 
 @pytest.fixture(scope="module")

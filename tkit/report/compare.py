@@ -225,7 +225,7 @@ def _groups(runs: Mapping[str, Run], baseline: str | None, device: str, asked: C
                 token_source=" or ".join(sources),
                 definitions=definitions,
                 runs=tuple(points),
-                levels=_with_frontier(levels),
+                levels=_with_frontier(levels) if arrivals is None else levels,
                 note=note,
             )
         )

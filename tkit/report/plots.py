@@ -17,7 +17,7 @@ import pandas as pd
 
 from tkit.report import text
 from tkit.report.read import Point
-from tkit.report.record import DEVICES, Cell, Comparison, Group
+from tkit.report.record import DEVICES, LATENCY_NAMES, Cell, Comparison, Group
 from tkit.report.statistics import Floats
 from tkit.specs.record import SLO_TIERS
 
@@ -125,7 +125,7 @@ def pareto(comparison: Comparison, group: Group, plot_id: str) -> Plot:
 
 
 def latency_against_throughput(comparison: Comparison, group: Group, metric: str, plot_id: str) -> Plot:
-    """p50 as a point, a bar from there to the tail percentile."""
+    """p50 as a point, a bar from there to the tail percentile. `metric`: ttft, ttft_sched or tpot."""
     rows = []
     tails = {level.load: level.tail for level in group.levels}
     for run_id in group.runs:
@@ -145,7 +145,7 @@ def latency_against_throughput(comparison: Comparison, group: Group, metric: str
                     "load": cell.load.number,
                 }
             )
-    name = metric.upper()
+    name = LATENCY_NAMES[metric]
     x, y = _quantitative("x", "output tok/s", zero=True), _logarithmic("y", f"{name}, ms")
     tooltip = [
         _tip("run", "run"),
@@ -156,7 +156,8 @@ def latency_against_throughput(comparison: Comparison, group: Group, metric: str
         _tip("percentile", "tail is"),
         _tip("state", "state"),
     ]
-    limits = {tier: limit[metric] for tier, limit in SLO_TIERS.items() if metric in limit}
+    limited = metric.removesuffix("_sched")
+    limits = {tier: limit[limited] for tier, limit in SLO_TIERS.items() if limited in limit}
     bar = {
         "transform": [{"filter": "isValid(datum.tail)"}],
         "mark": {"type": "rule", "strokeWidth": 5, "opacity": 0.3},

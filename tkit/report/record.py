@@ -52,6 +52,10 @@ MEASURES = {
 }
 # fmt: on
 
+LATENCY_NAMES = {
+    "ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E", "ttft_sched": "TTFT from schedule", "e2e_sched": "E2E from schedule",
+}  # fmt: skip
+
 # what server and GPUs said of themselves at a load -> what it is
 TELEMETRY = {
     "gpu_power_w": "of all GPUs together, the mean",
@@ -98,7 +102,7 @@ class Cell:
     errors: Mapping[str, int]
     is_valid: bool
     invalid_reasons: tuple[str, ...]
-    is_on_frontier: bool = False
+    is_on_frontier: bool = False  # closed loops only: in an open one the rate is the one asked for
     requests_s: float  # answered, median of the repeats
     in_flight: float  # C; in an open loop the mean
     ttft_mean: Estimate | None  # in an open loop from the schedule

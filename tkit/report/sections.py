@@ -123,9 +123,9 @@ def numbers(comparison: Comparison, runs: Runs) -> Section:
 
 
 def pareto(comparison: Comparison, runs: Runs) -> Section:
-    drawn = [
-        plots.pareto(comparison, group, f"pareto-{tables.group_id(comparison, group)}") for group in comparison.groups
-    ]
+    """Of closed loops: in an open one the hardware yields what the schedule asked for."""
+    closed = [group for group in comparison.groups if group.arrivals is None]
+    drawn = [plots.pareto(comparison, group, f"pareto-{tables.group_id(comparison, group)}") for group in closed]
     return _drawn("pareto", "Throughput against interactivity", drawn)
 
 
@@ -133,7 +133,7 @@ def latency(comparison: Comparison, runs: Runs) -> Section:
     drawn = [
         plots.latency_against_throughput(comparison, group, metric, f"{metric}-{tables.group_id(comparison, group)}")
         for group in comparison.groups
-        for metric in ("ttft", "tpot")
+        for metric in ("ttft" if group.arrivals is None else "ttft_sched", "tpot")
     ]
     return _drawn("latency", "Latency against throughput", drawn)
 

@@ -14,6 +14,7 @@ from tkit.report.read import Point
 from tkit.report.record import (
     DEVICES,
     FAILED,
+    LATENCY_NAMES,
     MEASURES,
     NOT_EVALUATED,
     PASSED,
@@ -34,9 +35,6 @@ from tkit.units import format_bytes, format_seconds
 MAX_STALLS = 5
 # closed loop? -> what the latency table shows
 LATENCIES = {True: ("ttft", "tpot", "e2e"), False: ("ttft", "ttft_sched", "tpot", "e2e_sched")}
-LATENCY_NAMES = {
-    "ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E", "ttft_sched": "TTFT from schedule", "e2e_sched": "E2E from schedule",
-}  # fmt: skip
 GATE_TONES = {FAILED: "worse", NOT_EVALUATED: "invalid"}
 KINDS = {
     "engine": "the engine",
