@@ -1,9 +1,11 @@
 """What a calibrated build of a 1.1 B Llama costs, beside NVIDIA ModelOpt 0.47 on the same files.
 
-    python -m benchmarks.quantize --modelopt PYTHON [--quant fp8 int4_awq] [--layers 22] [--tokens 256] [--threads 2]
+    python -m benchmarks.quantize --modelopt PYTHON [--quant fp8 int4_awq] [--layers 22] [--tokens 256 ...] [--threads 2]
 
 PYTHON is the interpreter of an environment with ModelOpt (see `quality`). Without it only tkit is measured. Weights are
 random: both tools do the same work whatever their values. Both write TensorRT-LLM checkpoints for tensor parallelism 2.
+Calibration tokens come in samples of 256. Beside them what transformers takes for the same tokens: loading the same model in
+bfloat16, and its forward pass alone.
 """
 
 from __future__ import annotations
@@ -22,6 +24,15 @@ from typing import NamedTuple
 from benchmarks.convert import write_model
 
 EXPORT = Path(__file__).with_name("_modelopt_export.py")
+SAMPLE_TOKENS = 256
+FORWARD = """
+import json, sys, torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
+with torch.inference_mode():
+    for sample in json.load(open(sys.argv[2])):
+        model(torch.tensor([sample]), use_cache=False)
+"""
 
 
 class Cost(NamedTuple):
@@ -38,35 +49,50 @@ def main() -> None:
     parser.add_argument("--modelopt", metavar="PYTHON", type=Path)
     parser.add_argument("--quant", nargs="+", default=["fp8", "int4_awq"])
     parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[256])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="where to write; about three times the model")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as directory:
         work = Path(directory)
         num_bytes = write_model(work / "model", arguments.layers)
-        print(f"{arguments.layers} layers, {num_bytes / 1e9:.2f} GB bf16, {arguments.tokens} tokens, tp 2")
-        tokens = work / "tokens.json"
-        tokens.write_text(json.dumps([[1 + index % 30000 for index in range(arguments.tokens)]]))
-        for quant in arguments.quant:
-            ours = measure(
-                [sys.executable, "-m", "tkit", "build", work / "model", "--quant", quant, "--tp", "2", "--quiet",
-                 "--calib-samples", "1", "--calib-len", str(arguments.tokens), "--workers", str(arguments.threads),
-                 "--out", work / "engines"],
-                arguments.threads,
-            )  # fmt: skip
-            shutil.rmtree(work / "engines")
-            print(f"{quant:10} tkit     {ours}")
-            if arguments.modelopt is None:
-                continue
-            theirs = measure(
-                [arguments.modelopt, EXPORT, "--tp", "2", work / "model", tokens, work / "modelopt", quant],
-                arguments.threads,
-            )
-            shutil.rmtree(work / "modelopt")
-            print(f"{quant:10} ModelOpt {theirs}")
-            ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-            print(f"{quant:10} ratio    {ratios[0]:7.2f}        {ratios[1]:7.2f}       {ratios[2]:6.2f}")
+        print(f"{arguments.layers} layers, {num_bytes / 1e9:.2f} GB bf16, tp 2")
+        for num_tokens in arguments.tokens:
+            compare(work, num_tokens, arguments)
+
+
+def compare(work: Path, num_tokens: int, arguments: argparse.Namespace) -> None:
+    length = min(num_tokens, SAMPLE_TOKENS)
+    samples = [[1 + index % 30000 for index in range(length)]] * (num_tokens // length)
+    tokens, nothing = work / "tokens.json", work / "nothing.json"
+    tokens.write_text(json.dumps(samples))
+    nothing.write_text("[]")
+    both, load = (
+        measure([sys.executable, "-c", FORWARD, work / "model", file], arguments.threads) for file in (tokens, nothing)
+    )
+    forward = both.cpu_s - load.cpu_s
+    print(f"{num_tokens:5} tokens  transformers   load {load.cpu_s:.1f} s CPU, forward {forward:.1f} s CPU")
+    for quant in arguments.quant:
+        ours = measure(
+            [sys.executable, "-m", "tkit", "build", work / "model", "--quant", quant, "--tp", "2", "--quiet",
+             "--calib-samples", str(len(samples)), "--calib-len", str(length), "--workers", str(arguments.threads),
+             "--out", work / "engines"],
+            arguments.threads,
+        )  # fmt: skip
+        shutil.rmtree(work / "engines")
+        print(f"{num_tokens:5} tokens  {quant:10} tkit     {ours}", flush=True)
+        if arguments.modelopt is None:
+            continue
+        theirs = measure(
+            [arguments.modelopt, EXPORT, "--tp", "2", work / "model", tokens, work / "modelopt", quant],
+            arguments.threads,
+        )
+        shutil.rmtree(work / "modelopt")
+        print(f"{num_tokens:5} tokens  {quant:10} ModelOpt {theirs}")
+        ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+        print(
+            f"{num_tokens:5} tokens  {quant:10} ratio    {ratios[0]:7.2f}        {ratios[1]:7.2f}       {ratios[2]:6.2f}"
+        )
 
 
 def measure(command: list[str | Path], num_threads: int) -> Cost:

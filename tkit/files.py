@@ -230,21 +230,6 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     return value
 
 
-def read_jsonl_texts(path: Path) -> list[str]:
-    """The "text" of every line. Raises InputError naming each line that is not a JSON object with one."""
-    texts, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            texts.append(str(json.loads(line)["text"]))
-        except (ValueError, KeyError, TypeError):
-            problems.append(f'line {number}: expected {{"text": "..."}}, found {line[:60]!r}')
-    if problems:
-        raise InputError(f"{path}: not JSON lines of texts", problems=problems)
-    return texts
-
-
 def read_api_key(path: Path) -> str:
     """The key that a file of `--api-key-file` holds; InputError unless it is one word of plain text."""
     try:

@@ -10,15 +10,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from tkit import demo
 from tkit.architectures.config import spec_from_hf
 from tkit.architectures.moves import plan_moves
 from tkit.checkpoints.reader import open_source
-from tkit.errors import InputError
 from tkit.quantize.table import QUANTIZERS, Quantizer
 from tkit.runtime import calibration
 from tkit.runtime.bits import to_torch
-from tkit.runtime.calibration import CalibratedQuantizer, calibration_tokens
+from tkit.runtime.calibration import CalibratedQuantizer
 from tkit.specs.parallel import Parallel
 from tkit.specs.precision import Precision
 
@@ -208,56 +206,3 @@ def test_activations_in_a_file_are_the_same_bits(tmp_path, monkeypatch):
     for module, parts in in_memory.items():
         for part, (raw, _) in parts.items():
             assert (spilled[module][part][0] == raw).all(), (module, part)
-
-
-@pytest.fixture
-def tokenizer():
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(demo.MODEL_DIR / "tokenizer.json"))
-
-
-def test_windows_come_from_the_text_and_from_the_seed(tokenizer, tmp_path):
-    text = tmp_path / "calib.txt"
-    text.write_text(" ".join(f"line {i} of the text" for i in range(400)))
-    ids = tokenizer.encode(text.read_text(), add_special_tokens=False).ids
-    tokens = calibration_tokens(text, tokenizer, 5, 32, seed=1, vocab_size=4096)
-    assert tokens.shape == (5, 32)
-    for window in tokens.tolist():
-        assert any(ids[start : start + 32] == window for start in range(len(ids)))
-    assert torch.equal(tokens, calibration_tokens(text, tokenizer, 5, 32, seed=1, vocab_size=4096))
-    assert not torch.equal(tokens, calibration_tokens(text, tokenizer, 5, 32, seed=2, vocab_size=4096))
-
-
-def test_jsonl_holds_the_same_texts(tokenizer, tmp_path):
-    (tmp_path / "c.txt").write_text("one text, quite short. " * 50)
-    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "one text, quite short. " * 50}) + "\n\n")
-    one, two = (
-        calibration_tokens(tmp_path / name, tokenizer, 2, 16, seed=0, vocab_size=4096) for name in ("c.txt", "c.jsonl")
-    )
-    assert torch.equal(one, two)
-
-
-def test_a_text_that_is_too_short_is_refused_with_the_numbers(tokenizer, tmp_path):
-    (tmp_path / "c.txt").write_text("short")
-    with pytest.raises(InputError, match=r"c.txt: \d tokens, 16 samples of 256 need at least 272"):
-        calibration_tokens(tmp_path / "c.txt", tokenizer, 16, 256, seed=0, vocab_size=4096)
-
-
-def test_broken_jsonl_lines_are_all_named(tokenizer, tmp_path):
-    (tmp_path / "c.jsonl").write_text('{"text": "a"}\nnot json\n{"content": "b"}\n')
-    with pytest.raises(InputError) as error:
-        calibration_tokens(tmp_path / "c.jsonl", tokenizer, 1, 1, seed=0, vocab_size=4096)
-    assert [problem.split(":")[0] for problem in error.value.problems] == ["line 2", "line 3"]
-
-
-def test_what_is_not_text_is_named(tokenizer, tmp_path):
-    for name in ("c.txt", "c.jsonl"):
-        (tmp_path / name).write_bytes(b'{"text": "\xff"}')
-        with pytest.raises(InputError, match=rf"{name}: not UTF-8 text: byte 10 is 0xff"):
-            calibration_tokens(tmp_path / name, tokenizer, 1, 1, seed=0, vocab_size=4096)
-
-
-def test_tokens_that_the_model_does_not_embed_are_named(tokenizer):
-    with pytest.raises(InputError, match=r"the tokenizer makes token \d+ of .*calibration.txt, the model embeds 1000"):
-        calibration_tokens(demo.CALIBRATION, tokenizer, 1, 1, seed=0, vocab_size=1000)

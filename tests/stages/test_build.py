@@ -184,6 +184,7 @@ def test_bytes_depend_on_nothing_but_the_inputs(tkit, make_llama):
         (["--pp", "9"], 2, "pp 9 exceeds num_hidden_layers 4"),
         (["--tp", "4", "--quant", "w4a8_awq"], 2, "is not a multiple of 512 (128 x tp 4), as w4a8_awq kernels need"),
         (["--quant", "fp8", "--calib", "absent.txt"], 2, "--calib absent.txt: no such file"),
+        (["--quant", "fp8", "--calib", "."], 2, "--calib .: no file"),
         (["--quant", "fp8", "--calib-samples", "9999999"], 2, "tokens, 9999999 samples of 256 need at least"),
         (["demoo"], 2, 'no model "demoo": not a directory, not a recipe (did you mean "demo"?)'),
         (["qwen3-8b"], 2, "not fetched from the Hugging Face hub"),

@@ -194,6 +194,6 @@ def test_a_calibration_that_the_model_cannot_read_is_named(tkit, make_llama):
     result = tkit("build", make_llama(), "--quant", "fp8", "--calib-len", "513")
     assert result.exit_code == 2 and "--calib-len 513: the model has 512 positions" in result.stderr
     Path("empty.txt").write_text("")
-    result = tkit("build", make_llama(), "--quant", "fp8", "--calib", "empty.txt")
+    result = tkit("build", make_llama(), "--quant", "fp8", "--calib", "empty.txt", "--dry-run")
     assert result.exit_code == 2 and "empty.txt: 0 tokens, 16 samples of 256 need at least 272" in result.stderr
     assert not list(Path("engines").glob("*"))

@@ -14,7 +14,6 @@ import functools
 import inspect
 import math
 import os
-import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -30,7 +28,6 @@ from transformers.initialization import no_init_weights
 from tkit.architectures.config import hf_config
 from tkit.architectures.table import ARCHITECTURES
 from tkit.errors import InputError
-from tkit.files import read_jsonl_texts
 from tkit.quantize import kv_cache
 from tkit.quantize.kv_cache import KvStatistics
 from tkit.quantize.statistics import InputStatistics
@@ -261,32 +258,6 @@ def _stacked(sources: Sequence[torch.Tensor], move: Move) -> torch.Tensor:
     """The sources as one linear layer (out, in), in their dtype; no copy of a single one."""
     parts = [source.T if move.transform == "transpose" else source for source in sources]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def calibration_tokens(
-    file: Path, tokenizer: Tokenizer, num_samples: int, length: int, seed: int, vocab_size: int
-) -> torch.Tensor:
-    """(num_samples, length) int64: windows of the text at random places, the same for the same seed.
-
-    `.txt` is one text; each line of `.jsonl` holds one under "text". Raises InputError when the text is too short.
-    """
-    try:
-        texts = read_jsonl_texts(file) if file.suffix == ".jsonl" else [file.read_text(encoding="utf-8")]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
-    ids = [token for text in texts for token in tokenizer.encode(text, add_special_tokens=False).ids]
-    if len(ids) < length + num_samples:
-        raise InputError(
-            f"{file}: {len(ids)} tokens, {num_samples} samples of {length} need at least {length + num_samples}",
-            hint="give a longer --calib text, or lower --calib-samples or --calib-len",
-        )
-    if max(ids) >= vocab_size:
-        raise InputError(
-            f"the tokenizer makes token {max(ids)} of {file}, the model embeds {vocab_size}",
-            hint="put the model's own tokenizer beside its weights",
-        )
-    starts = sorted(random.Random(seed).sample(range(len(ids) - length + 1), num_samples))
-    return torch.tensor([ids[start : start + length] for start in starts], dtype=torch.int64)
 
 
 class _NoMemory(TorchFunctionMode):

@@ -16,6 +16,7 @@ import platform
 import re
 import shlex
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from tokenizers import Tokenizer
 
 from tkit import __version__, demo
 from tkit.architectures.config import spec_from_hf, trtllm_config
@@ -55,6 +55,7 @@ from tkit.cores import usable_cores
 from tkit.errors import InputError
 from tkit.files import read_json, sha256_file, sync_directory, write_atomic, write_json
 from tkit.runtime.carried import CarriedQuantizer, check_carried, zero_biases
+from tkit.runtime.corpus import calibration_tokens
 from tkit.specs.engine import CARD_FILE, EngineCard
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move
@@ -90,6 +91,7 @@ class BuildPlan:
     precision: Precision
     moves: Sequence[Move]
     calib_file: Path | None
+    calibration: list[list[int]]  # windows of its tokens
     hash_seconds: float
     signatures: dict[Path, tuple[int, ...]]  # of the source's files, from before they were hashed
     notes: tuple[str, ...]  # what the config holds that a reader of the card could not guess
@@ -192,7 +194,16 @@ def plan_build(
         paths = files.files
     for note in smaller_groups:
         progress.note(note)
+    with (
+        tempfile.TemporaryDirectory() as scratch
+    ):  # read before the weights are, which takes minutes where they are many
+        tokenizer = copy_tokenizer(source.directory, Path(scratch) / "tokenizer", spec.vocab_size)
     calib_file = _calibration_file(recipe, spec) if any(move.needs_calibration for move in moves) else None
+    calibration: list[list[int]] = []
+    if calib_file is not None:
+        calibration = calibration_tokens(
+            calib_file, tokenizer, recipe.calib_samples, recipe.calib_len, recipe.seed, spec.vocab_size
+        )
     used = [config_path, *paths, *(source.directory / name for name in (HF_QUANT_CONFIG, *TOKENIZER_FILES))]
     used = [path for path in used if path.exists()]
     signatures = {path: file_signature(path) for path in used}
@@ -221,6 +232,7 @@ def plan_build(
         precision=precision,
         moves=moves,
         calib_file=calib_file,
+        calibration=calibration,
         hash_seconds=hash_seconds,
         signatures=signatures,
         notes=tuple(notes),
@@ -260,8 +272,8 @@ def _write_engine(
     plan: BuildPlan, work: Path, device: str, workers: int, allow_zeros: bool, started: float, progress: Progress
 ) -> EngineCard:
     journal = work / "journal.jsonl"
-    tokenizer = copy_tokenizer(plan.source.directory, work / "tokenizer", plan.spec.vocab_size)
-    quantizer = _quantizer(plan, work, tokenizer, device, workers)
+    copy_tokenizer(plan.source.directory, work / "tokenizer", plan.spec.vocab_size)
+    quantizer = _quantizer(plan, work, device, workers)
     _write_configs(plan, work)
     convert_started = time.monotonic()
     with _open_source(plan.source.directory, plan.is_pickled) as source:
@@ -474,7 +486,7 @@ def publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineCa
     return card
 
 
-def _quantizer(plan: BuildPlan, work: Path, tokenizer: Tokenizer, device: str, workers: int) -> LayerQuantizer | None:
+def _quantizer(plan: BuildPlan, work: Path, device: str, workers: int) -> LayerQuantizer | None:
     """None where weights are only moved; torch is imported only where it computes."""
     if plan.carried is not None:
         return CarriedQuantizer(plan.carried, plan.spec)
@@ -484,13 +496,12 @@ def _quantizer(plan: BuildPlan, work: Path, tokenizer: Tokenizer, device: str, w
         from tkit.runtime.data_free import DataFreeQuantizer
 
         return DataFreeQuantizer(workers)
-    from tkit.runtime.calibration import CalibratedQuantizer, calibration_tokens
+    import torch
+
+    from tkit.runtime.calibration import CalibratedQuantizer
     from tkit.runtime.load import pick_device
 
-    recipe = plan.recipe
-    tokens = calibration_tokens(
-        plan.calib_file, tokenizer, recipe.calib_samples, recipe.calib_len, recipe.seed, plan.spec.vocab_size
-    )
+    tokens = torch.tensor(plan.calibration)
     return CalibratedQuantizer(plan.spec, tokens, pick_device(device), workers, spill_directory=work)
 
 
@@ -504,7 +515,7 @@ def _calibration_file(recipe: EngineRecipe, spec: ModelSpec) -> Path:
         return demo.CALIBRATION
     path = Path(recipe.calib)
     if not path.is_file():
-        raise InputError(f"--calib {path}: no such file")
+        raise InputError(f"--calib {path}: {'no file' if path.exists() else 'no such file'}")
     if path.suffix not in (".txt", ".jsonl"):
         raise InputError(f"--calib {path}: expected .txt (one text) or .jsonl (a text per line)")
     return path

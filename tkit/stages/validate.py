@@ -81,6 +81,7 @@ def validate(
     checkpoint without a card against `source`, and nothing is written beside it."""
     import torch
 
+    from tkit.runtime.corpus import SPREAD, token_ids
     from tkit.runtime.evaluate import compare_models, layer_snr_db
     from tkit.runtime.load import load_model, load_source, pick_device
 
@@ -98,12 +99,7 @@ def validate(
     if not text.is_file():
         raise InputError(f"--text {text}: no such file")
     tokenizer = read_tokenizer(tokenizer_dir)
-    try:
-        ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"--text {text}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
-        ) from error
+    ids = token_ids(text, tokenizer, SPREAD * num_windows * WINDOW_TOKENS)
     device = pick_device(device)
     candidate, spec = load_model(engine_dir, device)
     length = min(WINDOW_TOKENS, spec.max_position_embeddings)
