@@ -426,7 +426,7 @@ def test_no_value_of_any_key_is_a_crash(name):
 @pytest.mark.parametrize("text", ["", "[]", "{}", "not JSON"])
 def test_a_tokenizer_that_is_none_is_refused(tkit, model, text):
     (model / "tokenizer.json").write_text(text)
-    assert_refused(tkit, model, "the tokenizer does not load")
+    assert_refused(tkit, model, f"{model}/tokenizer.json: the tokenizer does not load")
 
 
 # --- while it is read ---

@@ -39,6 +39,7 @@ def test_a_name_is_that_of_a_directory(tkit, tmp_path, command, name):
         (["plan", "meta/Llama-3.1-8"], 'shipped model table (did you mean "Llama-3.1-8B"?)'),
         (["run", ""], 'no model ""'),
         (["plan", ""], 'no model ""'),
+        (["run", "model_configs/dmeo.yaml"], 'model_configs/dmeo.yaml: no such file (did you mean "demo"?)'),
         (["build", demo.MODEL_DIR / "config.json"], "a file, expected a model's directory"),
         (["build", "--quant", "INT4_AWQ"], 'unknown quantization "INT4_AWQ" (did you mean "int4_awq"?)'),
         (["build", "--quant", "zzz"], 'unknown quantization "zzz", expected one of none, int8, fp8'),

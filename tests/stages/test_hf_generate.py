@@ -40,6 +40,8 @@ def test_a_sweep_of_generate_stands_in_a_report(tkit, tmp_path):
     options = ["--shape", "16/8", "--concurrency", "1,4", "--requests", "6", "--name", "hf"]
     result = tkit("sweep", "--protocol", "hf-generate", *options)
     assert result.exit_code == 0, result.stderr
+    header = "measuring demo, transformers generate in this process (hf-generate), profile quick/1\n"
+    assert header in result.stderr
     run = Path(result.stdout.splitlines()[-1])
     rows = pd.read_parquet(run / "points" / "16x8-c4-r1" / "requests.parquet")
     assert rows.groupby("phase", sort=False).size().to_dict() == {"warmup": 4, "measured": 8}  # two batches hold six
@@ -59,6 +61,12 @@ def test_a_sweep_of_generate_stands_in_a_report(tkit, tmp_path):
     assert {row["token_source"] for row in csv.DictReader(Path("out/report.csv").read_text().splitlines())} == {
         "token_ids"
     }
+
+
+def test_generate_is_not_asked_for_more_than_the_model_has(tkit, tmp_path):
+    tkit("build", "demo", "--quiet")
+    result = tkit("sweep", "--protocol", "hf-generate", "--shape", "2000/64")
+    assert (result.exit_code, "2000/64 needs 2064" in result.stderr, Path("reports").exists()) == (2, True, False)
 
 
 def test_a_sweep_of_generate_that_was_cut_off_goes_on(tkit, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tkit.backends.nvidia import GpuDevice, Machine
+from tkit.backends.nvidia import GpuDevice, Machine, this_machine
 from tkit.loadgen.mock_server import running_mock
 from tkit.specs.progress import Progress
 from tkit.stages.memory import peak_memory_bytes, reset_peak_memory
@@ -168,6 +168,8 @@ def test_predictions_come_before_the_work(tmp_path, monkeypatch):
         ("sweep: {dataset: nowhere.jsonl}", "r: sweep: --dataset: nowhere.jsonl: No such file"),
         ("report: {out: r.yaml}", "r: report: out is r.yaml, a file"),
         ("engines: [{quant: fp9, tp_size: 0, goal: x}]", "tp_size is 0, expected at least 1"),
+        ("engines: [{quant: int8}, {}, {quant: int8}]", "engines[2] is engines[0] once more"),
+        ("sweep: {shapes: [100/20, 2000/64]}", "has 2048 positions, too few for 1 of 2 shapes\n  - 2000/64 needs 2064"),
     ],
 )
 def test_what_comes_last_is_checked_first(tkit, tmp_path, keys, message):
@@ -175,3 +177,25 @@ def test_what_comes_last_is_checked_first(tkit, tmp_path, keys, message):
     result = tkit("run", "r.yaml")
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.skipif(bool(this_machine().gpus), reason="needs a machine without GPUs")
+@pytest.mark.parametrize("backend", ["pytorch", "tensorrt"])
+def test_a_machine_that_cannot_serve_builds_nothing(tkit, tmp_path, backend):
+    result = tkit("run", "demo", "--backend", backend)
+    assert (result.exit_code, list(tmp_path.iterdir())) == (1, [])
+    assert result.stderr.startswith(f"error: engines of the {backend} backend cannot be served here")
+    for said in (
+        "  - gpus: none: ",
+        "  - tensorrt-llm: not installed",
+        "  - models: ",
+        "hint: go to a machine that can",
+    ):
+        assert said in result.stderr
+
+
+def test_the_reference_backend_needs_its_server_before_it_builds(tkit, tmp_path, monkeypatch):
+    monkeypatch.setenv("TKIT_TRITONSERVER", str(tmp_path / "gone"))
+    result = tkit("run", "demo")
+    assert (result.exit_code, list(tmp_path.iterdir())) == (1, [])
+    assert f"  - triton: {tmp_path / 'gone'}" in result.stderr

@@ -528,6 +528,35 @@ def test_several_servers_want_a_name(engine: Path) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("garbage", [b"", b'{"engine": "/x", "pid"', b'{"pid": "7"}', b"\xff\x00"])
+def test_a_record_that_cannot_be_read_hides_no_other_server(engine: Path, garbage: bytes) -> None:
+    torn = server_files("torn")
+    with books_of_a_server(engine, 0), books_of_a_server(engine.parent / "torn", 1):
+        torn.record.write_bytes(garbage)
+        result = tkit("status", "--json")
+        found = {server["engine"]: server for server in json.loads(result.stdout)}
+        assert (result.exit_code, found["torn"]["state"], found["tiny"]["record"]["pid"]) == (1, "failing", os.getpid())
+        assert found["torn"]["problem"].startswith(f"{torn.record}: ")
+        assert [record.engine for record in running_servers()] == [str(engine)]
+        write_engine(engine.parent / "torn")
+        again = tkit("serve", "torn")
+        assert (again.exit_code, f"error: {torn.record}: " in again.stderr) == (2, True)
+        assert again.stderr.endswith("hint: end that server and remove its files: tkit stop torn\n")
+    torn.record.write_bytes(garbage)
+    assert "torn: dead, " in tkit("status", "torn").stdout
+    assert tkit("stop", "torn").stdout == "torn: had ended already; removed what it left behind\n"
+    assert not torn.record.exists()
+
+
+def test_a_server_whose_record_cannot_be_read_is_named_and_stopped(engine: Path) -> None:
+    record = serve_detached(engine, FREE)
+    server_files("tiny").record.write_text("{")
+    with pytest.raises(InputError, match="tiny.json: not readable as JSON"):
+        running_servers()
+    assert tkit("stop").stdout == f"tiny: stopped (pid {record.pid})\n"
+    assert_nothing_left(engine, record.pid)
+
+
 @contextlib.contextmanager
 def books_of_a_server(engine: Path, started: int) -> Iterator[None]:
     """What is written down while a server runs, its process being this one."""

@@ -230,7 +230,7 @@ def test_a_shape_that_the_engine_cannot_hold(tkit: Tkit, served: Path) -> None:
     assert error_lines(tkit("sweep", "--shape", "16/8,200/100,250/6"), 2) == [
         "error: toy has 256 positions, too few for 1 of 3 shapes",
         "  - 200/100 needs 300 positions",
-        "hint: choose others: --shape ISL/OSL",
+        "hint: choose shorter ones: --shape ISL/OSL, or shapes in the recipe's sweep",
     ]
 
 

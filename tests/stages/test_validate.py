@@ -151,7 +151,7 @@ def test_a_number_that_is_none_passes_no_gate(tkit, built):
     ("change", "message"),
     [
         (lambda model: (model / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
-        (lambda model: (model / "tokenizer.json").write_text("{"), "the tokenizer does not load"),
+        (lambda model: (model / "tokenizer.json").write_text("{"), "model/tokenizer.json: the tokenizer does not"),
         (lambda model: edit(model / "config.json", bos_token_id=[]), "transformers refuses it: Validation error"),
         (lambda model: edit(model / "config.json", hidden_size=..., architectures=None), "transformers refuses it"),
     ],

@@ -150,6 +150,11 @@ class Recipe:
             problems.append("engines is empty, expected at least one")
         elif self.report.baseline is not None and self.report.baseline not in self.names:
             problems.append(f'report: baseline is "{self.report.baseline}", expected one of {", ".join(self.names)}')
+        problems += [
+            f"engines[{index}] is engines[{self.engines.index(engine)}] once more"
+            for index, engine in enumerate(self.engines)
+            if self.engines.index(engine) < index
+        ]
         others = [other.label for other in self.compare_with]
         problems += [
             f'compare_with: "{label}" stands twice or is a quantization of the recipe; give it a name of its own'

@@ -31,7 +31,7 @@ from tkit.specs.recipe import HF_GENERATE, SweepRecipe
 from tkit.specs.record import Manifest, PointSummary
 from tkit.stages.calibrate import client_machine
 from tkit.stages.engines import ENGINES_DIR, find_engine, read_card
-from tkit.stages.sweep import REPORTS_DIR, SweepRecord, Target, open_run, run_name, sweep_command
+from tkit.stages.sweep import REPORTS_DIR, SweepRecord, Target, check_shapes, open_run, run_name, sweep_command
 from tkit.stages.validate import source_directory
 from tkit.units import NS_PER_S
 
@@ -60,6 +60,9 @@ def sweep_generate(
     engine_dir = find_engine(engine, engines_dir)
     card = read_card(engine_dir)
     prompts = PromptMaker(engine_dir / "tokenizer", recipe.seed)
+    check_shapes(recipe, profile, card.name, card.max_position_embeddings)
+    title = label or f"{card.source['model']}, transformers generate"
+    progress.note(f"measuring {title} in this process ({HF_GENERATE}), profile {profile.name}")
 
     import torch
     import transformers
@@ -70,7 +73,7 @@ def sweep_generate(
     model = load_source(source_directory(card.source), device)
     manifest = Manifest(
         run=name or run_name(f"{card.source['model']}-generate", profile),
-        label=label or f"{card.source['model']}, transformers generate",
+        label=title,
         profile=profile.name,
         profile_digest=profile.digest,
         seed=recipe.seed,

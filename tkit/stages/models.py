@@ -49,12 +49,15 @@ def find_recipe(model: str | None) -> tuple[str, Recipe]:
         raise InputError(f"{model}: a file, expected a model's directory", hint=f"name {Path(model).parent}")
     if model and Path(model).is_dir():
         return Path(model).resolve().name, Recipe(model=model)
+    known = sorted({path.stem for directory in (RECIPES_DIR, _CHECKOUT_RECIPES) for path in directory.glob("*.yaml")})
+    hint = f"recipes: {', '.join(known)}" if known else None
+    if model.endswith((".yaml", ".yml")):  # model_configs/x.yaml looks like a hub id
+        raise InputError(f"{model}: no such file{did_you_mean(Path(model).stem, known)}", hint=hint)
     if model == DEFAULT_MODEL or _HUB_ID.fullmatch(model):
         return model.split("/")[-1], Recipe(model=model)
-    known = sorted({path.stem for directory in (RECIPES_DIR, _CHECKOUT_RECIPES) for path in directory.glob("*.yaml")})
     raise InputError(
         f'no model "{model}": not a directory, not a recipe{did_you_mean(model, known)}, not a hub id (org/name)',
-        hint=f"recipes: {', '.join(known)}" if known else None,
+        hint=hint,
     )
 
 
@@ -98,9 +101,11 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     if not path.is_file():
         raise InputError(f"{path}: no such file", hint="put the model's tokenizer there")
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(path.read_bytes())  # from_file takes no path that is not UTF-8
     except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{directory}: the tokenizer does not load: {error}") from error
+        raise InputError(
+            f"{path}: the tokenizer does not load: {error}", hint="copy the model's tokenizer files there again"
+        ) from error
 
 
 def check_hub_digests(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -123,7 +128,7 @@ def check_hub_digests(directory: Path, files: Mapping[str, Mapping[str, Any]]) -
 
 
 def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> Tokenizer:
-    """Copies the tokenizer's files into `target`, which the engine is served with, and loads it from there.
+    """Copies the tokenizer's files into `target`, which the engine is served with, and loads it.
 
     A model that ships only a SentencePiece file gets the tokenizer.json that transformers makes of it, where the package
     sentencepiece is installed: it is no dependency, because in one process with protobuf's own it crashed. Raises InputError
@@ -149,7 +154,8 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> Tokenizer:
                 f"{source}: transformers makes no tokenizer.json of its tokenizer: {str(error).strip().splitlines()[0]}",
                 hint="put the tokenizer.json of the same model there; transformers makes one with pip install sentencepiece",
             ) from error
-    tokenizer = read_tokenizer(target)
+    # the model's own where there is one, so that what is wrong with it is not said of a copy
+    tokenizer = read_tokenizer(source if (source / "tokenizer.json").exists() else target)
     if tokenizer.get_vocab_size() > vocab_size:
         raise InputError(
             f"{source}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model embeds {vocab_size}"

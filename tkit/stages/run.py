@@ -4,13 +4,13 @@ compared with, one report."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tkit import __version__
 from tkit.backends.nvidia import Machine
-from tkit.errors import InputError, did_you_mean
+from tkit.errors import InputError, ServerError, did_you_mean
 from tkit.files import read_json
 from tkit.loadgen.datasets import read_dataset
 from tkit.loadgen.profiles import resolve_profile
@@ -24,6 +24,7 @@ from tkit.specs.record import Manifest
 from tkit.specs.server import ServeOptions
 from tkit.stages.backends import EnginePlan, build_engine, plan_engine
 from tkit.stages.calibrate import client_machine
+from tkit.stages.doctor import diagnose
 from tkit.stages.engines import ENGINES_DIR
 from tkit.stages.hf_generate import check_generate, source_sha256, sweep_generate
 from tkit.stages.models import ModelSource, fetch_model, find_recipe
@@ -38,9 +39,11 @@ from tkit.stages.report import (
     report,
 )
 from tkit.stages.serve import running_server
-from tkit.stages.sweep import SweepRecord, Target, check_target, normal_url, run_sweep
+from tkit.stages.sweep import SweepRecord, Target, check_shapes, check_target, normal_url, run_sweep
 from tkit.stages.validate import stored_validation, validate
 from tkit.units import format_seconds
+
+SERVING = ServeOptions(http_port=0, grpc_port=0, metrics_port=0, openai_port=0)  # beside whatever else is served here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +94,17 @@ def run_recipe(recipe_name: str, progress: Progress, machine: Machine, options: 
     if out.exists() and not out.is_dir():
         raise InputError(f"{name}: report: out is {out}, a file", hint="name a directory, or move the file away")
     kept = baseline_directory(options.save_baseline) if options.save_baseline is not None else None
+    if options.device == "cuda":
+        from tkit.runtime.load import pick_device  # imports torch
+
+        pick_device(options.device)
+    if options.backend != "auto":
+        _check_serving(options.backend, machine)
     source = fetch_model(recipe, name)
     plans = _plan_engines(source, recipe, progress, machine, options.backend)  # all are checked before one is built
+    if options.backend == "auto":
+        _check_serving(plans[0].backend, machine)
+    _check_shapes(plans, recipe)
     _note_predictions(recipe_name, recipe, progress, machine)
     engines: list[tuple[Path, EngineCard]] = []
     for engine_plan in plans:
@@ -156,6 +168,25 @@ def _check_sweep(recipe: Recipe, name: str) -> None:
         raise InputError(f"{name}: sweep: {error.message}", problems=error.problems, hint=error.hint) from error
 
 
+def _check_serving(backend: str, machine: Machine) -> None:
+    """Whether this machine can serve such engines: before hours are spent on building them."""
+    checks = diagnose("serve", backend, machine, SERVING).checks
+    problems = [f"{check.name}: {check.found}; {check.fix}" for check in checks if check.status == "fail"]
+    if problems:
+        raise ServerError(
+            f"engines of the {backend} backend cannot be served here, and tkit run measures what it builds",
+            problems=problems,
+            hint="go to a machine that can, or choose another --backend; tkit build builds without serving",
+        )
+
+
+def _check_shapes(plans: Sequence[EnginePlan], recipe: Recipe) -> None:
+    profile = resolve_profile(recipe.sweep)
+    for checkpoint in (engine.checkpoint for engine in plans):
+        if checkpoint is not None:
+            check_shapes(recipe.sweep, profile, checkpoint.name, checkpoint.spec.max_position_embeddings)
+
+
 def _check_others(recipe: Recipe, name: str) -> None:
     """Whether each can be measured as the engines are; asks nobody, since it may be started later."""
     problems: list[str] = []
@@ -197,8 +228,7 @@ def _sweep_engine(directory: Path, card: EngineCard, recipe: Recipe, progress: P
         return (manifest.engine or {}).get("key") == card.key and manifest.validation is not None
 
     def measure(name: str | None, resume: bool) -> SweepRecord:
-        serving = ServeOptions(device=options.device, http_port=0, grpc_port=0, metrics_port=0, openai_port=0)
-        with running_server(directory, serving, progress=progress):
+        with running_server(directory, replace(SERVING, device=options.device), progress=progress):
             target = Target(engine=str(directory))
             return run_sweep(recipe.sweep, target, name=name, resume=resume, progress=progress)
 

@@ -149,7 +149,7 @@ def _stop(files: ServerFiles) -> StoppedServer:
         raise ServerError(f"{files.name}: its server is about to be started", hint="end that tkit serve")
     try:
         if pid is not None and was_running:
-            _end_front(files.read_record())
+            _end_front(files.readable_record())
             was_killed = stop_group(pid, ServeOptions.exit_timeout_s + GRACE_S)
         elif pid is not None and files.is_locked():
             kill_group(pid)

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tkit.errors import ServerError
+from tkit.errors import InputError, ServerError
 from tkit.files import from_mapping, read_json
 from tkit.specs.server import SERVER_RECORDS, ServerRecord
 from tkit.stages.engines import ENGINES_DIR
@@ -59,7 +59,21 @@ class ServerFiles:
             return None
 
     def read_record(self) -> ServerRecord | None:
-        return from_mapping(ServerRecord, read_json(self.record), str(self.record)) if self.record.is_file() else None
+        """None while there is none; raises InputError when it cannot be read."""
+        if not self.record.is_file():
+            return None
+        try:
+            return from_mapping(ServerRecord, read_json(self.record), str(self.record))
+        except InputError as error:
+            error.hint = f"end that server and remove its files: tkit stop {self.name}"
+            raise
+
+    def readable_record(self) -> ServerRecord | None:
+        """None also when it cannot be read: what must go on without it."""
+        try:
+            return self.read_record()
+        except InputError:
+            return None
 
     def is_locked(self) -> bool:
         descriptor = _try_lock(self.lock, fcntl.LOCK_SH)
@@ -142,7 +156,7 @@ def _try_lock(path: Path, kind: int, flags: int = 0) -> int | None:
 
 
 def _already_served(files: ServerFiles) -> ServerError:
-    record = files.read_record()
+    record = files.read_record()  # one that cannot be read is an error that names it
     if record is None:
         return ServerError(
             f"{files.name} is being started by another tkit serve",
@@ -166,6 +180,11 @@ def known_servers(engines_dir: Path = ENGINES_DIR) -> list[ServerFiles]:
 
 
 def running_servers(engines_dir: Path = ENGINES_DIR) -> list[ServerRecord]:
-    """The servers that answer now, the latest last; records of dead servers do not count."""
-    records = [files.read_record() for files in known_servers(engines_dir) if files.is_running()]
-    return sorted((record for record in records if record is not None), key=lambda record: record.started)
+    """The servers that answer now, the latest last; records of dead servers do not count. Raises InputError where the only
+    records are ones that cannot be read."""
+    running = [files for files in known_servers(engines_dir) if files.is_running()]
+    records = [record for files in running if (record := files.readable_record()) is not None]
+    if not records:
+        for files in running:
+            files.read_record()
+    return sorted(records, key=lambda record: record.started)

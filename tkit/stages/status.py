@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tkit.errors import ServerError, did_you_mean
+from tkit.errors import InputError, ServerError, did_you_mean
 from tkit.specs.server import ServerRecord
 from tkit.stages.engines import ENGINES_DIR
 from tkit.stages.servers import ServerFiles, known_servers
@@ -22,7 +22,9 @@ SAMPLE = re.compile(r'tkit_(requests_total|open_requests)\{\w+="(\w+)"\} (\S+)')
 @dataclass(frozen=True, kw_only=True)
 class ServerStatus:
     engine: str  # name
-    state: str  # "serving", "starting", "failing" (it runs, but does not serve) or "dead" (what it left is still there)
+    state: (
+        str  # "serving", "starting", "failing" (it runs, but not as it should) or "dead" (what it left is still there)
+    )
     problem: str | None = None
     log: str
     record: ServerRecord | None = None  # while it is starting there is none
@@ -45,9 +47,15 @@ def server_statuses(engine: str | None = None, *, engines_dir: Path = ENGINES_DI
 
 
 def _status(files: ServerFiles) -> ServerStatus:
-    record, problem, requests = files.read_record(), None, None
+    record, problem, requests = None, None, None
+    try:
+        record = files.read_record()
+    except InputError as error:
+        problem = "; ".join(error.problems or (error.message,))
     if not files.is_running():
-        state, problem = "dead", "it ended without tkit stop: killed, or crashed"
+        state, problem = "dead", problem or "it ended without tkit stop: killed, or crashed"
+    elif problem is not None:
+        state = "failing"
     elif record is None:
         state = "starting"
     else:

@@ -98,7 +98,8 @@ def run_sweep(
     check_target(target, name)
     api_key = read_api_key(target.api_key_file) if target.api_key_file is not None else None
     endpoint = _find_endpoint(target, engines_dir)
-    _check_shapes(recipe, profile, endpoint)
+    if endpoint.card is not None:
+        check_shapes(recipe, profile, endpoint.card.name, endpoint.card.max_position_embeddings)
     workload = make_workload(
         profile.shapes,
         Path(recipe.dataset) if recipe.dataset is not None else None,
@@ -311,10 +312,10 @@ def _refuse_stranger(endpoint: _Endpoint, identity: Mapping[str, Any]) -> None:
         )
 
 
-def _check_shapes(recipe: SweepRecipe, profile: Profile, endpoint: _Endpoint) -> None:
-    if endpoint.card is None or recipe.dataset is not None:
+def check_shapes(recipe: SweepRecipe, profile: Profile, engine: str, limit: int) -> None:
+    """Raises InputError for shapes longer than the `limit` positions of the engine. Data sets are cut to fit."""
+    if recipe.dataset is not None:
         return
-    limit = endpoint.card.max_position_embeddings
     problems = [
         f"{shape} needs {shape.isl + shape.osl} positions"
         for shape in profile.shapes
@@ -322,9 +323,9 @@ def _check_shapes(recipe: SweepRecipe, profile: Profile, endpoint: _Endpoint) ->
     ]
     if problems:
         raise InputError(
-            f"{endpoint.card.name} has {limit} positions, too few for {len(problems)} of {len(profile.shapes)} shapes",
+            f"{engine} has {limit} positions, too few for {len(problems)} of {len(profile.shapes)} shapes",
             problems=problems,
-            hint="choose others: --shape ISL/OSL",
+            hint="choose shorter ones: --shape ISL/OSL, or shapes in the recipe's sweep",
         )
 
 
