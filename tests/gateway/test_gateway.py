@@ -199,6 +199,20 @@ def test_errors_have_their_status_and_say_why(
             client.completions.create(**{"model": "ensemble", "prompt": "a", "stream": stream, **body})
 
 
+def test_many_refusals_at_once_do_no_harm(client: openai.OpenAI) -> None:
+    """Triton 2.51 dies of them when it is asked for the codes of its errors."""
+
+    def refused(_: int) -> str:
+        with pytest.raises(openai.BadRequestError) as error:
+            complete(client, max_tokens=4500)
+        return str(error.value.body["message"])  # type: ignore[index]
+
+    with ThreadPoolExecutor(64) as pool:
+        told = set(pool.map(refused, range(500)))
+    assert told == {"invalid request: max_tokens is 4500, at most 4096"}
+    assert complete(client).choices[0].text == "a b c a "
+
+
 def test_an_error_in_the_middle_of_a_stream_is_told_in_it(client: openai.OpenAI) -> None:
     texts = []
     with pytest.raises(openai.APIError, match="the fake engine was asked to fail"):

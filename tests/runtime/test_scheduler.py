@@ -99,7 +99,7 @@ def test_a_full_queue_refuses_and_says_how_full() -> None:
     read_prompt(scheduler)
     scheduler.add(request())
     scheduler.add(waiting := request())
-    with pytest.raises(QueueFull, match="2 requests wait and 1 run; the queue holds 2"):
+    with pytest.raises(QueueFull, match="queue full: 2 requests wait and 1 run; it holds 2"):
         scheduler.add(request())
     scheduler.remove(waiting)
     scheduler.add(request())

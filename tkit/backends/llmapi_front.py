@@ -57,7 +57,7 @@ class TritonPythonModel:
             try:
                 inputs = _read(request)
             except ValueError as error:
-                _refuse(sender, str(error), pb_utils.TritonError.INVALID_ARG)
+                _refuse(sender, f"invalid request: {error}", pb_utils.TritonError.INVALID_ARG)
                 continue
             request_id = uuid.uuid4().hex
             with self._lock:

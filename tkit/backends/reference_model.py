@@ -30,7 +30,7 @@ import triton_python_backend_utils as pb_utils
 
 from tkit.backends.requests import Answer, EnsembleRequest, read_request
 from tkit.errors import InputError
-from tkit.specs.generation import EngineStats, GenerationChunk, GenerationRequest
+from tkit.specs.generation import INVALID_REQUEST, EngineStats, GenerationChunk, GenerationRequest
 from tkit.units import NS_PER_S
 
 CANCEL_PERIOD_S = 0.1  # TensorRT-LLM's cancellation_check_period_ms
@@ -224,7 +224,8 @@ def _die_with_server(server_pid: int) -> None:
 
 
 def _one_line(error: InputError) -> str:
-    return ": ".join(filter(None, (error.message, "; ".join(error.problems))))
+    told = error.problems or (error.message,)
+    return f"{INVALID_REQUEST}: {'; '.join(told)}"
 
 
 class _Metrics:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tkit.errors import InputError, did_you_mean
-from tkit.specs.generation import GenerationChunk, GenerationRequest
+from tkit.specs.generation import INVALID_REQUEST, GenerationChunk, GenerationRequest
 from tkit.triton.ensemble import INPUTS
 
 # Optional inputs that are understood and refused unless they ask for nothing: name -> the values that ask for nothing.
@@ -71,7 +71,7 @@ def read_request(inputs: Mapping[str, np.ndarray], parameters: Iterable[str] = (
     except InputError as error:
         problems += error.problems
     if problems or generation is None:
-        raise InputError("invalid request", problems=problems)
+        raise InputError(INVALID_REQUEST, problems=problems)
     flags = {name: values[name] for name in FLAGS if name in values and name != "return_log_probs"}
     return EnsembleRequest(generation=generation, **flags)
 

@@ -7,6 +7,7 @@ from typing import Any
 from tkit.errors import TkitError
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+TOO_LONG = "context_length_exceeded"
 CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded"}
 
 

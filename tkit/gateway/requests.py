@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tkit.errors import InputError, did_you_mean
-from tkit.gateway.errors import ApiError
+from tkit.gateway.errors import TOO_LONG, ApiError
 from tkit.gateway.prompts import PromptTokenizer
 from tkit.specs.generation import GenerationRequest
 
@@ -58,7 +58,6 @@ COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 # For a chat that does not say: what is left of the context, but no more than this. The KV cache is reserved for all the
 # tokens that a request may take, so the whole of a long context would shut the others out.
 CHAT_TOKENS = 1024
-TOO_LONG = "context_length_exceeded"
 MAX_CHOICES = 256  # each is a request to the model, whose queue holds as many by default
 
 

@@ -8,6 +8,7 @@ token is the request's to say.
 from __future__ import annotations
 
 import asyncio
+import re
 import struct
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2 as pb
 
-from tkit.gateway.errors import ApiError
-from tkit.specs.generation import GenerationRequest
+from tkit.gateway.errors import TOO_LONG, ApiError
+from tkit.specs.generation import INVALID_REQUEST, QUEUE_FULL, GenerationRequest
 
 SERVICE = "/inference.GRPCInferenceService/"
 INSTANCE = "instance"  # the parameter in the model's config
@@ -30,13 +31,16 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # the server is this machine's own
     ("grpc.use_local_subchannel_pool", 1),  # a channel that is made anew is to connect anew
 )
-AS_STATUS = (("triton_grpc_error", "true"),)  # or an error is a text without its code
 FORMATS = {"INT32": "<i", "BOOL": "<?", "FP32": "<f", "UINT64": "<Q"}
-STATUSES = {
-    grpc.StatusCode.INVALID_ARGUMENT: 400,
-    grpc.StatusCode.UNAVAILABLE: 503,
-    grpc.StatusCode.CANCELLED: 503,  # not by us: the server gave it up to end
-}
+# What an error in a stream says -> HTTP's status. It has no code: `triton_grpc_error`, with which Triton would send one,
+# makes 2.51 use what it has freed: 64 refusals at once kill the server.
+MESSAGES = (
+    (INVALID_REQUEST,                                                  400),
+    (f"{QUEUE_FULL}|maximum queue size",                               429),
+    ("^cancelled$|no available version|stopped accepting|not ready",   503),
+)  # fmt: skip
+# The stream itself is gone: the server has ended, or gave the request up to end.
+STATUSES = {grpc.StatusCode.UNAVAILABLE: 503, grpc.StatusCode.CANCELLED: 503}
 # What a request says -> the model's input and its type.
 # fmt: off
 INPUTS = {
@@ -125,9 +129,7 @@ class TritonModel:
             self._message(request, f"{request_id}-{index}" if index else request_id, stream)
             for index, request in enumerate(requests)
         ]
-        return Generation(
-            [_Choice(self._stream(message, metadata=AS_STATUS), requests[0].max_tokens) for message in messages]
-        )
+        return Generation([_Choice(self._stream(message), requests[0].max_tokens) for message in messages])
 
     def _message(self, request: GenerationRequest, request_id: str, stream: bool) -> bytes:
         """Without `stream` the answer is one piece, which spares a response per token; in several all the same where only
@@ -215,21 +217,24 @@ class _Choice:
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """Raises ApiError."""
-        is_ended = False
+        is_ended, error = False, None
         try:
             async for message in self._call:
                 answer = pb.ModelStreamInferResponse.FromString(message)
                 if answer.error_message:
-                    raise ApiError(500, answer.error_message)
+                    error = error or _told(answer.error_message)
+                    continue  # to the end of the stream: one that is cancelled after its last response is not freed
                 piece = self._piece(answer.infer_response)
                 is_ended = is_ended or piece.finish_reason is not None
                 yield piece
-        except grpc.aio.AioRpcError as error:
-            raise _api_error(error) from error
+        except grpc.aio.AioRpcError as broken:
+            error = error or ApiError(STATUSES.get(broken.code(), 500), broken.details() or broken.code().name)
         except asyncio.CancelledError:
             if not self.is_cancelled:  # this task itself is to end
                 raise
             return
+        if error is not None:
+            raise error
         if not is_ended:
             yield Piece(text="", num_tokens=0, finish_reason=self._reason())
 
@@ -301,9 +306,7 @@ def _first_text(raw: bytes) -> str:
     return raw[4 : 4 + struct.unpack_from("<I", raw)[0]].decode("utf-8", "replace") if len(raw) >= 4 else ""
 
 
-def _api_error(error: grpc.aio.AioRpcError) -> ApiError:
-    status, message = STATUSES.get(error.code(), 500), error.details() or error.code().name
-    if status == 503 and "queue" in message.lower():  # tkit's engine and Triton both say that it is full
-        status = 429
+def _told(message: str) -> ApiError:
+    status = next((status for pattern, status in MESSAGES if re.search(pattern, message)), 500)
     is_too_long = status == 400 and "positions" in message
-    return ApiError(status, message, code="context_length_exceeded" if is_too_long else None)
+    return ApiError(status, message, code=TOO_LONG if is_too_long else None)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from tkit.errors import TkitError
+from tkit.specs.generation import QUEUE_FULL
 
 KV_STEP = 128  # tokens; the cache is as long as a multiple of it
 
@@ -76,7 +77,7 @@ class Scheduler(Generic[G]):
     def add(self, generation: G) -> None:
         if len(self.waiting) >= self.max_queue_size:
             raise QueueFull(
-                f"{len(self.waiting)} requests wait and {len(self.running)} run; the queue holds {self.max_queue_size}",
+                f"{QUEUE_FULL}: {len(self.waiting)} requests wait and {len(self.running)} run; it holds {self.max_queue_size}",
                 hint="try again when one has finished, or serve with a larger queue",
             )
         self.waiting.append(generation)

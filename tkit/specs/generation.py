@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from tkit.errors import InputError
 
+# How the message of a refusal begins, by what has to change: the request, or the moment. The errors of Triton's streams
+# have no code that could say so.
+INVALID_REQUEST, QUEUE_FULL = "invalid request", "queue full"
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
@@ -41,7 +45,7 @@ class GenerationRequest:
         if any(not word for word in self.stop_words):
             problems.append("stop_words holds an empty word")
         if problems:
-            raise InputError("invalid request", problems=problems)
+            raise InputError(INVALID_REQUEST, problems=problems)
 
     @property
     def is_greedy(self) -> bool:
