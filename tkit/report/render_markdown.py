@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from tkit.report import gates, text
 from tkit.report.record import Comparison
 from tkit.report.sections import Section
-from tkit.report.tables import Entry, Table
+from tkit.report.tables.table import Entry, Table
 from tkit.report.verdict import TITLES
 
 TONES = {"better": "▲", "worse": "▼"}

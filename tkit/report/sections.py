@@ -8,12 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tkit.report import gates, plots, tables, text
+from tkit.report import gates, plots, text
 from tkit.report.plots import Plot
 from tkit.report.read import Point, Run
 from tkit.report.record import Comparison
 from tkit.report.statistics import REPEAT_NOISE
-from tkit.report.tables import Table
+from tkit.report.tables.engines import cost_table, memory_table, quality_table, samples_table, size_table
+from tkit.report.tables.loads import (
+    common_load,
+    found_table,
+    group_id,
+    latency_table,
+    limits,
+    telemetry_table,
+    throughput_table,
+)
+from tkit.report.tables.provenance import (
+    commands_table,
+    definitions_table,
+    files_table,
+    identity_table,
+    other_definitions_table,
+)
+from tkit.report.tables.runs import differences_tables, gates_table, left_out_table, runs_table, validity_table
+from tkit.report.tables.stalls import stalls_table
+from tkit.report.tables.table import Table
+from tkit.report.tables.wall import wall_table, wall_ttft_table
 from tkit.report.telemetry import over_time
 from tkit.specs.record import DEFINITIONS, SLO_TIERS, Load
 
@@ -62,25 +82,25 @@ def gated(comparison: Comparison) -> Section:
             "evaluated does not pass.",
             *((single,) if is_single else ()),
         ),
-        tables=(tables.gates_table(comparison),),
+        tables=(gates_table(comparison),),
         is_brief=True,
     )
 
 
 def what_differs(comparison: Comparison, runs: Runs) -> Section:
-    found = tables.differences_tables(comparison)
+    found = differences_tables(comparison)
     lead = []
     if len(comparison.runs) == 1:
         lead.append("One run: nothing to compare.")
     elif not found:
         lead.append("Nothing: engines and conditions are the same in every recorded fact.")
     if comparison.left_out:
-        found.append(tables.left_out_table(comparison))
+        found.append(left_out_table(comparison))
     return Section(
         id="runs",
         title="What was compared, and what differs",
         lead=tuple(lead),
-        tables=(tables.runs_table(comparison), *found),
+        tables=(runs_table(comparison), *found),
         is_brief=True,
     )
 
@@ -105,33 +125,33 @@ def numbers(comparison: Comparison, runs: Runs) -> Section:
         "Tail: the highest of p99, p95 and p90 that the requests support "
         "(662, 130 and 64 of them, MLPerf's early-stopping bound)."
     )
-    tiers = "; ".join(f"{tier}: {tables.limits(tier)}" for tier in SLO_TIERS)
+    tiers = "; ".join(f"{tier}: {limits(tier)}" for tier in SLO_TIERS)
     lead.append(f"Goodput: requests per second within a tier's limits, under it their share of all ({tiers}).")
     lead += [f"{group.title}: {group.note}." for group in comparison.groups if group.note]
     found = [
         table
         for group in comparison.groups
-        for table in (tables.throughput_table(comparison, group), tables.latency_table(comparison, group))
+        for table in (throughput_table(comparison, group), latency_table(comparison, group))
     ]
     if any(group.arrivals is not None for group in comparison.groups):
         lead.append(
             "In an open loop, rates are what the schedule asked for: they are shown, and compared by nothing but latency."
         )
     if any(run.found for run in comparison.runs):
-        found.insert(0, tables.found_table(comparison))
+        found.insert(0, found_table(comparison))
     return Section(id="numbers", title="Numbers per load", lead=tuple(lead), tables=tuple(found), is_brief=True)
 
 
 def pareto(comparison: Comparison, runs: Runs) -> Section:
     """Of closed loops: in an open one the hardware yields what the schedule asked for."""
     closed = [group for group in comparison.groups if group.arrivals is None]
-    drawn = [plots.pareto(comparison, group, f"pareto-{tables.group_id(comparison, group)}") for group in closed]
+    drawn = [plots.pareto(comparison, group, f"pareto-{group_id(comparison, group)}") for group in closed]
     return _drawn("pareto", "Throughput against interactivity", drawn)
 
 
 def latency(comparison: Comparison, runs: Runs) -> Section:
     drawn = [
-        plots.latency_against_throughput(comparison, group, metric, f"{metric}-{tables.group_id(comparison, group)}")
+        plots.latency_against_throughput(comparison, group, metric, f"{metric}-{group_id(comparison, group)}")
         for group in comparison.groups
         for metric in ("ttft" if group.arrivals is None else "ttft_sched", "tpot")
     ]
@@ -146,7 +166,7 @@ def _drawn(section_id: str, title: str, drawn: Sequence[Plot]) -> Section:
 
 def distributions(comparison: Comparison, runs: Runs) -> Section:
     section = Section(id="distributions", title="Distributions and time")
-    place = tables.common_load(comparison)
+    place = common_load(comparison)
     if place is None:
         return Section(id=section.id, title=section.title, lead=("No valid point to look into.",))
     group, level = place
@@ -174,7 +194,7 @@ def distributions(comparison: Comparison, runs: Runs) -> Section:
         plots.in_flight(comparison, shown, where, "in-flight"),
         plots.ttft_over_time(comparison, shown, where, "ttft-time"),
     ]
-    stalls = tables.stalls_table(comparison, shown, gaps)
+    stalls = stalls_table(comparison, shown, gaps)
     return Section(
         id=section.id,
         title=section.title,
@@ -186,11 +206,11 @@ def distributions(comparison: Comparison, runs: Runs) -> Section:
 
 def telemetry(comparison: Comparison, runs: Runs) -> Section | None:
     """None where neither server nor GPUs were asked, or nobody answered."""
-    found = [table for group in comparison.groups if (table := tables.telemetry_table(comparison, group)) is not None]
+    found = [table for group in comparison.groups if (table := telemetry_table(comparison, group)) is not None]
     if not found:
         return None
     drawn = []
-    place = tables.common_load(comparison)
+    place = common_load(comparison)
     if place is not None:
         group, level = place
         where = f"{group.shape} at {level.load}"
@@ -240,24 +260,22 @@ def wall(comparison: Comparison, runs: Runs) -> Section:
         title="The wall",
         lead=tuple(lead),
         plots=tuple(
-            plots.wall(comparison, group, quantity, f"wall-{quantity}-{tables.group_id(comparison, group)}")
+            plots.wall(comparison, group, quantity, f"wall-{quantity}-{group_id(comparison, group)}")
             for group in known
             for quantity in plots.WALLS
         ),
-        tables=tuple(
-            table(comparison, group) for group in known for table in (tables.wall_table, tables.wall_ttft_table)
-        ),
+        tables=tuple(table(comparison, group) for group in known for table in (wall_table, wall_ttft_table)),
     )
 
 
 def size(comparison: Comparison, runs: Runs) -> Section:
-    found = tuple(table for table in (tables.size_table(comparison), tables.memory_table(comparison)) if table.rows)
+    found = tuple(table for table in (size_table(comparison), memory_table(comparison)) if table.rows)
     lead = () if found else ("No engine card in these runs.",)
     return Section(id="size", title="Memory, size and build", lead=lead, tables=found)
 
 
 def quality(comparison: Comparison, runs: Runs) -> Section:
-    table = tables.quality_table(comparison)
+    table = quality_table(comparison)
     without = [run.id for run in comparison.runs if run.engine is not None and run.validation is None]
     lead = [f"Not validated: {', '.join(without)} (tkit validate, then sweep again)."] if without else []
     foreign = [run.id for run in comparison.runs if run.engine is None]
@@ -266,13 +284,13 @@ def quality(comparison: Comparison, runs: Runs) -> Section:
         id="quality",
         title="Quality beside speed",
         lead=tuple(lead),
-        tables=tuple(table for table in (table, tables.samples_table(comparison)) if table.rows),
+        tables=tuple(table for table in (table, samples_table(comparison)) if table.rows),
         is_brief=True,
     )
 
 
 def cost(comparison: Comparison, runs: Runs) -> Section:
-    table = tables.cost_table(comparison)
+    table = cost_table(comparison)
     if comparison.prices is None:
         lead = ["No prices were given (--prices FILE)."]
         if table.rows:
@@ -288,7 +306,7 @@ def cost(comparison: Comparison, runs: Runs) -> Section:
 
 
 def validity(comparison: Comparison, runs: Runs) -> Section:
-    table = tables.validity_table(comparison)
+    table = validity_table(comparison)
     total = sum(run.num_points for run in comparison.runs)
     if not table.rows:
         return Section(id="validity", title="Validity", lead=(f"All {total} points count.",), is_brief=True)
@@ -305,7 +323,7 @@ def validity(comparison: Comparison, runs: Runs) -> Section:
 
 
 def provenance(comparison: Comparison, runs: Runs) -> Section:
-    others = tables.other_definitions_table(comparison)
+    others = other_definitions_table(comparison)
     lead = [f"Definitions: {DEFINITIONS}."]
     if others.rows:
         lead.append(
@@ -317,11 +335,11 @@ def provenance(comparison: Comparison, runs: Runs) -> Section:
         title="Provenance",
         lead=tuple(lead),
         tables=(
-            tables.definitions_table(),
+            definitions_table(),
             *((others,) if others.rows else ()),
-            tables.commands_table(comparison),
-            *(tables.identity_table(run) for run in comparison.runs),
-            *(tables.files_table(run) for run in comparison.runs),
+            commands_table(comparison),
+            *(identity_table(run) for run in comparison.runs),
+            *(files_table(run) for run in comparison.runs),
         ),
     )
 
