@@ -20,7 +20,9 @@ from factory import as_open_loop, card, make_run, validation
 from tkit.files import to_json
 from tkit.report import text
 from tkit.report.compare import compare, run_ids
-from tkit.report.plots import ECDF_POINTS, ecdf_points, render_png, series
+from tkit.report.plots.plot import series
+from tkit.report.plots.png import render_png
+from tkit.report.plots.samples import ECDF_POINTS, ecdf_points
 from tkit.report.read import read_runs
 from tkit.report.record import MEASURES, Comparison
 from tkit.report.render_csv import neutral, render_csv

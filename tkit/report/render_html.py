@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from tkit.report import gates
-from tkit.report.plots import COLORS, series
+from tkit.report.plots.plot import COLORS, series
 from tkit.report.record import FAILED, NOT_EVALUATED, PASSED, Comparison
 from tkit.report.sections import Section
 from tkit.report.verdict import TITLES
@@ -26,7 +26,7 @@ from tkit.report.verdict import TITLES
 GATE_TONES = {FAILED: "worse", NOT_EVALUATED: "undecided", PASSED: "better"}
 TEMPLATES = Path(__file__).with_name("templates")
 
-# the marks of plots.MARKS, 12 units wide around the origin
+# the marks of plots.plot.MARKS, 12 units wide around the origin
 MARK_PATHS = (
     "M-5 0A5 5 0 1 0 5 0A5 5 0 1 0 -5 0Z",
     "M-4.5 -4.5H4.5V4.5H-4.5Z",

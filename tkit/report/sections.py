@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tkit.report import gates, plots, text
-from tkit.report.plots import Plot
+from tkit.report import gates, text
+from tkit.report.plots.loads import WALLS, latency_plot, pareto_plot, wall_plot
+from tkit.report.plots.plot import Plot
+from tkit.report.plots.samples import TELEMETRY_PLOTS, ecdf_plot, in_flight_plot, telemetry_plot, ttft_plot
 from tkit.report.read import Point, Run
 from tkit.report.record import Comparison
 from tkit.report.statistics import REPEAT_NOISE
@@ -145,13 +147,13 @@ def numbers(comparison: Comparison, runs: Runs) -> Section:
 def pareto(comparison: Comparison, runs: Runs) -> Section:
     """Of closed loops: in an open one the hardware yields what the schedule asked for."""
     closed = [group for group in comparison.groups if group.arrivals is None]
-    drawn = [plots.pareto(comparison, group, f"pareto-{group_id(comparison, group)}") for group in closed]
+    drawn = [pareto_plot(comparison, group, f"pareto-{group_id(comparison, group)}") for group in closed]
     return _drawn("pareto", "Throughput against interactivity", drawn)
 
 
 def latency(comparison: Comparison, runs: Runs) -> Section:
     drawn = [
-        plots.latency_against_throughput(comparison, group, metric, f"{metric}-{group_id(comparison, group)}")
+        latency_plot(comparison, group, metric, f"{metric}-{group_id(comparison, group)}")
         for group in comparison.groups
         for metric in ("ttft" if group.arrivals is None else "ttft_sched", "tpot")
     ]
@@ -174,7 +176,7 @@ def distributions(comparison: Comparison, runs: Runs) -> Section:
     where = f"{group.shape} at {level.load}"
     samples = [("TTFT", "ttft"), ("TPOT", "tpot")]
     drawn = [
-        plots.ecdf(
+        ecdf_plot(
             comparison,
             {run_id: point.measured[column].dropna().to_numpy() for run_id, point in shown.items()},
             name,
@@ -187,12 +189,12 @@ def distributions(comparison: Comparison, runs: Runs) -> Section:
     lead = [f"One point per run: {where}, its first valid repeat."]
     if gaps:
         samples_of_gaps = {run_id: found["gap"].to_numpy() for run_id, found in gaps.items()}
-        drawn.append(plots.ecdf(comparison, samples_of_gaps, "Chunk gap", where, "ecdf-gap"))
+        drawn.append(ecdf_plot(comparison, samples_of_gaps, "Chunk gap", where, "ecdf-gap"))
     else:
         lead.append("No gaps between chunks were recorded.")
     drawn += [
-        plots.in_flight(comparison, shown, where, "in-flight"),
-        plots.ttft_over_time(comparison, shown, where, "ttft-time"),
+        in_flight_plot(comparison, shown, where, "in-flight"),
+        ttft_plot(comparison, shown, where, "ttft-time"),
     ]
     stalls = stalls_table(comparison, shown, gaps)
     return Section(
@@ -219,10 +221,10 @@ def telemetry(comparison: Comparison, runs: Runs) -> Section | None:
             for cell in level.cells
             if cell.is_valid
         }
-        for quantity in plots.TELEMETRY_PLOTS:
+        for quantity in TELEMETRY_PLOTS:
             values = {run_id: series[quantity] for run_id, series in told.items() if quantity in series}
             if values:
-                drawn.append(plots.told_over_time(comparison, quantity, values, where, f"told-{quantity}"))
+                drawn.append(telemetry_plot(comparison, quantity, values, where, f"told-{quantity}"))
     return Section(
         id="telemetry",
         title="What server and GPUs said",
@@ -260,9 +262,9 @@ def wall(comparison: Comparison, runs: Runs) -> Section:
         title="The wall",
         lead=tuple(lead),
         plots=tuple(
-            plots.wall(comparison, group, quantity, f"wall-{quantity}-{group_id(comparison, group)}")
+            wall_plot(comparison, group, quantity, f"wall-{quantity}-{group_id(comparison, group)}")
             for group in known
-            for quantity in plots.WALLS
+            for quantity in WALLS
         ),
         tables=tuple(table(comparison, group) for group in known for table in (wall_table, wall_ttft_table)),
     )

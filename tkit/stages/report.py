@@ -15,7 +15,7 @@ from tkit.files import name_problem, sync_directory, to_json, write_atomic
 from tkit.planner.cost import read_prices
 from tkit.report.compare import compare, find_baseline
 from tkit.report.gates import asked, evaluate, failures, summary
-from tkit.report.plots import render_png
+from tkit.report.plots.png import render_png
 from tkit.report.read import LeftOut, Run, newest_runs, read_runs
 from tkit.report.record import Comparison
 from tkit.report.render_csv import render_csv

@@ -18,8 +18,6 @@ MEASURED_MEMORY = {
     "server": ("engine's process, measured", "resident memory, the highest"),
     "kv": ("KV cache in use, measured", "by the server, the highest share"),
 }
-
-
 JOULES = "joules_per_output_token"
 
 

@@ -25,7 +25,6 @@ from tkit.units import format_bytes
 # closed loop? -> what the latency table shows
 LATENCIES = {True: ("ttft", "tpot", "e2e"), False: ("ttft", "ttft_sched", "tpot", "e2e_sched")}
 
-
 # of record.TELEMETRY -> (column, how its values are written)
 TELEMETRY_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "gpu_power_w": ("GPU power, W", text.number),

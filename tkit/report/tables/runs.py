@@ -10,8 +10,6 @@ from tkit.report.tables.loads import load_text
 from tkit.report.tables.table import Column, Entry, Table, text_columns
 
 GATE_TONES = {FAILED: "worse", NOT_EVALUATED: "invalid"}
-
-
 KINDS = {
     "engine": "the engine",
     "model": "the model it was built from: may explain a result instead",

@@ -1,0 +1,1 @@
+"""A comparison and its rows -> Vega-Lite specifications."""
