@@ -9,9 +9,10 @@ from tkit.planner.arrivals import lengths, poisson, simulate
 from tkit.planner.engines import engine
 from tkit.planner.gpus import find_gpu
 from tkit.planner.models import find_shape
-from tkit.planner.planning import Wish, make_plan
+from tkit.planner.planning import make_plan
 from tkit.planner.precision import precision
 from tkit.planner.wall import Place, gpu_walls
+from tkit.planner.wish import Wish
 from tkit.specs.parallel import Parallel
 
 RNG = np.random.default_rng

@@ -13,7 +13,8 @@ from tkit.planner.gpus import find_gpu
 from tkit.planner.kernels import Fold, choose, doubtful, is_held, mape, predicted, widths
 from tkit.planner.models import find_shape
 from tkit.planner.neighbours import Kernel, Neighbours, Run, Width
-from tkit.planner.planning import Wish, make_plan
+from tkit.planner.planning import make_plan
+from tkit.planner.wish import Wish
 
 KERNEL = Kernel(
     scale=0.5, noise=0.1, level=0.3, version=0.8, generation=0.5, gpu=0.6, arch=0.4, format=0.7, attention_dp=0.5, model=1.5,

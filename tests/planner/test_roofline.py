@@ -8,10 +8,10 @@ import pytest
 from tkit.planner.engines import engine, version_number
 from tkit.planner.gpus import find_gpu, gpu_table
 from tkit.planner.models import shape_table
-from tkit.planner.planning import speculative_gain
 from tkit.planner.precision import precision
 from tkit.planner.published import read_table
 from tkit.planner.roofline import Efficiencies, decode_step, experts_read, limit, machine, prefill_s, stacked
+from tkit.planner.speculation import speculative_gain
 from tkit.planner.speed import offline_throughput, throughput, tpot_s
 from tkit.specs.parallel import Parallel
 

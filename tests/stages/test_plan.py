@@ -241,7 +241,8 @@ def test_the_plots_compile():
 
     from tkit.planner.gpus import find_gpu
     from tkit.planner.page import memory_plot, pareto_plot, roofline_plot
-    from tkit.planner.planning import Wish, make_plan
+    from tkit.planner.planning import make_plan
+    from tkit.planner.wish import Wish
 
     plan = make_plan(find_shape("Llama-3.1-8B"), Wish(gpu=find_gpu("l40s")), "table")
     for plot in (memory_plot, pareto_plot, roofline_plot):

@@ -112,7 +112,7 @@ def command(
         comparison = stage.compare(model, wish, combined, prices)
         output.record(comparison_record(comparison), render(comparison))
         return
-    from tkit.planner.planning import as_record
+    from tkit.planner.record import as_record
     from tkit.planner.text import render as render_plan
 
     plan = stage.plan(model, wish, prices=prices, run=run)

@@ -8,8 +8,8 @@ from typing import Any
 
 from tkit.errors import InputError, did_you_mean
 from tkit.planner.gpus import find_gpu
-from tkit.planner.planning import Plan, as_record
 from tkit.planner.precision import kv_dtype, precision
+from tkit.planner.record import Plan, as_record
 from tkit.planner.text import table
 
 COMPARISON_SCHEMA = "tkit.plan_comparison/1"

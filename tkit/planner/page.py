@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tkit.planner.planning import Plan
+from tkit.planner.record import Plan
 from tkit.planner.text import render
 
 Spec = dict[str, Any]

@@ -17,13 +17,14 @@ from tkit.errors import InputError
 from tkit.files import from_mapping, read_json, write_json
 from tkit.planner.calibration import levenberg_marquardt
 from tkit.planner.engines import Engine, engine
+from tkit.planner.estimates import dtype_cell
 from tkit.planner.gpus import gpu_of_device
 from tkit.planner.memory import ledger
-from tkit.planner.planning import Wish, dtype_cell
 from tkit.planner.precision import kv_dtype, precision
 from tkit.planner.roofline import Efficiencies, machine
 from tkit.planner.shapes import ModelShape, num_params
 from tkit.planner.speed import idle_ttft_s, throughput, tpot_s, way_in_s
+from tkit.planner.wish import Wish
 from tkit.specs.parallel import Parallel
 
 CALIBRATION_FILE = "plan-calibration.json"

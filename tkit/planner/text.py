@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tkit.planner.planning import Estimate, Plan, Speculation
+from tkit.planner.record import Estimate, Plan, Speculation
 
 BAR = 30
 

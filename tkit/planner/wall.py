@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from tkit.planner.engines import Engine
+from tkit.planner.estimates import Speed
 from tkit.planner.fit import Demand, layout
-from tkit.planner.planning import Estimate, Speed, Wish
 from tkit.planner.precision import Precision, precision
+from tkit.planner.record import Estimate
 from tkit.planner.roofline import Machine, limit, machine
 from tkit.planner.shapes import ModelShape
+from tkit.planner.wish import Wish
 from tkit.specs.hardware import Gpu
 from tkit.specs.parallel import Parallel
 from tkit.specs.wall import Prediction, Wall

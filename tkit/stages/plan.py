@@ -21,12 +21,14 @@ from tkit.files import read_json
 from tkit.planner.compare import ComparedRow, Comparison, parse_axes
 from tkit.planner.cost import read_prices
 from tkit.planner.models import TABLE, find_shape, shape_table
-from tkit.planner.planning import Plan, Wish, make_plan
+from tkit.planner.planning import make_plan
 from tkit.planner.precision import Precision, mixed
 from tkit.planner.published import SHIPPED
+from tkit.planner.record import Plan
 from tkit.planner.selfcheck import SelfCheck, selfcheck
 from tkit.planner.shapes import ModelShape, shape_from_config, shape_from_spec
 from tkit.planner.sweeps import calibrate
+from tkit.planner.wish import Wish
 from tkit.specs.precision import Precision as Formats
 from tkit.specs.recipe import EngineRecipe, Recipe
 from tkit.stages.models import DEFAULT_MODEL, find_recipe
