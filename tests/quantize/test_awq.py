@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import slow
 import torch
 
 from tkit.quantize import awq, int4
@@ -26,19 +27,36 @@ def test_modules_that_share_an_input_share_the_factor():
     assert stored["fc"]["prequant_scaling_factor"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("gram", ["block", "input"])
-def test_stored_tensors_equal_a_slow_recomputation(gram):
-    """Given the factor and the scales: column after column, each error spread over the columns behind it within reach."""
+def slow_tensors(weights, x, each, group, reach):
+    """The factor for all of `weights`, and the scales and codes of each, by the inputs in `each`."""
+    factor, errors = slow.awq_factor(weights, x, group, torch.bfloat16)
+    assert len(set(errors.values())) > 2 and min(errors, key=errors.get) not in (0.0, 1.0)  # there is something to find
+    scales, codes = [], []
+    for weight, own in zip(weights, each, strict=True):
+        own = own.double() * factor
+        scale, _ = slow.int4_scales(weight / factor, own.square().mean(dim=0), group, torch.bfloat16)
+
+        def grid(values, column, scale=scale):
+            return slow.int4(values, scale[:, column // group]) * scale[:, column // group]
+
+        targets = slow.settled(weight / factor, own, grid, reach)
+        scales.append(scale.float())
+        codes.append(slow.int4(targets, scale.repeat_interleave(group, dim=1)).to(torch.int8))
+    return factor, torch.cat(scales), torch.cat(codes)
+
+
+@pytest.mark.parametrize(("gram", "group"), [("block", 128), ("block", 64), ("input", 128)])
+def test_stored_tensors_equal_a_slow_recomputation(gram, group):
     x, _ = outlier_inputs()
     inputs = InputStatistics(gram)
     inputs.update(x)
-    weight = torch.randn(6, 256, generator=GENERATOR)
-    stored = awq.quantize({"m": weight}, inputs, torch.bfloat16)["m"]
-    factor = stored["prequant_scaling_factor"].float()
-    scale, _ = int4.clipped_scale(weight / factor, 128, torch.bfloat16, inputs.square_mean * factor.square())
-    assert torch.equal(stored["weights_scaling_factor"], scale)
-    codes = slow_codes_within(128 if gram == "block" else 256, weight / factor, scale, x * factor)
-    assert torch.equal(int4.unpack(stored["weight"]), codes)
+    weights = {name: torch.randn(4, 256, generator=GENERATOR) for name in ("fc", "gate")}
+    stored = awq.quantize(weights, inputs, torch.bfloat16, group)
+    factor, scales, codes = slow_tensors([*weights.values()], x, [x, x], group, 128 if gram == "block" else 256)
+    for parts, scale, code in zip(stored.values(), scales.chunk(2), codes.chunk(2), strict=True):
+        assert torch.equal(parts["prequant_scaling_factor"].double(), factor)
+        assert torch.equal(parts["weights_scaling_factor"], scale)
+        assert torch.equal(int4.unpack(parts["weight"]), code)
 
 
 def test_experts_share_the_factor_and_have_codes_by_their_own_inputs():
@@ -49,31 +67,10 @@ def test_experts_share_the_factor_and_have_codes_by_their_own_inputs():
         inputs.update(own)
     weights = [torch.randn(4, 256, generator=GENERATOR) for _ in tokens]
     stored = awq.quantize_experts(weights, pooled, each, torch.bfloat16)
-    factor = stored["prequant_scaling_factor"].float()
-    assert factor.shape == (256,)
-    scales, codes = stored["weights_scaling_factor"].chunk(3), int4.unpack(stored["weight"]).chunk(3)
-    for weight, scale, found, own in zip(weights, scales, codes, tokens, strict=True):
-        assert torch.equal(found, slow_codes_within(128, weight / factor, scale, own * factor))
-
-
-def slow_codes_within(reach, weight, scale, x):
-    ranges = (slice(start, start + reach) for start in range(0, 256, reach))
-    return torch.cat([slow_codes(weight[:, r], scale[:, r.start // 128 :], x[:, r]) for r in ranges], dim=1)
-
-
-def slow_codes(weight, scale, x):
-    """Hassibi and Stork's surgeon: the inverse Hessian loses a row and a column with every weight that is fixed."""
-    weight, x = weight.double().clone(), x.double()
-    hessian = x.T @ x / len(x)
-    inverse = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))).inverse()
-    codes = torch.zeros(weight.shape, dtype=torch.int8)
-    for j in range(weight.shape[1]):
-        step = scale[:, j // 128].double()
-        codes[:, j] = (weight[:, j] / step).round().clamp(-8, 7)
-        error = (weight[:, j] - codes[:, j] * step) / inverse[j, j]
-        weight[:, j + 1 :] -= error[:, None] * inverse[j, j + 1 :]
-        inverse = inverse - inverse[:, j, None] * inverse[j] / inverse[j, j]
-    return codes
+    factor, scales, codes = slow_tensors(weights, x, tokens, 128, 128)
+    assert torch.equal(stored["prequant_scaling_factor"].double(), factor)
+    assert torch.equal(stored["weights_scaling_factor"], scales)
+    assert torch.equal(int4.unpack(stored["weight"]), codes)
 
 
 def test_output_error_is_below_round_to_nearest_and_the_best_of_the_grid():

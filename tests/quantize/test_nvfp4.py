@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import slow
 import torch
 
 from tkit.quantize import nvfp4
@@ -33,32 +34,47 @@ def test_rounding_and_packing_are_those_of_the_grid():
     assert nvfp4.unpack(nvfp4.pack(nvfp4.round_to_e2m1(values)[None]))[0].tolist() == expected
 
 
+def nearest(values: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    codes = [nearest_code(value) for value in (values / step).tolist()]
+    return torch.tensor([(-1 if code & 8 else 1) * E2M1[code & 7] for code in codes], dtype=torch.double) * step
+
+
 def test_stored_tensors_equal_a_slow_recomputation():
-    """With inputs that do not correlate, nothing is compensated: every code is the nearest under its block's best scale."""
-    weight = torch.randn(6, 64, generator=GENERATOR)
+    weight = torch.randn(6, 256, generator=GENERATOR)
     weight[2, 5] = 9.0
-    inputs = statistics(torch.eye(64))
-    stored = nvfp4.quantize({"m": weight}, inputs, torch.bfloat16)["m"]
+    x = torch.randn(300, 40, generator=GENERATOR) @ torch.randn(40, 256, generator=GENERATOR)  # channels that correlate
+    x[:, ::37] *= 30
+    stored = nvfp4.quantize({"m": weight}, statistics(x), torch.bfloat16)["m"]
     global_scale = weight.abs().max() / (6 * 448)
     assert stored["weights_scaling_factor_2"].tolist() == [global_scale.item()]
-    assert stored["activation_scaling_factor"].item() == pytest.approx(1 / (6 * 448))
-    chosen = set()
+    assert stored["activation_scaling_factor"].tolist() == [(x.abs().max() / (6 * 448)).item()]
+    scales, chosen = torch.zeros(6, 16, dtype=torch.double), set()
     for row in range(6):
-        for block in range(4):
-            values = weight[row, block * 16 : (block + 1) * 16]
-            errors = {}
-            for clip in nvfp4.CLIPS:
-                raw = (clip * values.abs().max() / 6 / global_scale).clamp(max=448).to(torch.float8_e4m3fn)
-                step = raw.float() * global_scale
-                codes = [nearest_code(value) for value in (values / step).tolist()]
-                found = torch.tensor([(-1 if code & 8 else 1) * E2M1[code & 7] for code in codes]) * step
-                errors[clip] = (((found - values) ** 2).sum().item(), raw.float().item(), codes)
-            best = min(errors, key=lambda clip: errors[clip][0])
-            chosen.add(best)
-            assert stored["weights_scaling_factor"][row, block].float().item() == errors[best][1]
-            packed = stored["weight"][row, block * 8 : (block + 1) * 8].tolist()
-            assert [nibble for byte in packed for nibble in (byte & 15, byte >> 4)] == errors[best][2]
-    assert len(chosen) > 2
+        for block in range(16):
+            columns = slice(block * 16, (block + 1) * 16)
+            values = weight[row, columns]
+            candidates = {
+                clip: (clip * values.abs().max() / 6 / global_scale).clamp(max=448).to(torch.float8_e4m3fn).double()
+                for clip in (1.0, 1.5, 1.25, 0.9, 0.8)
+            }
+            scales[row, block], _ = slow.best_scale(
+                values.double(), x[:, columns].double().square().mean(dim=0), candidates.values(),
+                lambda values, scale: nearest(values, scale * global_scale),
+            )  # fmt: skip
+            chosen |= {clip for clip, scale in candidates.items() if scale == scales[row, block]}
+    assert torch.equal(stored["weights_scaling_factor"].double(), scales) and len(chosen) > 2
+    steps = scales.float() * global_scale  # as the quantizer has them, since a tie falls either way
+
+    def grid(values: torch.Tensor, column: int) -> torch.Tensor:
+        return torch.stack(
+            [nearest(v[None], s.double())[0] for v, s in zip(values, steps[:, column // 16], strict=True)]
+        )
+
+    targets = slow.settled(weight, x, grid, 128)
+    for row in range(6):
+        codes = [nearest_code(float(targets[row, j] / steps[row, j // 16])) for j in range(256)]
+        packed = stored["weight"][row].tolist()
+        assert [nibble for byte in packed for nibble in (byte & 15, byte >> 4)] == codes
 
 
 def test_error_stays_within_half_the_widest_step_of_its_block():

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import math
-
+import slow
 import torch
 
 from tkit.quantize import awq, int4, w4a8
@@ -39,24 +38,48 @@ def test_the_loaders_arithmetic_gives_the_weights_that_were_chosen():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
-def test_scales_are_those_of_the_formula():
+def test_stored_tensors_equal_a_slow_recomputation():
     x, inputs = outlier_inputs()
-    weights = {name: torch.randn(8, 256, generator=GENERATOR) * size for name, size in (("fc", 1.0), ("gate", 3.0))}
+    weights = {name: torch.randn(4, 256, generator=GENERATOR) * size for name, size in (("fc", 1.0), ("gate", 3.0))}
     stored = w4a8.quantize(weights, inputs, torch.bfloat16)
-    factor = stored["fc"]["prequant_scaling_factor"].float()
-    amax = max((weight / factor).abs().max() for weight in weights.values())
-    for module, weight in weights.items():
-        parts = stored[module]
-        assert torch.equal(parts["prequant_scaling_factor"].float(), factor)
-        for part, least in (
-            ("weights_scaling_factor_2", (amax * 8 / 7 / 448).item()),
-            ("activation_scaling_factor", ((x * factor).abs().max() / 448).item()),
-        ):
-            assert math.frexp(parts[part].item())[0] == 0.5  # a power of two
-            assert least <= parts[part].item() < 2 * least
-        ratio = parts["weights_scaling_factor"] * 7 / (weight / factor).reshape(8, 2, 128).abs().amax(-1)
-        distance = (ratio[..., None] - torch.tensor(w4a8.CLIPS)).abs().amin(-1)
-        assert (distance < 2**-8).all()  # bfloat16's relative step
+    factor, _ = slow.awq_factor(weights.values(), x, 128, torch.bfloat16)
+    scaled = {name: weight / factor for name, weight in weights.items()}
+    x = x.double() * factor
+    b = power_of_two(max(weight.abs().max() for weight in scaled.values()) * 8 / 7 / 448)
+
+    def rounded(values, scale):
+        """Codes as the kernel reads them: times t in float16's precision, and that in e4m3."""
+        return e4m3(slow.int4(values, scale) * (scale / b).half().double()).double() * b
+
+    chosen = set()
+    for name, weight in scaled.items():
+        scales = torch.zeros(4, 2, dtype=torch.double)
+        for row in range(4):
+            for group in range(2):
+                columns = slice(group * 128, (group + 1) * 128)
+                largest = weight[row, columns].abs().max()
+                candidates = {clip: (clip / 100 * largest / 7).bfloat16().double() for clip in range(100, 65, -5)}
+                scales[row, group], _ = slow.best_scale(
+                    weight[row, columns], x[:, columns].square().mean(dim=0), candidates.values(), rounded
+                )
+                chosen |= {clip for clip, scale in candidates.items() if scale == scales[row, group]}
+        targets = slow.settled(weight, x, lambda values, column, s=scales: rounded(values, s[:, column // 128]), 128)
+        codes = slow.int4(targets, scales.repeat_interleave(128, dim=1)).to(torch.int8)
+        parts = stored[name]
+        assert torch.equal(parts["prequant_scaling_factor"].double(), factor)
+        assert parts["weights_scaling_factor_2"].tolist() == [b]
+        assert parts["activation_scaling_factor"].tolist() == [power_of_two(x.abs().max() / 448)]
+        assert torch.equal(parts["weights_scaling_factor"].double(), scales)
+        assert torch.equal(int4.unpack(parts["weight"]), codes)
+    assert len(chosen) > 2
+
+
+def power_of_two(least):
+    """The smallest that is not below `least`."""
+    power = 2.0**-60
+    while power < least:
+        power *= 2
+    return power
 
 
 def test_rounding_twice_costs_little_beside_int4():

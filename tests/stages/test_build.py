@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tkit.files import sha256_file
 from tkit.quantize import int4
+from tkit.specs.quantization import QUANT_FORMATS
 
 WIDE = {
     "hidden_size": 256,
@@ -165,14 +166,16 @@ def test_rowwise_fp8_and_plain_int4_equal_a_direct_recomputation(tkit, make_llam
     assert (config["quantization"]["quant_algo"], config["quantization"]["pre_quant_scale"]) == ("W4A16_AWQ", False)
 
 
-def test_bytes_depend_on_nothing_but_the_inputs(tkit, make_llama):
-    digests = []
-    for out, workers in (("a", 1), ("b", 3)):
-        options = ["--quant", "int4_awq", "--tp", 2, "--pp", 2, "--workers", workers, "--out", out]
-        result = tkit("build", make_llama(**WIDE), *options)
+@pytest.mark.parametrize("quant", [name for name, format in QUANT_FORMATS.items() if not format.is_stored_plain])
+def test_bytes_depend_on_nothing_but_the_inputs(tkit, make_llama, quant):
+    model, digests = make_llama(**WIDE, num_hidden_layers=1), []
+    for out, workers, seed in (("a", 1, 0), ("b", 3, 0), ("c", 1, 1)):
+        options = ["--quant", quant, "--kv-cache", "fp8", "--tp", 2, "--calib-samples", 4, "--calib-len", 64]
+        result = tkit("build", model, *options, "--workers", workers, "--seed", seed, "--out", out)
         card = json.loads((Path(result.stdout.strip()) / "engine.json").read_text())
         digests.append({name: facts["sha256"] for name, facts in card["files"].items()})
     assert digests[0] == digests[1]
+    assert digests[0].keys() == digests[2].keys() and digests[0] != digests[2]
 
 
 @pytest.mark.parametrize(
