@@ -7,9 +7,12 @@ import pytest
 from tkit.planner.fit import Demand, choose
 from tkit.planner.gpus import find_gpu
 from tkit.planner.memory import GIB, kv_bytes_per_sequence, kv_bytes_per_token, ledger, resident_bytes, stored_bytes
-from tkit.planner.models import shape_table
+from tkit.planner.models import find_shape, shape_table
+from tkit.planner.page import memory_plot
+from tkit.planner.planning import make_plan
 from tkit.planner.precision import precision
 from tkit.planner.shapes import num_params
+from tkit.planner.wish import Wish
 from tkit.specs.parallel import Parallel
 
 ONE = Parallel()
@@ -123,3 +126,14 @@ def test_ranks_add_up_to_the_model():
     # every rank keeps the whole embedding and all norms
     repeated = 2 * (128256 * 8192 + 161 * 8192)
     assert stored_bytes(L70, precision("none"), Parallel(tp_size=4)) == 2 * num_params(L70) + 3 * repeated
+
+
+def test_the_plot_of_memory_says_what_fits():
+    wish = Wish(gpu=find_gpu("l40s"), concurrency=47)  # one more than fits with 4096 tokens
+    plan = make_plan(find_shape("Llama-3.1-8B"), wish, "table", with_alternatives=False)
+    assert plan.concurrency_by_context[4096] == 46
+    plot = memory_plot(plan)
+    (limit,) = [row["y"] for layer in plot["layer"] if "data" in layer for row in layer["data"]["values"]]
+    for row in plot["data"]["values"]:
+        fits = int(row["users"]) <= plan.concurrency_by_context[row["context"]]
+        assert (row["gigabytes"] <= limit * (1 + 1e-9)) == fits, row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from pathlib import Path
@@ -212,6 +213,19 @@ def test_one_ttft_on_the_screen(tkit):
     assert asked["ttft_ms"] == pytest.approx(plan["ttft_p50_p90_p99_ms"][0], abs=0.01)
     assert asked["tok_s_gpu_low"] * plan["chosen"]["parallel"]["tp_size"] == pytest.approx(plan["tok_s"]["low"])
     assert asked["ttft_ms"] < plan["ttft_ms"]["value"] / 1.2  # which holds the first wave
+
+
+def test_gpus_for_a_rate_say_at_which_load_and_how_surely(tkit):
+    result = tkit("plan", "llama-3.1-70b", "--concurrency", 32, "--rate", 20, "--json")
+    plan = record(result)
+    size, per_engine = plan["chosen"]["parallel"]["tp_size"], plan["tok_s"]["value"] / 1024
+    assert plan["gpus_for_load"] == size * math.ceil(20 / per_engine)
+    assert plan["gpus_for_load_sure"] == size * math.ceil(20 / (plan["tok_s"]["low"] / 1024)) > plan["gpus_for_load"]
+    told = tkit("plan", "llama-3.1-70b", "--concurrency", 32, "--rate", 20).stdout
+    assert (
+        f"GPUs for 20 requests/s: {plan['gpus_for_load']}, {plan['gpus_for_load_sure']} at the band's bad end; " in told
+    )
+    assert f"engines of {size} with 32 in flight each" in told
 
 
 def test_fewer_gpus_are_cheaper(tkit, tmp_path):

@@ -54,7 +54,7 @@ def render_html(plan: Plan) -> str:
 
 MEMORY_CAPTION = (
     "Bytes of one GPU: weights, activations and the engine's own first, then the KV cache of so many sequences, each of the "
-    "context on the axis. Lines that pass the dashed one do not fit."
+    "context on the axis. Dashed: what the engine fills of the card. Lines that pass it do not fit."
 )
 PARETO_CAPTION = (
     "Each point is a number of requests in flight. Right: tokens per second that one user sees. Up: tokens per second per GPU. "
@@ -94,7 +94,7 @@ def memory_plot(plan: Plan) -> Spec:
         },
     }
     limit = {
-        "data": {"values": [{"y": book.usable / 1e9}]},
+        "data": {"values": [{"y": (book.usable - max(book.unused, 0)) / 1e9}]},
         "mark": {"type": "rule", "strokeDash": [6, 4], "color": ORANGE},
         "encoding": {"y": {"field": "y", "type": "quantitative"}},
     }

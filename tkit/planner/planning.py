@@ -96,11 +96,17 @@ def make_plan(
         cost=cost(wish.gpu, chosen.parallel.world_size, (tok_s.value, tok_s.low, tok_s.high), prices)
         if prices
         else None,
-        gpus_for_load=gpus_for_rate(wish.requests_s, requests_s, chosen.parallel.world_size)
-        if wish.requests_s
-        else None,
+        rate=wish.requests_s,
+        gpus_for_load=_gpus_for_rate(wish, chosen, tok_s.value),
+        gpus_for_load_sure=_gpus_for_rate(wish, chosen, tok_s.low),
         notes=tuple(_notes(shape, wish, weights, kv, chosen, used)),
     )
+
+
+def _gpus_for_rate(wish: Wish, chosen: Layout, tok_s: float) -> int | None:
+    if wish.requests_s is None:
+        return None
+    return gpus_for_rate(wish.requests_s, tok_s / wish.osl, chosen.parallel.world_size)
 
 
 def _verdict(wish: Wish, chosen: Layout, best: Layout | None, considered: Sequence[Layout]) -> str:

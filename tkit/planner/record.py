@@ -131,7 +131,9 @@ class Plan:
     alternatives: tuple[Alternative, ...]
     speculation: tuple[Speculation, ...]
     cost: Cost | None
-    gpus_for_load: int | None
+    rate: float | None  # requests per second to size for
+    gpus_for_load: int | None  # engines of this plan, each with `concurrency` in flight
+    gpus_for_load_sure: int | None  # at the low end of the throughput's band
     notes: tuple[str, ...]
 
 

@@ -168,7 +168,10 @@ def _break_even(item: Speculation) -> str:
 def _money(plan: Plan) -> list[str]:
     lines = []
     if plan.gpus_for_load is not None:
-        lines.append(f"  GPUs for the asked rate: {plan.gpus_for_load}")
+        lines.append(
+            f"  GPUs for {plan.rate:g} requests/s: {plan.gpus_for_load:,}, {plan.gpus_for_load_sure:,} at the band's bad end; "
+            f"engines of {plan.chosen.parallel.world_size} with {plan.concurrency} in flight each"
+        )
     if plan.cost is not None:
         low, high = plan.cost.usd_per_million
         lines.append(
