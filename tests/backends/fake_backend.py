@@ -44,6 +44,8 @@ class Fake:
     def served_models(self, engine_dir: Path, options: ServeOptions, instance: str) -> list[ServedModel]:
         parameters = {
             INSTANCE_PARAMETER: instance,
+            "engine_dir": str(engine_dir),
+            "device": "cpu",
             "max_batch_size": str(options.max_batch_size),
             "max_queue_size": str(options.max_queue_size),
         }

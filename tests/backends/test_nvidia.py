@@ -30,6 +30,7 @@ def test_a_node(tmp_path: Path) -> None:
 def test_a_machine_without_anything() -> None:
     machine = this_machine({"PATH": "/nowhere"})
     assert machine == Machine(gpus_problem="no nvidia-smi on PATH")
+    assert machine.trtllm_version is None
 
 
 @pytest.mark.parametrize(

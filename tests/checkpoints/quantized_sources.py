@@ -1,4 +1,4 @@
-"""Quantized Hugging Face checkpoints, packed word by word from the definition of each format.
+"""Quantized Hugging Face checkpoints, packed from the definition of each format.
 
 A source is made of a 16-bit model: random codes, scales and zero points near its weights, the files that the format's own
 tool would write, and beside them what it all means, as plain numbers. Shares no code with tkit.
@@ -53,19 +53,10 @@ class Source:
     kv_scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def word(nibbles: Any) -> int:
-    """Eight numbers from 0 to 15 as one signed 32-bit word, the first lowest."""
-    value = 0
-    for index, nibble in enumerate(nibbles):
-        value |= int(nibble) << (4 * index)
-    return value - (1 << 32) if value >= 1 << 31 else value
-
-
 def words_along_rows(u: np.ndarray, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
-    """(n, m) -> (n, m/8): each word holds eight neighbours of one row."""
-    return torch.tensor(
-        [[word(row[start + i] for i in order) for start in range(0, len(row), 8)] for row in u], dtype=torch.int32
-    )
+    """(n, m) -> (n, m/8): each signed 32-bit word holds eight neighbours of one row, the first of the order lowest."""
+    eights = u.reshape(len(u), -1, 8)[:, :, list(order)].astype(np.uint32)
+    return torch.from_numpy((eights << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32).view(np.int32))
 
 
 def awq(layer: Layer) -> dict[str, torch.Tensor]:
@@ -103,11 +94,9 @@ def compressed_asymmetric(layer: Layer) -> dict[str, torch.Tensor]:
 
 
 def modelopt_awq(layer: Layer) -> dict[str, torch.Tensor]:
-    q = layer.u.astype(np.int64) - 8
-    rows = [
-        [(low & 15) | (high & 15) << 4 for low, high in zip(*q[i : i + 2], strict=True)] for i in range(0, len(q), 2)
-    ]
-    return {"weight": torch.tensor(rows, dtype=torch.uint8), "weight_scale": layer.s.float()}
+    q = layer.u.astype(np.uint8) - 8  # negative codes as two's complement
+    packed = (q[0::2] & 15) | (q[1::2] & 15) << 4
+    return {"weight": torch.from_numpy(packed), "weight_scale": layer.s.float()}
 
 
 def fp8_static(layer: Layer) -> dict[str, torch.Tensor]:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -273,46 +272,39 @@ def test_the_command_in_the_card_builds_the_same_engine(tkit, make_llama):
     assert again == card
 
 
-def wait_for_steps(process, engines, num_steps):
-    """Until a running build has that many lines in its journal."""
-    deadline = time.monotonic() + 90
-    while sum(len(path.read_text().splitlines()) for path in engines.glob(".tmp-*/journal.jsonl")) < num_steps:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_build_leaves_nothing(make_llama, tmp_path, number, exit_code):
-    command = [sys.executable, "-m", "tkit", "build", str(make_llama(**WIDE)), "--quant", "int4_awq"]
-    process = subprocess.Popen([*command, "--calib-samples", "100"], cwd=tmp_path, stderr=subprocess.PIPE)
-    wait_for_steps(process, tmp_path / "engines", 1)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode == exit_code
-    assert_nothing_left(tmp_path / "engines")
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 3])
-@pytest.mark.parametrize("quant", ["none", "int4_awq"])
-def test_a_killed_build_resumes_and_ends_with_the_same_digest(tkit, make_llama, tmp_path, quant, num_steps):
-    """SIGKILL while a layer is written: the process stops itself there, so that it is hit in mid-write."""
-    options = [make_llama(**WIDE), "--quant", quant, "--calib-samples", "2", "--tp", "2"]
-    undisturbed = json.loads(tkit("build", *options, "--out", "undisturbed", "--json").stdout)
+def build_that_is_hit(number, num_steps, options, directory):
+    """`tkit build` in a process of its own, which signals itself in mid-write, after so many lines of its journal."""
     code = (
-        "import os, signal, sys\n"
+        "import os, sys\n"
         "from tkit.checkpoints.writer import FileWriter\n"
         "append = FileWriter._append\n"
-        "def dying(self, view):\n"
+        "def hit(self, view):\n"
         "    journal = self.path.parent.parent / 'journal.jsonl'\n"
         f"    if journal.exists() and len(journal.read_text().splitlines()) >= {num_steps}:\n"
-        "        self._file.write(view[: len(view) // 2]); self._file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"        self._file.write(view[: len(view) // 2]); self._file.flush(); os.kill(os.getpid(), {int(number)})\n"
         "    append(self, view)\n"
-        "FileWriter._append = dying\n"
+        "FileWriter._append = hit\n"
         "from tkit.cli.main import main\n"
         "main()"
     )
     command = [sys.executable, "-c", code, "build", *map(str, options)]
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == -signal.SIGKILL
+    return subprocess.run(command, cwd=directory, capture_output=True).returncode
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code", "quant"), [(signal.SIGINT, 130, "int4_awq"), (signal.SIGTERM, 143, "none")]
+)
+def test_an_interrupted_build_leaves_nothing(make_llama, tmp_path, number, exit_code, quant):
+    options = [make_llama(**WIDE), "--quant", quant, "--calib-samples", "2"]
+    assert build_that_is_hit(number, 1, options, tmp_path) == exit_code
+    assert_nothing_left(tmp_path / "engines")
+
+
+@pytest.mark.parametrize(("quant", "num_steps"), [("none", 1), ("none", 2), ("none", 3), ("int4_awq", 3)])
+def test_a_killed_build_resumes_and_ends_with_the_same_digest(tkit, make_llama, tmp_path, quant, num_steps):
+    options = [make_llama(**WIDE), "--quant", quant, "--calib-samples", "2", "--tp", "2"]
+    undisturbed = json.loads(tkit("build", *options, "--out", "undisturbed", "--json").stdout)
+    assert build_that_is_hit(signal.SIGKILL, num_steps, options, tmp_path) == -signal.SIGKILL
     assert not list(Path("engines").glob("[!.]*"))
     resumed = tkit("build", *options, "--json")
     assert resumed.exit_code == 0 and "resuming the build" in resumed.stderr

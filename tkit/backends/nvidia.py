@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tkit.triton.install import others_path
@@ -34,13 +34,18 @@ class GpuDevice:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """`gpus_problem` says why there are none. `trtllm_version` is that of the Python that `trtllm-build` runs in."""
+    """`gpus_problem` says why there are none. `environment`: where its programs are looked for, None for nowhere."""
 
     gpus: tuple[GpuDevice, ...] = ()
     gpus_problem: str | None = None
     trtllm_build: Path | None = None
-    trtllm_version: str | None = None
     release: str | None = None  # of NVIDIA's container, where this is one
+    environment: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
+
+    @functools.cached_property
+    def trtllm_version(self) -> str | None:
+        """That of the Python that `trtllm-build` runs in; asked only where it matters, as another Python answers."""
+        return None if self.environment is None else tensorrt_llm_version(self.trtllm_build, self.environment)
 
     @property
     def sms(self) -> tuple[int, ...]:
@@ -54,8 +59,8 @@ def this_machine(environment: Mapping[str, str] = os.environ) -> Machine:
         gpus=gpus,
         gpus_problem=problem,
         trtllm_build=Path(build) if build else None,
-        trtllm_version=tensorrt_llm_version(Path(build) if build else None, environment),
         release=environment.get(RELEASE_VARIABLE),
+        environment=environment,
     )
 
 

@@ -182,8 +182,10 @@ def find_checkpoint_engine(model: str | None) -> Path | None:
 
 def _runs_pytorch(recipe: EngineRecipe, machine: Machine) -> bool:
     """Auto chooses it for a unified checkpoint, which nothing else compiles, where this machine can run it."""
+    if recipe.format != "hf" or not machine.gpus:
+        return False
     version = machine.trtllm_version
-    return recipe.format == "hf" and version is not None and has_llm_api(version) and bool(machine.gpus)
+    return version is not None and has_llm_api(version)
 
 
 def _tensorrt_problems(recipe: EngineRecipe, machine: Machine) -> list[str]:
