@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks._trtllm_reader import load
 from tkit import demo
-from tkit.runtime.calibration import calibration_tokens
+from tkit.runtime.corpus import calibration_tokens
 from tkit.runtime.evaluate import Comparison, compare_models
 
 PEER_FORMATS = ("int8", "fp8", "fp8+kv", "fp8_rowwise", "int8_sq", "int4", "int4_awq", "w4a8_awq", "nvfp4")
@@ -112,9 +112,7 @@ def _export_modelopt(
     python = options.modelopt_python or _modelopt_environment(options.work / "modelopt-venv")
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     tokens = work / "calibration.json"
-    tokens.write_text(
-        json.dumps(calibration_tokens(calibration, tokenizer, 16, 256, 0, tokenizer.get_vocab_size()).tolist())
-    )
+    tokens.write_text(json.dumps(calibration_tokens(calibration, tokenizer, 16, 256, 0, tokenizer.get_vocab_size())))
     script = Path(__file__).with_name("_modelopt_export.py")
     subprocess.run([python, script, model_dir, tokens, work / "modelopt", *missing], check=True, stdout=sys.stderr)
 

@@ -153,7 +153,7 @@ def test_a_number_that_is_none_passes_no_gate(tkit, built):
         (lambda model: (model / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
         (lambda model: (model / "tokenizer.json").write_text("{"), "model/tokenizer.json: the tokenizer does not"),
         (lambda model: edit(model / "config.json", bos_token_id=[]), "transformers refuses it: Validation error"),
-        (lambda model: edit(model / "config.json", hidden_size=..., architectures=None), "transformers refuses it"),
+        (lambda model: edit(model / "config.json", architectures=None), 'no "architectures" entry'),
     ],
 )
 def test_a_source_that_does_not_load_is_refused(tkit, tmp_path, change, message):
@@ -179,3 +179,17 @@ def test_a_tokenizer_that_transformers_cannot_read_is_refused(tkit, tmp_path):
     assert result.exit_code == 2
     assert "transformers makes no tokenizer.json of its tokenizer: " in result.stderr
     assert not list(tmp_path.glob("engines/*"))
+
+
+def test_another_model_as_source_is_refused(tkit, built, make_llama):
+    engine = built()
+    result = tkit("validate", engine, "--source", make_llama(), "--windows", "1")
+    assert result.exit_code == 2
+    assert f"{engine} was not made from {make_llama()}" in result.stderr
+    assert "layers: 3 and 4" in result.stderr and "hidden_size: 64 and 256" in result.stderr
+
+
+def test_tokens_that_the_model_does_not_embed_are_named(tkit, make_llama):
+    small = make_llama(vocab_size=100)
+    result = tkit("validate", small, "--source", small, "--windows", "1")
+    assert result.exit_code == 2 and "of the text, the model embeds 100" in result.stderr

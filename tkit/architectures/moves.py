@@ -35,7 +35,7 @@ def plan_moves(spec: ModelSpec, precision: Precision, parallel: Parallel) -> lis
         raise InputError(
             f"{spec.architecture} cannot be split over tp {parallel.tp_size}, pp {parallel.pp_size} as {names}",
             problems=problems,
-            hint="choose a smaller --tp or another --quant",
+            hint="choose a smaller --tp or --pp, or another --quant",
         )
     planner = _Planner(row, spec, formats, parallel, precision.kv_cache)
     moves = [move for module in row.first for move in planner.outside(module, pp_rank=0)]

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tkit import demo
+from tkit.architectures.config import spec_from_hf
 from tkit.architectures.table import ARCHITECTURES
+from tkit.checkpoints.reader import read_config
 from tkit.errors import GateFailed, InputError
 from tkit.files import from_mapping, read_json, sha256_file, write_json
 from tkit.specs.engine import EngineCard
+from tkit.specs.model import ModelSpec
 from tkit.specs.progress import Progress
 from tkit.specs.record import VALIDATION_FILE, VALIDATION_SCHEMA
 from tkit.stages.engines import is_engine, read_card, verify_files
@@ -97,11 +100,12 @@ def validate(
         source_dir = tokenizer_dir = source
     text = text or demo.HELD_OUT
     if not text.is_file():
-        raise InputError(f"--text {text}: no such file")
+        raise InputError(f"--text {text}: {'no file' if text.exists() else 'no such file'}")
     tokenizer = read_tokenizer(tokenizer_dir)
     ids = token_ids(text, tokenizer, SPREAD * num_windows * WINDOW_TOKENS)
     device = pick_device(device)
     candidate, spec = load_model(engine_dir, device)
+    _check_source(source_dir, engine_dir, spec, max(ids, default=0))
     length = min(WINDOW_TOKENS, spec.max_position_embeddings)
     windows = min(num_windows, len(ids) // length)
     if windows == 0:
@@ -130,6 +134,29 @@ def validate(
     if card is not None:
         write_json(engine_dir / VALIDATION_FILE, record)
     return record
+
+
+def _check_source(source_dir: Path, engine_dir: Path, spec: ModelSpec, largest_token: int) -> None:
+    """Raises InputError where layers of the two have no counterpart, or the text has tokens that one does not embed."""
+    source = spec_from_hf(read_config(source_dir), str(source_dir / "config.json"))
+    problems = []
+    for what, expected, found in (
+        ("layers", source.num_layers, spec.num_layers),
+        ("hidden_size", source.hidden_size, spec.hidden_size),
+        ("layers' name", *(ARCHITECTURES[its.architecture].layer_prefix for its in (source, spec))),
+    ):
+        if expected != found:
+            problems.append(f"{what}: {expected} and {found}")
+    if problems:
+        raise InputError(
+            f"{engine_dir} was not made from {source_dir}", problems=problems, hint="--source names its own model"
+        )
+    embedded = min(source.vocab_size, spec.vocab_size)
+    if largest_token >= embedded:
+        raise InputError(
+            f"the tokenizer makes token {largest_token} of the text, the model embeds {embedded}",
+            hint="put the model's own tokenizer beside its weights",
+        )
 
 
 def _sample(source: PreTrainedModel, candidate: PreTrainedModel, tokenizer: Tokenizer, window: Tensor) -> Sample:
