@@ -313,9 +313,9 @@ def test_a_server_that_goes_away_ends_the_point(tokenizer_dir: Path, tmp_path: P
                 Session("openai", server.url, "plain", prompts=prompts(tokenizer_dir), profile=used)
             )
             session.probe(SHAPE)
-            assert session.is_ready()
+            assert session.identity_now() == session.identity
         point = session.measure(Place(shape=SHAPE, concurrency=1, repeat=1), lambda live: None)
-        assert not session.is_ready()
+        assert session.identity_now() is None
     assert {record.error for record in point.records} == {"refused"}
     assert len(point.records) == 3, "given up, not run through"
 
@@ -480,7 +480,13 @@ def test_the_key_is_sent_and_written_nowhere(tkit: Tkit, fake: Any, tokenizer_di
     assert "--api-key-file key" in manifest["command"]
     identity = manifest["identity"]
     assert identity["token_source"] == "server_usage"
-    assert identity["server"] == {"server": "fake", "version": "0.9", "model": "plain", "models": ["plain"]}
+    assert identity["server"] == {
+        "server": "fake",
+        "version": "0.9",
+        "model": "plain",
+        "models": ["plain"],
+        "root": None,
+    }
     result_of_wrong = tkit(*arguments, "--api-key-file", "wrong", *SMALL)
     assert (result_of_wrong.exit_code, "wrong: No such file" in result_of_wrong.stderr) == (2, True)
     written = [path.read_bytes() for path in (tmp_path / "reports").rglob("*") if path.is_file()]

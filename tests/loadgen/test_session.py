@@ -193,7 +193,7 @@ def test_a_server_that_dies_ends_the_point(dying_url: str, tokenizer_dir: Path) 
     ) as session:
         session.probe(SHAPE)
         point = session.measure(Place(shape=SHAPE, concurrency=2, repeat=1), lambda live: None)
-        assert not session.is_ready()
+        assert session.identity_now() is None
     errors = [record.error for record in point.records if record.error]
     assert set(errors) <= {"disconnected", "refused"}
     assert errors[0] == "disconnected"

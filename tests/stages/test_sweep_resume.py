@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,8 +38,9 @@ class Mock:
         self.port = 0
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self) -> None:
-        command = [sys.executable, "-m", "tkit.loadgen.mock_server", "--ttft-ms=5", "--itl-ms=1", f"--port={self.port}"]
+    def start(self, seed: int = 0) -> None:
+        command = [sys.executable, "-m", "tkit.loadgen.mock_server", "--ttft-ms=5", "--itl-ms=1", f"--port={self.port}",
+                   f"--seed={seed}"]  # fmt: skip
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())
@@ -182,6 +186,76 @@ def test_a_server_that_stays_away_ends_the_sweep(mock: Mock, tokenizer_dir: Path
     assert "  - not back after 1 s: " in told
     assert "the same command with --resume" in told
     assert names(journal(tmp_path / "reports/r"))[-2:] == ["c1-r1", "failed"]
+
+
+class Switch:
+    """A port whose new connections go to the server that `port` names now, as when one server replaces another."""
+
+    def __init__(self, port: int):
+        self.port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.own_port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        with self._listener, contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self.port))
+                for source, sink in ((client, server), (server, client)):
+                    threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with source, contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+def test_a_server_in_the_place_of_the_first_is_not_measured(
+    mock: Mock, tokenizer_dir: Path, tmp_path: Path, tkit: Tkit
+) -> None:
+    """No request fails: those under way end with the first server, new connections come to the other."""
+    switch, other = Switch(mock.port), Mock()
+    other.start(seed=1)
+    typed = arguments(mock, tokenizer_dir, "--concurrency", "1,2", "--requests", "30")
+    typed[typed.index("--url") + 1] = f"127.0.0.1:{switch.own_port}"
+    run = tmp_path / "reports/r"
+    with started([*typed, "--name", "r"], tmp_path) as process:
+        wait_for(lambda: (run / "state.jsonl").is_file())
+        switch.port = other.port
+        _, told = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 1
+    assert f"error: 127.0.0.1:{switch.own_port}: another server answers: root seed-0 then, seed-1 now" in told
+    point = read_json(run / "points/16x8-c1-r1/point.json")
+    assert (point["errors"], point["is_valid"]) == ({}, False)
+    assert names(journal(run))[-2:] == ["c1-r1", "failed"]
+    refused = tkit(*typed, "--resume")
+    assert refused.exit_code == 2
+    assert "  - another server answers: root seed-0 then, seed-1 now" in refused.stderr
+    switch.port = mock.port
+    assert tkit(*typed, "--resume").exit_code == 0
+    assert [point["requests"] for point in read_json(run / "summary.json")] == [30, 30]
+    switch.close()
+    other.kill()
+
+
+def test_another_server_after_the_first_has_died_is_not_measured(
+    mock: Mock, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    typed = arguments(mock, tokenizer_dir, "--concurrency", "1,2", "--requests", "200")
+    run = tmp_path / "reports/r"
+    with started([*typed, "--name", "r"], tmp_path) as process:
+        wait_for(lambda: (run / "state.jsonl").is_file())
+        mock.kill()
+        wait_for(lambda: "hole" in (run / "state.jsonl").read_text())
+        mock.start(seed=1)
+        _, told = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 1
+    assert f"error: 127.0.0.1:{mock.port}: another server answers: root seed-0 then, seed-1 now" in told
 
 
 def test_the_largest_load_is_found_and_told(mock: Mock, tokenizer_dir: Path, tmp_path: Path, tkit: Tkit) -> None:

@@ -8,7 +8,8 @@ A hole is a point during which the server stopped answering: what came until the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from tkit import __version__
 from tkit.errors import ServerError
@@ -26,7 +27,7 @@ GONE = ("refused", "disconnected")  # what requests to a server that is not ther
 
 
 class Grid:
-    """One run. `points` and `found` grow as it goes. `check_server` raises when it is not the one that was meant."""
+    """One run. `points` and `found` grow as it goes. The server is to stay who it is when the run begins."""
 
     def __init__(
         self,
@@ -36,7 +37,6 @@ class Grid:
         manifest: Manifest,
         progress: Progress,
         *,
-        check_server: Callable[[], None],
         reconnect_s: float,
         sampler: Sampler | None = None,
     ):
@@ -48,7 +48,7 @@ class Grid:
         self._run = run
         self._manifest = manifest
         self._progress = progress
-        self._check_server = check_server
+        self._identity = session.identity
         self._reconnect_s = reconnect_s
         self._sampler = sampler
 
@@ -98,9 +98,11 @@ class Grid:
             numbers = telemetry_numbers(samples, measurement.summary)
             summary = dataclasses.replace(measurement.summary, telemetry=numbers)
             measurement = dataclasses.replace(measurement, summary=summary)
-        lost = _why_lost(self._session, measurement)
+        identity = self._session.identity_now()
+        stranger = server_difference(self._identity, identity) if identity is not None else None
+        lost = _why_lost(measurement, identity) or stranger
         if lost is not None:
-            measurement = _marked(measurement)
+            measurement = _marked(measurement, stranger or "the server stopped answering")
         self.points[place] = measurement.summary  # before it is written: a signal may come between any two lines
         self._run.write_point(place, measurement.summary, measurement.records, samples)
         if lost is None:
@@ -109,7 +111,9 @@ class Grid:
             self._run.journal("hole", point=place.slug, reason=lost)
             self.num_holes += 1
         self._progress.note(f"{what}: {point_line(measurement.summary)}")
-        if lost is not None:
+        if stranger is not None:
+            self._refuse(stranger)
+        elif lost is not None:
             self._wait_for_server(what, lost)
         elif measurement.records and all(not record.is_ok for record in measurement.records):
             raise ServerError(
@@ -134,18 +138,39 @@ class Grid:
                 problems=[f"not back after {self._reconnect_s:g} s: {problem}"],
                 hint="see the server's log; measure the rest when it is back: the same command with --resume",
             )
-        self._check_server()
+        if stranger := server_difference(self._identity, self._session.identity):
+            self._refuse(stranger)
         self._progress.note("the server is back")
 
+    def _refuse(self, stranger: str) -> None:
+        raise ServerError(
+            f"{self._manifest.url}: {stranger}",
+            hint="measure the rest when the first one is back: the same command with --resume",
+        )
 
-def _why_lost(session: Session, measurement: Measurement) -> str | None:
+
+def _why_lost(measurement: Measurement, identity: Mapping[str, Any] | None) -> str | None:
     """Whether the server went away during the point. One that was restarted meanwhile answers again, but most of the
     requests found nobody."""
     if not measurement.failures:
         return None
-    if not session.is_ready() or all(record.error in GONE for record in measurement.records):
+    if identity is None or all(record.error in GONE for record in measurement.records):
         return _first(measurement)
     return None
+
+
+def server_difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What tells that another server answers, of what each said of itself; None for the same one, restarted or not."""
+    then, now = _lasting(then), _lasting(now)
+    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    told = ", ".join(f"{name} {then.get(name)} then, {now.get(name)} now" for name in changed)
+    return f"another server answers: {told}" if changed else None
+
+
+def _lasting(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the mark of one start, and with the parameters beside the rest."""
+    parameters = identity.get("parameters", {})
+    return {name: value for name, value in {**identity, **parameters}.items() if name not in ("parameters", "instance")}
 
 
 def _first(measurement: Measurement) -> str:
@@ -153,8 +178,8 @@ def _first(measurement: Measurement) -> str:
     return f"{ERRORS[first.error or 'server']}: {first.detail}"
 
 
-def _marked(measurement: Measurement) -> Measurement:
-    reasons = ("the server stopped answering", *measurement.summary.invalid_reasons)
+def _marked(measurement: Measurement, reason: str) -> Measurement:
+    reasons = (reason, *measurement.summary.invalid_reasons)
     summary = dataclasses.replace(measurement.summary, is_valid=False, invalid_reasons=reasons)
     return dataclasses.replace(measurement, summary=summary)
 

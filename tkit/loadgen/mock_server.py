@@ -354,7 +354,7 @@ def _told(path: str, server: MockServer) -> tuple[int, Any]:
             record, server.record = server.record, []
             return 200, record
         case ["v1", "models"]:
-            return 200, {"data": [{"id": name} for name in BEHAVIOURS]}
+            return 200, {"data": [{"id": name, "root": f"seed-{server.seed}"} for name in BEHAVIOURS]}
         case ["v2"]:
             return 200, {"name": "tkit-mock", "version": "1", "extensions": []}
         case ["v2", "models", _, "ready"]:

@@ -32,7 +32,8 @@ class OpenAIClient(SseClient):
         if reply.status in (401, 403):
             hint = "give the file that holds the key: --api-key-file FILE"
             raise InputError(f"{self._url}: {self._told(reply.status, reply.body)}", hint=hint)
-        names = _model_names(reply.body) if reply.status == 200 else []
+        models = _models(reply.body) if reply.status == 200 else {}
+        names = list(models)
         known = ", ".join(names)
         if not self.model and len(names) != 1:
             what = f"serves {len(names)} models ({known})" if names else "does not say which models it serves"
@@ -48,6 +49,7 @@ class OpenAIClient(SseClient):
             "version": await self._version(timeout_s),
             "model": self.model,
             "models": names,
+            "root": models.get(self.model, {}).get("root"),
         }
 
     async def _version(self, timeout_s: float) -> str | None:
@@ -117,8 +119,9 @@ def _text(choice: Any) -> str:
     return text or ""
 
 
-def _model_names(body: bytes) -> list[str]:
+def _models(body: bytes) -> dict[str, dict[str, Any]]:
+    """By name. vLLM's `root`, where there is one, tells what stands behind a name."""
     try:
-        return [str(model["id"]) for model in json.loads(body)["data"]]
+        return {str(model["id"]): model for model in json.loads(body)["data"]}
     except (ValueError, KeyError, TypeError):
-        return []
+        return {}

@@ -121,8 +121,19 @@ class Session:
         has_tokenizer = self._prompts.token_ends is not None
         return "chunks" if self._client.token_source == "tokenizer" and not has_tokenizer else self._client.token_source
 
-    def is_ready(self) -> bool:
-        return self._runner.run(self._client.is_ready(min(OPEN_TIMEOUT_S, self._idle_timeout_s)))
+    def identity_now(self) -> Mapping[str, Any] | None:
+        """What the server says of itself over a new connection; None when it is not ready."""
+        timeout_s = min(OPEN_TIMEOUT_S, self._idle_timeout_s)
+        client = self._make_client()
+        try:
+            if not self._runner.run(client.is_ready(timeout_s)):
+                return None
+            self._runner.run(client.open(timeout_s))
+            return client.identity
+        except ServerError:
+            return None
+        finally:
+            self._runner.run(client.close())
 
     def reconnect(self, shapes: Sequence[Shape], timeout_s: float) -> str | None:
         """Tries until the server answers a lone request of each shape; afterwards why it does not, None when it does."""

@@ -19,7 +19,7 @@ from tkit.errors import InputError, ServerError
 from tkit.files import name_problem, read_api_key, read_json, sha256_file
 from tkit.loadgen.arrivals import trace_rate
 from tkit.loadgen.board import MAX_WORKERS
-from tkit.loadgen.grid import Grid
+from tkit.loadgen.grid import Grid, server_difference
 from tkit.loadgen.http import grpc_address, http_address, is_loopback
 from tkit.loadgen.profiles import Profile, resolve_profile
 from tkit.loadgen.protocols import DEFAULT_PROTOCOL, find_protocol
@@ -163,7 +163,6 @@ def run_sweep(
                 run,
                 manifest,
                 progress,
-                check_server=lambda: _refuse_stranger(endpoint, session.identity),
                 reconnect_s=target.reconnect_s,
                 sampler=sampler,
             )
@@ -220,6 +219,8 @@ def _resumed(run: RunDirectory, typed: Manifest) -> tuple[Manifest, Mapping[str,
         )
         if manifest.identity.get(name) != typed.identity.get(name)
     ]
+    if stranger := server_difference(manifest.identity.get("server", {}), typed.identity.get("server", {})):
+        problems.append(stranger)
     if problems:
         raise InputError(
             f"{run.path} measured something else",
