@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tkit.errors import InputError
-from tkit.files import from_mapping, read_json, read_yaml, write_atomic
+from tkit.files import check_writable, from_mapping, read_json, read_yaml, write_atomic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def test_every_problem_is_listed_with_its_place():
         'file.yaml: key "name" is missing',
         'file.yaml: inner: unknown key "sise" (did you mean "size"?)',
         "file.yaml: many[0]: size: expected int, found 'x'",
-        "file.yaml: many[1]: expected keys of Inner, found 5",
+        "file.yaml: many[1]: expected keys, found 5",
         "file.yaml: maybe: expected int, found True",
         "file.yaml: named: a: expected str, found None",
     }
@@ -96,6 +96,31 @@ def test_a_value_of_any_size_is_named_in_a_line():
     with pytest.raises(InputError) as error:
         from_mapping(Outer, {"name": nest, "inner": nest}, "x")
     assert len(str(error.value)) < 500
+
+
+def test_one_problem_is_the_message():
+    with pytest.raises(InputError) as error:
+        from_mapping(Outer, {"name": "a", "maybe": "x"}, "file.yaml")
+    assert str(error.value) == "file.yaml: maybe: expected int, found 'x'"
+
+
+def test_where_nothing_can_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine").chmod(0o500)
+    check_writable(tmp_path / "a" / "b", "unused")
+    with pytest.raises(InputError, match="/file: a file, expected a directory\nhint: choose another"):
+        check_writable(tmp_path / "file" / "a" / "b", "choose another")
+    if not os.access(tmp_path / "mine", os.W_OK):  # root may write everywhere
+        with pytest.raises(InputError, match="/mine: no permission to write there\nhint: choose another"):
+            check_writable(tmp_path / "mine" / "a", "choose another")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]
+
+
+def test_a_file_that_cannot_be_written_is_named_and_not_the_temporary_one(tmp_path):
+    with pytest.raises(OSError) as error:
+        write_atomic(Path("/proc/no.json"), "text")
+    assert error.value.filename == "/proc/no.json"
 
 
 def test_a_pipe_is_written_to_and_a_link_is_followed(tmp_path):

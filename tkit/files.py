@@ -42,11 +42,14 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     path = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link, unless it leads to itself
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path), open(temporary, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # not the temporary one, of which nobody knows
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
@@ -60,6 +63,15 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def check_writable(directory: Path, hint: str) -> None:
+    """Raises InputError where nothing can be made in `directory`, which need not exist yet; makes nothing itself."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{there}: a file, expected a directory", hint=hint)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{there}: no permission to write there", hint=hint)
 
 
 def reason_of(error: Exception) -> str:
@@ -166,14 +178,16 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """
     problems: list[str] = []
     value = _build(cls, values, where, problems)
+    if len(problems) == 1:
+        raise InputError(problems[0])
     if problems:
-        raise InputError(f"{where}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems=problems)
+        raise InputError(f"{where}: {len(problems)} problems", problems=problems)
     return value
 
 
 def _build(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(values, Mapping):
-        problems.append(f"{where}: expected keys of {cls.__name__}, found {_SHORT.repr(values)}")
+        problems.append(f"{where}: expected keys, found {_SHORT.repr(values)}")
         return None
     before = len(problems)
     hints = typing.get_type_hints(cls)

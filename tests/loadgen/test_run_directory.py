@@ -108,5 +108,5 @@ def test_names_that_are_taken(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file exists"):
         RunDirectory.create(tmp_path, "file", is_fixed=False)
-    with pytest.raises(InputError, match="cannot be made: Not a directory"):
+    with pytest.raises(InputError, match="file: a file, expected a directory"):
         RunDirectory.create(tmp_path / "file", "r", is_fixed=False)

@@ -135,6 +135,7 @@ def test_the_hub_cache_comes_before_the_table(tmp_path, monkeypatch):
         (["--concurrency", "999999999999"], ["not in the range"]),
         (["--calibrate", "nowhere"], ["--calibrate nowhere: no points/*/point.json in it"]),
         (["--compare", "gpus=h100"], ['"gpus=h100" (did you mean "gpu"?)']),
+        (["--compare", "gpu"], ['"gpu": expected one of gpu, quant']),
         (
             ["--compare", "quant=fq8,none kv_cache=fp9"],
             ['"fq8" (did you mean "fp8"?)', '--kv-cache: unknown type "fp9"'],

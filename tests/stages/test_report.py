@@ -228,7 +228,7 @@ def test_a_recipe_holds_gates(tkit: Tkit, reports: Path, monkeypatch: pytest.Mon
 
     def plan_engine(source: Any, engine: EngineRecipe, *_: Any, **__: Any) -> SimpleNamespace:
         done.append(engine.quant)
-        return SimpleNamespace(backend="reference", reason="", quant=engine.quant)
+        return SimpleNamespace(backend="reference", reason="", quant=engine.quant, checkpoint=None)
 
     built = SimpleNamespace(name="engine", build={"seconds": 1.0})
     quality = SimpleNamespace(ppl=1.0, ppl_source=1.0, kl=0.0, top1=1.0)

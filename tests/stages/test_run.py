@@ -169,7 +169,7 @@ def test_predictions_come_before_the_work(tmp_path, monkeypatch):
         ("sweep: {concurrency: [0], requests: -1}", "r: sweep: impossible sweep\n  - concurrency is 0"),
         ("sweep: {arrivals: sometimes, rates: [1.0]}", 'r: sweep: --arrivals: unknown process "sometimes"'),
         ("sweep: {dataset: nowhere.jsonl}", "r: sweep: --dataset: nowhere.jsonl: No such file"),
-        ("report: {out: r.yaml}", "r: report: out is r.yaml, a file"),
+        ("report: {out: r.yaml/x}", "r.yaml: a file, expected a directory\nhint: r: report: choose another out"),
         ("engines: [{quant: fp9, tp_size: 0, goal: x}]", "tp_size is 0, expected at least 1"),
         ("engines: [{quant: int8}, {}, {quant: int8}]", "engines[2] is engines[0] once more"),
         ("sweep: {shapes: [100/20, 2000/64]}", "has 2048 positions, too few for 1 of 2 shapes\n  - 2000/64 needs 2064"),

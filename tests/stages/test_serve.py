@@ -491,7 +491,8 @@ def test_everything_that_keeps_a_server_from_starting_is_listed(engine: Path, mo
     assert (result.exit_code, result.stderr) == (
         1,
         "error: the server cannot start here\n  - no Triton\n"
-        f"  - --http-port {port} is in use by {psutil.Process().name()} (pid {os.getpid()})\n  - no memory\n",
+        f"  - --http-port {port} is in use by {psutil.Process().name()} (pid {os.getpid()})\n  - no memory\n"
+        "hint: tkit status names the servers of this checkout, tkit stop ends one; port 0 is any free one\n",
     )
 
 

@@ -239,6 +239,7 @@ def test_a_shape_that_the_engine_cannot_hold(tkit: Tkit, served: Path) -> None:
     [
         (["quik"], 2, 'no profile "quik" (did you mean "quick"?)'),
         (["--protocol", "triton-grcp"], 2, '--protocol: unknown protocol "triton-grcp" (did you mean "triton-grpc"?)'),
+        (["--protocol", "zzz"], 2, "hint: known: triton-grpc, triton-http, openai, openai-chat, hf-generate"),
         (["--shape", "128"], 2, 'shape "128": expected input/output tokens, 1 to 10,000,000 each, like 128/64'),
         (["--concurrency", "0"], 2, "concurrency is 0, expected at least 1 each"),
         (["--concurrency", "1,x"], 2, "'1,x' is not a list of whole numbers like 1,4,16"),
@@ -327,10 +328,13 @@ def test_a_sweep_that_is_stopped_keeps_what_it_has(
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signum)
-        assert process.wait(10) == exit_code
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == exit_code
     names = {path.name for path in (tmp_path / "reports/r/points").iterdir()}
     assert all((tmp_path / "reports/r/points" / name / "point.json").is_file() for name in names)
     assert len(read_json(tmp_path / "reports/r/summary.json")) == len(names)
+    assert f"reports/r: points kept: {len(names)}; --resume goes on" in told
+    assert json.loads((tmp_path / "reports/r/state.jsonl").read_text().splitlines()[-1])["reason"] == "interrupted"
 
 
 def test_nothing_heavy_is_imported(fake_url: str, tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -148,7 +148,12 @@ class TensorFiles:
 def read_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a Hugging Face model. What ModelOpt says in a file of its own, its group size for one, is added to
     the `quantization_config`."""
-    config, quant_config = _mapping(directory / "config.json"), directory / HF_QUANT_CONFIG
+    path, quant_config = directory / "config.json", directory / HF_QUANT_CONFIG
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file", hint="name a model's directory: config.json, *.safetensors and its tokenizer"
+        )
+    config = _mapping(path)
     in_config = config.get("quantization_config") or {"quant_method": "modelopt"}
     is_modelopt = isinstance(in_config, dict) and in_config.get("quant_method") == "modelopt"
     if is_modelopt and quant_config.exists():
@@ -181,7 +186,9 @@ def open_source(directory: Path) -> TensorFiles:
         ]
         entries.update(header)
     if problems:
-        raise InputError(f"{directory}: unreadable checkpoint", problems=problems)
+        raise InputError(
+            f"{directory}: unreadable checkpoint", problems=problems, hint="copy or download these files again"
+        )
     return TensorFiles(directory, entries)
 
 

@@ -31,7 +31,7 @@ SECTIONS = {
 @click.option(
     "--pp", "pp_size", type=click.IntRange(min=1), metavar="N", help="Pipeline-parallel size, in GPUs.  [default: 1]"
 )
-@click.option("--quant", help=f"{', '.join(QUANT_FORMATS)}.  [default: none]")
+@click.option("--quant", metavar="QUANT", help=f"{', '.join(QUANT_FORMATS)}.  [default: none]")
 @click.option("--quant-override", "quant_overrides", multiple=True, metavar="PATTERN=QUANT",
               help="Another quantization for some modules: '*.attention.*=int8'. The first match counts.")  # fmt: skip
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Modules that stay in 16 bits: 'layers.0.*'.")
@@ -54,20 +54,33 @@ SECTIONS = {
               help="Tokens of one step over all requests; tensorrt and pytorch.  [default: 8192]")  # fmt: skip
 @click.option("--max-seq-len", type=click.IntRange(min=2), metavar="N",
               help="Prompt and answer of one request; tensorrt and pytorch.  [default: the model's own limit]")  # fmt: skip
-@click.option("--gpu", help="With --dry-run: compile for this GPU, such as H100.  [default: this machine's]")
-@click.option("--calib", type=click.Path(), help="Calibration text, .txt or .jsonl.  [default: ships with tkit]")
+@click.option(
+    "--gpu", metavar="NAME", help="With --dry-run: compile for this GPU, such as H100.  [default: this machine's]"
+)
+@click.option(
+    "--calib", type=click.Path(), metavar="FILE", help="Calibration text, .txt or .jsonl.  [default: ships with tkit]"
+)
 @click.option("--calib-samples", type=click.IntRange(min=1), metavar="N", help="Calibration samples.  [default: 16]")
 @click.option(
     "--calib-len", type=click.IntRange(min=1), metavar="N", help="Tokens per calibration sample.  [default: 256]"
 )
-@click.option("--seed", type=int, help="Seed of the calibration windows.  [default: 0]")
+@click.option("--seed", type=int, metavar="N", help="Seed of the calibration windows.  [default: 0]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu", show_default=True,
               help="Where calibration runs.")  # fmt: skip
 @click.option(
     "--workers", type=click.IntRange(1, 256), metavar="N", help="Threads that hash and write.  [default: one per core]"
 )
-@click.option("--out", type=click.Path(path_type=Path), default="engines", show_default=True, help="Engines directory.")
-@click.option("--name", help="Engine name.  [default: made from model, quantization, layout and inputs]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    default="engines",
+    show_default=True,
+    help="Engines directory.",
+)
+@click.option(
+    "--name", metavar="NAME", help="Engine name.  [default: made from model, quantization, layout and inputs]"
+)
 @click.option("--force", is_flag=True, help="Build again even when the engine exists.")
 @click.option("--allow-zeros", is_flag=True, help="Build although a weight matrix is all zeros.")
 @click.option("--allow-pickle", is_flag=True,

@@ -11,9 +11,16 @@ from tkit.cli.output import Output, output_options
 
 @click.command("import")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--label", help="What a report calls it.  [default: the model's name]")
-@click.option("--out", type=click.Path(path_type=Path), default="reports", show_default=True, help="Reports directory.")
-@click.option("--name", help="Name of the run's directory.  [default: the tool and the file]")
+@click.option("--label", metavar="TEXT", help="What a report calls it.  [default: the model's name]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    default="reports",
+    show_default=True,
+    help="Reports directory.",
+)
+@click.option("--name", metavar="NAME", help="Name of the run's directory.  [default: the tool and the file]")
 @output_options
 def command(output: Output, files: tuple[Path, ...], label: str | None, out: Path, name: str | None) -> None:
     """Make a run that `tkit report` reads out of another load generator's results: AIPerf (profile_export.jsonl), vLLM

@@ -39,14 +39,22 @@ SECTIONS = {
 
 @click.command("plan", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("words", metavar="[MODEL]", nargs=-1)
-@click.option("--gpu", default="h100", show_default=True, help="GPU of the table: h100, h200, b200, l40s, a100, ...")
+@click.option(
+    "--gpu",
+    metavar="NAME",
+    default="h100",
+    show_default=True,
+    help="GPU of the table: h100, h200, b200, l40s, a100, ...",
+)
 @click.option(
     "--num-gpus", type=click.IntRange(min=1), metavar="N", help="GPUs to use.  [default: the fewest that fit]"
 )
 @click.option("--tp", type=_SizeOrAuto(), help="Tensor-parallel size, in GPUs, or auto.  [default: auto]")
 @click.option("--pp", type=_SizeOrAuto(), help="Pipeline-parallel size, in GPUs, or auto.  [default: auto]")
-@click.option("--quant", help="Weight quantization.  [default: the recipe's first engine]")
-@click.option("--kv-cache", help="auto, fp16, fp8, int8 or nvfp4.  [default: the recipe's first engine, or auto]")
+@click.option("--quant", metavar="QUANT", help="Weight quantization.  [default: the recipe's first engine]")
+@click.option(
+    "--kv-cache", metavar="TYPE", help="auto, fp16, fp8, int8 or nvfp4.  [default: the recipe's first engine, or auto]"
+)
 @click.option(
     "--isl", type=click.IntRange(min=1), metavar="N", default=1024, show_default=True, help="Tokens of a prompt."
 )
@@ -61,15 +69,31 @@ SECTIONS = {
     show_default=True,
     help="Requests in flight.",
 )
-@click.option("--slo", help="Tier whose TTFT and TPOT must hold: interactive, conversational or batch.")
-@click.option("--rate", "requests_s", type=FiniteFloat(min=0, min_open=True),
+@click.option("--slo", metavar="TIER", help="Tier whose TTFT and TPOT must hold: interactive, conversational or batch.")
+@click.option("--rate", "requests_s", metavar="R", type=FiniteFloat(min=0, min_open=True),
               help="Requests per second to size for.")  # fmt: skip
-@click.option("--engine", default="tensorrt-llm", show_default=True, help="tensorrt-llm, vllm or sglang.")
-@click.option("--engine-version", help="Version of the engine.  [default: the newest that was measured]")
-@click.option("--prices", type=click.Path(path_type=Path), help="YAML of dated prices: $ per GPU hour, or capex.")
-@click.option("--compare", "axes", multiple=True, help="gpu=a,b quant=x,y tp=1,2: every combination, as a table.")
-@click.option("--html", type=click.Path(path_type=Path), help="Also write a page with the plots.")
-@click.option("--calibrate", "run", type=click.Path(path_type=Path), help="A sweep's directory: refit to it first.")
+@click.option(
+    "--engine", metavar="NAME", default="tensorrt-llm", show_default=True, help="tensorrt-llm, vllm or sglang."
+)
+@click.option(
+    "--engine-version", metavar="VERSION", help="Version of the engine.  [default: the newest that was measured]"
+)
+@click.option(
+    "--prices", type=click.Path(path_type=Path), metavar="FILE", help="YAML of dated prices: $ per GPU hour, or capex."
+)
+@click.option(
+    "--compare",
+    "axes",
+    multiple=True,
+    metavar="AXIS=A,B",
+    help="gpu=a,b quant=x,y tp=1,2: every combination, as a table.",
+)
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Also write a page with the plots."
+)
+@click.option(
+    "--calibrate", "run", type=click.Path(path_type=Path), metavar="RUN", help="A sweep's directory: refit to it first."
+)
 @click.option("--selfcheck", "table", is_flag=False, flag_value="", metavar="[CSV]",
               help="Predict every row of a published table and print the errors; without CSV the shipped rows.")  # fmt: skip
 @output_options

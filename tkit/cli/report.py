@@ -12,10 +12,15 @@ from tkit.cli.output import Output, output_options
 @click.command("report")
 @click.argument("runs", metavar="[RUN]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Directory to write.  [default: reports/report-<UTC time>]"
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory to write.  [default: reports/report-<UTC time>]",
 )
 @click.option(
-    "--baseline", help="Run to compare with: directory, name, label, engine or quantization.  [default: the first]"
+    "--baseline",
+    metavar="RUN",
+    help="Run to compare with: directory, name, label, engine or quantization.  [default: the first]",
 )
 @click.option("--png", "with_png", is_flag=True, help="Also write pareto.png.")
 @click.option(
@@ -25,10 +30,16 @@ from tkit.cli.output import Output, output_options
     "the baseline. Example: output_tok_s<-5%,ttft_p99>+10%,kl>0.01",
 )
 @click.option(
-    "--junit", type=click.Path(path_type=Path, dir_okay=False), help="Also write points and gates as JUnit XML."
+    "--junit",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write points and gates as JUnit XML.",
 )
 @click.option(
-    "--prices", type=click.Path(path_type=Path, dir_okay=False), help="YAML of dated prices, as tkit plan takes it."
+    "--prices",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="YAML of dated prices, as tkit plan takes it.",
 )
 @click.option(
     "--step-summary",

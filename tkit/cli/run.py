@@ -14,12 +14,19 @@ from tkit.units import format_seconds
 
 @click.command("run")
 @click.argument("recipe")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where models are calibrated, validated and served.",
+)
 @click.option(
     "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What will run the engines."
 )
 @click.option(
     "--baseline",
+    metavar="RUN",
     help="Compare with this instead of the recipe's baseline: a name that --save-baseline gave, a directory, or a run.",
 )
 @click.option(
@@ -29,7 +36,10 @@ from tkit.units import format_seconds
 )
 @click.option("--fail-on", metavar="GATES", help="In place of the recipe's gates, as tkit report takes them.")
 @click.option(
-    "--junit", type=click.Path(path_type=Path, dir_okay=False), help="Also write points and gates as JUnit XML."
+    "--junit",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write points and gates as JUnit XML.",
 )
 @click.option("--fresh", "is_fresh", is_flag=True, help="Validate and measure again what was done before.")
 @output_options

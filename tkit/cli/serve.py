@@ -26,11 +26,11 @@ SECTIONS = {
 
 @click.command("serve", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("engine", required=False)
-@_option("--host", ServeOptions.host, "IPv4 address to listen on.")
-@_option("--http-port", ServeOptions.http_port, "HTTP port; 0 = any free one.")
-@_option("--grpc-port", ServeOptions.grpc_port, "gRPC port; 0 = any free one.")
-@_option("--metrics-port", ServeOptions.metrics_port, "Prometheus metrics; 0 = any free port.")
-@_option("--openai-port", ServeOptions.openai_port, "OpenAI-compatible HTTP; 0 = any free port.")
+@_option("--host", ServeOptions.host, "IPv4 address to listen on.", metavar="ADDRESS")
+@_option("--http-port", ServeOptions.http_port, "HTTP port; 0 = any free one.", metavar="PORT")
+@_option("--grpc-port", ServeOptions.grpc_port, "gRPC port; 0 = any free one.", metavar="PORT")
+@_option("--metrics-port", ServeOptions.metrics_port, "Prometheus metrics; 0 = any free port.", metavar="PORT")
+@_option("--openai-port", ServeOptions.openai_port, "OpenAI-compatible HTTP; 0 = any free port.", metavar="PORT")
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
@@ -39,12 +39,17 @@ SECTIONS = {
 )
 @_option("--device", ServeOptions.device, "Where the model runs.", type=click.Choice(DEVICES))
 @_option(
-    "--max-batch-size", ServeOptions.max_batch_size, "Requests that run at once; a compiled engine has its own limit."
+    "--max-batch-size",
+    ServeOptions.max_batch_size,
+    "Requests that run at once; a compiled engine has its own limit.",
+    metavar="N",
 )
-@_option("--max-queue-size", ServeOptions.max_queue_size, "Requests that may wait; more are refused.")
+@_option("--max-queue-size", ServeOptions.max_queue_size, "Requests that may wait; more are refused.", metavar="N")
 @_option("--kv-cache-fraction", ServeOptions.kv_cache_fraction,
-         "Of the GPU memory that is free once the engine is loaded; TensorRT-LLM's backends.")  # fmt: skip
-@_option("--timeout", ServeOptions.timeout_s, "Seconds until the server must have generated a first token.")
+         "Of the GPU memory that is free once the engine is loaded; TensorRT-LLM's backends.", metavar="SHARE")  # fmt: skip
+@_option(
+    "--timeout", ServeOptions.timeout_s, "Seconds until the server must have generated a first token.", metavar="S"
+)
 @click.option(
     "--replace",
     "replaces",
@@ -54,7 +59,9 @@ SECTIONS = {
 @click.option("--detach", is_flag=True, help="Return when it is ready; end it with tkit stop.")
 @click.option("--render", type=click.Choice(RENDER_TARGETS),
               help="Write and print the launch of NVIDIA's container, instead of serving.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), help="With --render: directory.  [default: deploy/ENGINE]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="With --render: directory.  [default: deploy/ENGINE]"
+)
 @output_options
 def command(
     output: Output,

@@ -105,7 +105,7 @@ SECTIONS = {
 @click.option("--duration", "duration_s", type=float, metavar="S",
               help="Seconds measured per point; with --requests: at most.  [default: profile]")  # fmt: skip
 @click.option("--repeats", type=int, metavar="N", help="Times round the grid.  [default: profile]")
-@click.option("--seed", type=int, help="Seed of the prompts.  [default: 0]")
+@click.option("--seed", type=int, metavar="N", help="Seed of the prompts.  [default: 0]")
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR",
               help="Directory of the served model's tokenizer.json.  [default: the engine's]")  # fmt: skip
 @click.option("--engine", metavar="DIR", help="Engine that is served, as a path or a name.  [default: from the server]")
@@ -121,8 +121,15 @@ SECTIONS = {
 @click.option("--reconnect", "reconnect_s", type=float, metavar="S",
               help="Seconds to wait for a server that stopped answering, before the sweep ends.  [default: 60]")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on with the newest run that was cut off, or with --name.")
-@click.option("--out", type=click.Path(path_type=Path), default="reports", show_default=True, help="Reports directory.")
-@click.option("--name", help="Name of the run's directory.  [default: engine, profile and time]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    default="reports",
+    show_default=True,
+    help="Reports directory.",
+)
+@click.option("--name", metavar="NAME", help="Name of the run's directory.  [default: engine, profile and time]")
 @click.option("--calibrate", is_flag=True,
               help="Measure this client instead, against a server whose times are known.")  # fmt: skip
 @output_options

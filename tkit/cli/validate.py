@@ -16,17 +16,36 @@ if TYPE_CHECKING:  # a command imports what it needs when it runs
 @click.command("validate")
 @click.argument("engine", required=False)
 @click.option(
-    "--source", type=click.Path(path_type=Path), help="Model directory to compare with.  [default: from the card]"
+    "--source",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Model directory to compare with.  [default: from the card]",
 )
-@click.option("--text", type=click.Path(path_type=Path), help="Held-out text.  [default: ships with tkit]")
+@click.option(
+    "--text", type=click.Path(path_type=Path), metavar="FILE", help="Held-out text.  [default: ships with tkit]"
+)
 @click.option(
     "--windows", type=click.IntRange(min=1), metavar="N", default=16, show_default=True, help="Windows of 512 tokens."
 )
 @click.option(
-    "--max-kl", type=FiniteFloat(min=0), help="Exit 3 when the mean KL divergence, in nats per token, is larger."
+    "--max-kl",
+    type=FiniteFloat(min=0),
+    metavar="X",
+    help="Exit 3 when the mean KL divergence, in nats per token, is larger.",
 )
-@click.option("--max-ppl-ratio", type=FiniteFloat(min=0), help="Exit 3 when perplexity / source perplexity is larger.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--max-ppl-ratio",
+    type=FiniteFloat(min=0),
+    metavar="X",
+    help="Exit 3 when perplexity / source perplexity is larger.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where both models run.",
+)
 @output_options
 def command(
     output: Output,

@@ -63,7 +63,10 @@ class Grid:
             self._follow_plan(kept)
             run.journal("finished")
         except BaseException as error:
-            run.journal("failed", reason=f"{type(error).__name__}: {error}".rstrip(": "))
+            is_told_to_end = isinstance(error, KeyboardInterrupt | SystemExit)
+            reason = "interrupted" if is_told_to_end else f"{type(error).__name__}: {error}".rstrip(": ")
+            run.journal("failed", reason=reason)
+            self._progress.note(f"{run.path}: points kept: {len(self.points)}; --resume goes on, and so does tkit run")
             raise
         finally:
             run.write_summary(self._manifest, [point for place, point in self.points.items() if run.has_point(place)])

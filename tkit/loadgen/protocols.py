@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from tkit.errors import InputError, did_you_mean
 from tkit.loadgen.exchange import Answer, Exchange
 from tkit.loadgen.token_counts import TokenEnds
+from tkit.specs.recipe import HF_GENERATE
 
 DEFAULT_PROTOCOL = "triton-grpc"
 
@@ -63,7 +64,7 @@ def find_protocol(name: str) -> ProtocolRow:
     if name not in PROTOCOLS:
         raise InputError(
             f'--protocol: unknown protocol "{name}"{did_you_mean(name, PROTOCOLS)}',
-            hint=f"known: {', '.join(PROTOCOLS)}",
+            hint=f"known: {', '.join(PROTOCOLS)}, {HF_GENERATE}",
         )
     return PROTOCOLS[name]
 

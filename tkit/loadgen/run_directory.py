@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tkit.errors import InputError
-from tkit.files import from_mapping, read_json, sync_directory, write_atomic, write_json
+from tkit.files import check_writable, from_mapping, read_json, sync_directory, write_atomic, write_json
 from tkit.loadgen.exchange import RequestRecord
 from tkit.loadgen.metrics import chunk_gaps
 from tkit.loadgen.parquet import ParquetWriter
@@ -57,6 +57,7 @@ class RunDirectory:
     @classmethod
     def create(cls, out: Path, name: str, *, is_fixed: bool) -> RunDirectory:
         """A new, empty one. A name that is taken is refused when it is fixed, else numbered."""
+        check_writable(out, "choose another --out")
         for number in itertools.count(2):
             path = out / name
             try:

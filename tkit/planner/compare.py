@@ -41,7 +41,8 @@ def parse_axes(axes: Sequence[str]) -> dict[str, list[Any]]:
         key, _, values = axis.partition("=")
         key = key.replace("-", "_")
         if key not in AXES or not values:
-            problems.append(f'"{axis}"{did_you_mean(key, AXES)}: expected one of {", ".join(AXES)}, then =a,b')
+            near = did_you_mean(key, AXES) if key not in AXES else ""
+            problems.append(f'"{axis}"{near}: expected one of {", ".join(AXES)}, then =a,b')
             continue
         try:
             parsed[key] = [_value(key, value) for value in values.split(",")]
@@ -50,7 +51,7 @@ def parse_axes(axes: Sequence[str]) -> dict[str, list[Any]]:
         except ValueError:
             problems.append(f'"{axis}": expected whole numbers')
     if problems:
-        raise InputError("--compare", problems=problems)
+        raise InputError("--compare: not what can be compared", problems=problems)
     return parsed
 
 

@@ -53,7 +53,7 @@ from tkit.checkpoints.reader import (
 )
 from tkit.cores import usable_cores
 from tkit.errors import InputError
-from tkit.files import read_json, sha256_file, sync_directory, write_atomic, write_json
+from tkit.files import check_writable, read_json, sha256_file, sync_directory, write_atomic, write_json
 from tkit.runtime.carried import CarriedQuantizer, check_carried, zero_biases
 from tkit.runtime.corpus import calibration_tokens
 from tkit.specs.engine import CARD_FILE, EngineCard
@@ -198,7 +198,7 @@ def plan_build(
         tempfile.TemporaryDirectory() as scratch
     ):  # read before the weights are, which takes minutes where they are many
         tokenizer = copy_tokenizer(source.directory, Path(scratch) / "tokenizer", spec.vocab_size)
-    calib_file = _calibration_file(recipe, spec) if any(move.needs_calibration for move in moves) else None
+    calib_file = _calibration_file(recipe, spec, any(move.needs_calibration for move in moves))
     calibration: list[list[int]] = []
     if calib_file is not None:
         calibration = calibration_tokens(
@@ -258,6 +258,7 @@ def build(
     if not force and (card := existing_engine(target, plan.key)) is not None:
         return target, card, True
     reset_peak_memory()
+    check_writable(out, "choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     work = _work_directory(out, plan, progress)
     try:
@@ -505,19 +506,20 @@ def _quantizer(plan: BuildPlan, work: Path, device: str, workers: int) -> LayerQ
     return CalibratedQuantizer(plan.spec, tokens, pick_device(device), workers, spill_directory=work)
 
 
-def _calibration_file(recipe: EngineRecipe, spec: ModelSpec) -> Path:
+def _calibration_file(recipe: EngineRecipe, spec: ModelSpec, is_needed: bool) -> Path | None:
+    """None where nothing is calibrated; a file that is named must be one even then."""
+    path = demo.CALIBRATION if recipe.calib is None else Path(recipe.calib)
+    if not path.is_file():
+        raise InputError(f"--calib {path}: {'no file' if path.exists() else 'no such file'}")
+    if path.suffix not in (".txt", ".jsonl"):
+        raise InputError(f"--calib {path}: expected .txt (one text) or .jsonl (a text per line)")
+    if not is_needed:
+        return None
     if recipe.calib_len > spec.max_position_embeddings:
         raise InputError(
             f"--calib-len {recipe.calib_len}: the model has {spec.max_position_embeddings} positions",
             hint=f"--calib-len {spec.max_position_embeddings} is the most it can take",
         )
-    if recipe.calib is None:
-        return demo.CALIBRATION
-    path = Path(recipe.calib)
-    if not path.is_file():
-        raise InputError(f"--calib {path}: {'no file' if path.exists() else 'no such file'}")
-    if path.suffix not in (".txt", ".jsonl"):
-        raise InputError(f"--calib {path}: expected .txt (one text) or .jsonl (a text per line)")
     return path
 
 

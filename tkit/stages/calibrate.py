@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from tkit import __version__
 from tkit.cores import usable_cores
 from tkit.errors import InputError
-from tkit.files import from_mapping, read_json, write_json
+from tkit.files import check_writable, from_mapping, read_json, write_json
 from tkit.loadgen.protocols import find_protocol
 from tkit.loadgen.run_directory import utc_now
 from tkit.specs.client import CLIENT_FILE, CLIENT_SCHEMA, ClientCalibration, ClientRecord
@@ -23,9 +22,8 @@ def run_calibration(out: Path, protocol: str | None = None, progress: Progress |
     """Measures one protocol, or all, and writes `out/client.json`; what it holds of other protocols stays."""
     from tkit.loadgen.calibrate import calibrate  # every sweep looks for a calibration, few make one
 
+    check_writable(out, "choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise InputError(f"{out} is read-only", hint="choose another --out")
     progress = progress or Progress()
     protocols = PROTOCOLS if protocol is None else (_measured_as(protocol),)
     known = _read(out)

@@ -25,7 +25,7 @@ from typing import Any
 from tkit.backends.nvidia import PROGRAM, Machine, container_table, is_engine_builder
 from tkit.backends.trtllm_build import TrtllmBuildArguments, build_arguments
 from tkit.errors import InputError, TkitError
-from tkit.files import read_json, sha256_file, sync_directory, write_json
+from tkit.files import check_writable, read_json, sha256_file, sync_directory, write_json
 from tkit.planner.gpus import GPUS_PER_NODE, find_gpu
 from tkit.specs.engine import CARD_FILE, EngineCard
 from tkit.specs.progress import Progress
@@ -152,6 +152,7 @@ def compile_engine(
     source_card = read_card(checkpoint_engine)
     verify_files(checkpoint_engine, source_card, progress)
     started = time.monotonic()
+    check_writable(out, "choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     work = out / f".tmp-{plan.key[:12]}-{os.getpid()}"
     try:

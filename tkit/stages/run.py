@@ -11,7 +11,7 @@ from pathlib import Path
 from tkit import __version__
 from tkit.backends.nvidia import Machine
 from tkit.errors import InputError, ServerError, did_you_mean
-from tkit.files import read_json
+from tkit.files import check_writable, read_json
 from tkit.loadgen.datasets import read_dataset
 from tkit.loadgen.profiles import resolve_profile
 from tkit.loadgen.run_directory import MANIFEST_FILE, RunDirectory
@@ -91,8 +91,9 @@ def run_recipe(recipe_name: str, progress: Progress, machine: Machine, options: 
     _check_sweep(recipe, name)
     _check_others(recipe, name)
     out = Path(recipe.report.out) if recipe.report.out else REPORTS_DIR / name
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{name}: report: out is {out}, a file", hint="name a directory, or move the file away")
+    for directory in (ENGINES_DIR, REPORTS_DIR):
+        check_writable(directory, f"run it where {directory}/ can be written")
+    check_writable(out, f"{name}: report: choose another out")
     kept = baseline_directory(options.save_baseline) if options.save_baseline is not None else None
     if options.device == "cuda":
         from tkit.runtime.load import pick_device  # imports torch
@@ -197,7 +198,8 @@ def _check_others(recipe: Recipe, name: str) -> None:
             else:
                 check_target(_target(other, None))
         except InputError as error:
-            problems += [f"{other.label}: {line}" for line in (error.problems or (error.message,))]
+            hint = f" ({error.hint})" if error.hint else ""
+            problems += [f"{other.label}: {line}{hint}" for line in (error.problems or (error.message,))]
     if problems:
         raise InputError(f"{name}: compare_with: {len(problems)} problem{'s' * (len(problems) > 1)}", problems=problems)
 

@@ -313,16 +313,18 @@ def _checked_install(
     if old is not None:
         ports = {}  # the old server's
     missing = missing_packages()
+    taken = port_problems(options.host, {option: port for option, port in ports.items() if port})
     problems = [
         *install_problems(install),
         *([f"{', '.join(missing)} not installed; pip install 'tkit[serve]'"] if missing else []),
         *backend.problems(engine_dir, options, install),
         *_sharing_problems(backend.gpus(engine_dir), options.kv_cache_fraction, engines_dir),
-        *port_problems(options.host, {option: port for option, port in ports.items() if port}),
+        *taken,
         *shared_memory_problems(),
     ]
     if problems or install is None:
-        raise ServerError("the server cannot start here", problems=problems)
+        hint = "tkit status names the servers of this checkout, tkit stop ends one; port 0 is any free one"
+        raise ServerError("the server cannot start here", problems=problems, hint=hint if taken else None)
     return install
 
 

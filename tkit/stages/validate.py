@@ -15,7 +15,7 @@ from tkit.architectures.config import spec_from_hf
 from tkit.architectures.table import ARCHITECTURES
 from tkit.checkpoints.reader import read_config
 from tkit.errors import GateFailed, InputError
-from tkit.files import from_mapping, read_json, sha256_file, write_json
+from tkit.files import check_writable, from_mapping, read_json, sha256_file, write_json
 from tkit.specs.engine import EngineCard
 from tkit.specs.model import ModelSpec
 from tkit.specs.progress import Progress
@@ -90,6 +90,7 @@ def validate(
 
     card = read_card(engine_dir) if is_engine(engine_dir) else None
     if card is not None:
+        check_writable(engine_dir, f"{VALIDATION_FILE} is kept in the engine; validate a copy of your own")
         verify_files(engine_dir, card, progress)
         source_dir, tokenizer_dir = source or source_directory(card.source), engine_dir / "tokenizer"
     elif source is None:
