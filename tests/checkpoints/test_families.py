@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tkit.architectures.config import spec_from_hf, trtllm_config
 from tkit.architectures.table import ARCHITECTURES
-from tkit.checkpoints.load_simulation import config_problems
+from tkit.checkpoints.load_simulation.config import config_problems
 from tkit.runtime.load import load_model
 from tkit.specs.parallel import Parallel
 from tkit.specs.precision import Precision

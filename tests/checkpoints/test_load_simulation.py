@@ -16,15 +16,10 @@ from tkit.architectures.config import spec_from_hf, trtllm_config
 from tkit.architectures.formats import trtllm_quant_cfg
 from tkit.architectures.moves import plan_moves
 from tkit.architectures.table import ARCHITECTURES
-from tkit.checkpoints.load_simulation import (
-    Form,
-    config_problems,
-    preprocess,
-    rank_problems,
-    required_tensors,
-    simulate_load,
-    with_layer_config,
-)
+from tkit.checkpoints.load_simulation.config import config_problems, with_layer_config
+from tkit.checkpoints.load_simulation.families import FAMILIES
+from tkit.checkpoints.load_simulation.load import preprocess, rank_problems, required_tensors, simulate_load
+from tkit.checkpoints.load_simulation.modules import Form
 from tkit.errors import InputError
 from tkit.specs.parallel import Parallel
 from tkit.specs.precision import Precision
@@ -589,8 +584,6 @@ def test_an_excluded_layer_ships_its_plain_weight():
 
 
 def test_every_class_of_the_architecture_table_is_known():
-    from tkit.checkpoints.load_simulation import FAMILIES
-
     assert {row.trtllm for row in ARCHITECTURES.values()} == set(FAMILIES)
 
 

@@ -42,7 +42,8 @@ from tkit.architectures.unified_hf import (
 )
 from tkit.backends.llm_api import LLM_API_FILE, format_problems, llm_api_options, llm_api_yaml
 from tkit.checkpoints.convert import LayerQuantizer, check_sources, checkpoint_bytes, convert, file_layouts
-from tkit.checkpoints.load_simulation import LAYER_CONFIG_FILE, check_load, config_problems, with_layer_config
+from tkit.checkpoints.load_simulation.config import LAYER_CONFIG_FILE, config_problems, with_layer_config
+from tkit.checkpoints.load_simulation.load import check_load
 from tkit.checkpoints.reader import (
     HF_QUANT_CONFIG,
     TensorFiles,

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from tkit.checkpoints.load_simulation import simulate_load
+from tkit.checkpoints.load_simulation.load import simulate_load
 from tkit.errors import InputError, TkitError
 from tkit.specs.engine import EngineCard
 from tkit.specs.progress import Progress
