@@ -69,13 +69,13 @@ def test_what_is_never_quantized_may_be_excluded():
         (SPEC, {"lm_head": "int8"}, '"lm_head" matches no layer that can be quantized'),
         (SPEC, {"*norm": "int8"}, '"*norm" matches no layer that can be quantized'),
         (SPEC, {"layers.0.self_attn.q_proj": "int8"},
-         '"layers.0.self_attn.q_proj" matches model.layers.0.self_attn.q_proj, but transformer.layers.0.attention.qkv holds'
-         " 3 such layers and has one format"),
+         'layer 0: "layers.0.self_attn.q_proj" matches 1 of the 3 layers in attention.qkv, which has one format'),
+        (SPEC, {"self_attn.q_proj": "int8"},
+         '12 layers, 0 to 11: "self_attn.q_proj" matches 1 of the 3 layers in attention.qkv, which has one format'),
         (SPEC, {"layers.0.mlp.gate_proj": "none"},
          "layer 0: mlp.fc none, mlp.gate int4: they are fused, and have one format"),
         (MIXTRAL, {"layers.0.block_sparse_moe.experts.3.*": "none"},
-         '"layers.0.block_sparse_moe.experts.3.*" matches model.layers.0.block_sparse_moe.experts.3.w1, but'
-         " transformer.layers.0.mlp.fc holds 8 such layers and has one format"),
+         'layer 0: "layers.0.block_sparse_moe.experts.3.*" matches 2 of the 8 layers in mlp.fc, which has one format'),
         (MIXTRAL, {"layers.0.mlp.proj": "none"}, "layer 0: mlp.fc int4, mlp.proj none: they are fused, and have one format"),
     ],
 )  # fmt: skip

@@ -37,7 +37,7 @@ def module_formats(spec: ModelSpec, precision: Precision) -> dict[str, QuantForm
     that the kernels fuse.
     """
     formats: dict[str, QuantFormat] = {}
-    problems: dict[str, None] = {}
+    torn: dict[str, list[int]] = {}  # what is wrong: in which layers
     used: set[int] = set()
     for layer in range(spec.num_layers):
         modules = [module for module in ARCHITECTURES[spec.architecture].layer if module.when(spec, layer)]
@@ -52,21 +52,24 @@ def module_formats(spec: ModelSpec, precision: Precision) -> dict[str, QuantForm
                 format = precision.default
             else:
                 pattern, format = precision.overrides[index]
-                problems.update(_part_of_module(pattern, name, sources))
+                if problem := _part_of_module(pattern, module, name, sources):
+                    torn.setdefault(problem, []).append(layer)
                 if module.is_quantized or format == UNQUANTIZED:
                     used.add(index)
             if module.is_quantized:
                 formats[name] = format
-        problems.update(_torn(formats, modules, layer))
-    problems.update(
-        (f'"{pattern}" matches no layer that can be quantized', None)
+        for problem in _torn(formats, modules, layer):
+            torn.setdefault(problem, []).append(layer)
+    problems = [f"{_named(layers)}: {problem}" for problem, layers in torn.items()]
+    problems += [
+        f'"{pattern}" matches no layer that can be quantized'
         for index, (pattern, format) in enumerate(precision.overrides)
         if index not in used and not (format == UNQUANTIZED and _is_outside(spec, pattern))
-    )
+    ]
     if problems:
         raise InputError(
             f"{spec.architecture}: the formats of its modules do not fit together",
-            problems=list(problems),
+            problems=problems,
             hint="tkit build --dry-run --json, without the patterns, lists every module under both names",
         )
     return formats
@@ -87,13 +90,18 @@ def _is_outside(spec: ModelSpec, pattern: str) -> bool:
     return any(matches(pattern, name) for module in outside for name in (module.name, module.sources[0].name))
 
 
-def _part_of_module(pattern: str, name: str, sources: list[str]) -> Iterator[tuple[str, None]]:
-    found = [source for source in sources if matches(pattern, source)]
-    if found and len(found) < len(sources) and not matches(pattern, name):
-        yield f'"{pattern}" matches {found[0]}, but {name} holds {len(sources)} such layers and has one format', None
+def _named(layers: list[int]) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
 
 
-def _torn(formats: Mapping[str, QuantFormat], modules: Iterable[Module], layer: int) -> Iterator[tuple[str, None]]:
+def _part_of_module(pattern: str, module: Module, name: str, sources: list[str]) -> str | None:
+    num_found = sum(matches(pattern, source) for source in sources)
+    if num_found in (0, len(sources)) or matches(pattern, name):
+        return None
+    return f'"{pattern}" matches {num_found} of the {len(sources)} layers in {module.name}, which has one format'
+
+
+def _torn(formats: Mapping[str, QuantFormat], modules: Iterable[Module], layer: int) -> Iterator[str]:
     """Modules that TensorRT-LLM fuses when it builds: those with one input, and all of a mixture of experts."""
     groups: dict[str | None, list[Module]] = {}
     quantized = [module for module in modules if module.is_quantized]
@@ -105,7 +113,7 @@ def _torn(formats: Mapping[str, QuantFormat], modules: Iterable[Module], layer: 
         found = {module.name: formats[f"transformer.layers.{layer}.{module.name}"] for module in group}
         if len({format.name for format in found.values()}) > 1:
             named = ", ".join(f"{name} {format.name}" for name, format in found.items())
-            yield f"layer {layer}: {named}: they are fused, and have one format", None
+            yield f"{named}: they are fused, and have one format"
 
 
 def trtllm_quantization(spec: ModelSpec, precision: Precision, parallel: Parallel) -> dict[str, Any]:
