@@ -49,13 +49,14 @@ class TritonPythonModel:
             tensors = [pb_utils.Tensor(name, values[name]) for name in self.outputs if name in values]
             is_last = i + 1 == asked and not ends_apart
             sent_ns.append(time.monotonic_ns())
+            if i + 1 == asked:  # before the client hears of the end, and reads the log
+                line = {"id": request_id, "isl": isl, "asked": asked, "arrived_ns": arrived_ns, "sent_ns": sent_ns}
+                line["inputs"] = {name: str(value) for name, value in inputs.items() if name != "text_input"}
+                self.log.write(json.dumps(line) + "\n")
             flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
             sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
         if ends_apart:
             sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        line = {"id": request_id, "isl": isl, "asked": asked, "arrived_ns": arrived_ns, "sent_ns": sent_ns}
-        line["inputs"] = {name: str(value) for name, value in inputs.items() if name != "text_input"}
-        self.log.write(json.dumps(line) + "\n")
 
     def finalize(self):
         self.loop.call_soon_threadsafe(self.loop.stop)
