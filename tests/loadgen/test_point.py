@@ -66,6 +66,9 @@ def test_a_steady_point_is_valid() -> None:
     assert summary.tok_s_user == pytest.approx(100)
     assert summary.output_tok_s == pytest.approx(10 * 2 / 0.140, rel=0.01)
     assert summary.tok_s_gpu == pytest.approx(summary.output_tok_s / 2)
+    window_s = (summary.requests + 1) / summary.requests_s  # one reaches over its beginning: answered, not measured
+    assert window_s == pytest.approx(summary.window_s)
+    assert {tier["requests_s"] for tier in summary.goodput.values()} == {summary.requests_s}
 
 
 def test_failed_requests() -> None:

@@ -79,6 +79,8 @@ def summarise(
     ttft = distribution(present(map(ttft_ms, ok)))
     if calibration is not None:
         reasons += _beyond_calibration(rate.output_tok_s, len(trace.cpu_shares), ttft.p50, calibration, limits)
+    # in open loop those that were due in the window are the measured ones, whenever they ended
+    answered_s = len(ok) / rate.window_s if trace.is_open and rate.window_s else rate.requests_s
     return PointSummary(
         shape=str(place.shape),
         isl=place.shape.isl,
@@ -101,7 +103,7 @@ def summarise(
         else None,
         tok_s_user=1000 / tpot.p50 if tpot.p50 else None,
         tok_s_gpu=rate.output_tok_s / num_gpus if num_gpus else None,
-        goodput=goodput(measured, rate.window_s, from_schedule=trace.is_open),
+        goodput=goodput(measured, answered_s, from_schedule=trace.is_open),
         ttft=ttft,
         ttfb=distribution(present(map(ttfb_ms, ok))),
         tpot=tpot,
