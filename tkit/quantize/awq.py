@@ -25,7 +25,7 @@ import torch
 
 from tkit.quantize import int4
 from tkit.quantize.compensation import compensated
-from tkit.quantize.statistics import InputStatistics
+from tkit.quantize.statistics import InputStatistics, least, positive
 
 EXPONENTS = tuple(step / 10 for step in range(11))  # half the steps: the same KL divergence within 4 %
 SEARCH_ROWS = 128  # evenly spread; the demo model's KL divergence is the same with 64 as with all of them
@@ -86,22 +86,16 @@ def search_prequant(
     num_rows = sum(map(len, weights.values()))
     step = max(num_rows // SEARCH_ROWS, 1)
     stacked = torch.cat([weight[::step] for weight in weights.values()]).float()  # (rows, in)
-    best_error, best = float("inf"), torch.ones(0)
-    for exponent in EXPONENTS:
-        prequant = candidate(inputs.abs_mean, exponent).to(dtype)
-        factor = prequant.float()
-        _, errors = int4.clipped_scale(stacked / factor, group_size, dtype, moments * factor.square())
-        error = errors.sum().item()
-        if error < best_error:
-            best_error, best = error, prequant
-    return best
+    candidates = [candidate(inputs.abs_mean, exponent).to(dtype) for exponent in EXPONENTS]
+    errors = []
+    for factor in (prequant.float() for prequant in candidates):
+        _, group_errors = int4.clipped_scale(stacked / factor, group_size, dtype, moments * factor.square())
+        errors.append(group_errors.sum())
+    return least(candidates, errors)
 
 
 def candidate(abs_mean: torch.Tensor, exponent: float) -> torch.Tensor:
     """1 / s for one exponent, (in,) float32. Channels that were never active count as the weakest active one."""
-    active = abs_mean[abs_mean > 0]
-    if len(active) == 0:
-        return torch.ones_like(abs_mean)
-    scale = abs_mean.clamp(min=active.min().item()).pow(exponent)
+    scale = positive(abs_mean).pow(exponent)
     scale = scale / (scale.max() * scale.min()).sqrt()
     return 1 / scale.clamp(1e-4, 1e4)  # beyond that, 1 / s leaves the range of float16

@@ -19,7 +19,7 @@ import torch
 
 DAMPING = 0.01  # d as a share of H's mean diagonal; the demo model's KL divergence: 0.1 gives 1 % more, 0.001 4 % more
 COLUMNS = 16  # corrected one by one; wider ranges are halved, and the second half is corrected by a matrix product
-VALUES = 16384  # of one column in all blocks: what is worked on stays in the processor's cache
+VALUES = 16384  # of one column in all blocks: what is worked on stays in the processor's cache; a GPU takes all rows
 MAX_ROWS = 2048
 
 Rounding = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -36,7 +36,7 @@ def compensated(weight: torch.Tensor, scale: torch.Tensor, gram: torch.Tensor, r
     steps = _steps(gram)
     first_columns = torch.arange(num_blocks, device=weight.device) * size  # of each block
     targets = torch.empty_like(weight)
-    num_rows = min(max(VALUES // num_blocks, 1), MAX_ROWS)
+    num_rows = min(max(VALUES // num_blocks, 1), MAX_ROWS) if weight.device.type == "cpu" else len(weight)
     for rows in (slice(start, start + num_rows) for start in range(0, len(weight), num_rows)):
         columns = weight[rows].T.contiguous().view(num_blocks, size, -1)  # (blocks, size, rows)
         scales = scale[rows].T.contiguous()  # (in / group, rows)

@@ -45,8 +45,8 @@ def clipped_scale(
             steps = exact.round().clamp_(-8, 7).sub_(exact)  # how many steps off
             candidate_error = steps.square_().mul_(importance).sum(dim=-1) * candidate.square()
             is_better = candidate_error < block_error
-            block_error[is_better] = candidate_error[is_better]
-            block_scale[is_better] = candidate[is_better]
+            block_error.copy_(torch.where(is_better, candidate_error, block_error))
+            block_scale.copy_(torch.where(is_better, candidate, block_scale))
     return scale, error
 
 

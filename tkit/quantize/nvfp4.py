@@ -104,7 +104,8 @@ def _best_scale(weight: torch.Tensor, moments: torch.Tensor, global_scale: torch
             difference = rounded(blocks, (scale * global_scale)[..., None]) - blocks
             error = (difference.square() * importance).sum(dim=-1)
             is_better = error < rows_error
-            rows_best[is_better], rows_error[is_better] = scale[is_better], error[is_better]
+            rows_best.copy_(torch.where(is_better, scale, rows_best))
+            rows_error.copy_(torch.where(is_better, error, rows_error))
     return best.to(torch.float8_e4m3fn)
 
 

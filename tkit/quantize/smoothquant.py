@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tkit.quantize.statistics import InputStatistics
+from tkit.quantize.statistics import InputStatistics, least, positive
 
 EXPONENTS = tuple(step / 20 for step in range(21))
 SEARCH_ROWS = 512  # evenly spread
@@ -63,33 +63,28 @@ def search_prequant(weights: Mapping[str, torch.Tensor], inputs: InputStatistics
     num_rows = sum(map(len, weights.values()))
     step = max(num_rows // SEARCH_ROWS, 1)
     rows = torch.cat([weight[::step] for weight in weights.values()]).float()
-    best_error, best = float("inf"), torch.ones(0)
-    for exponent in EXPONENTS:
-        prequant = candidate(inputs.abs_max, weight_max, exponent).to(dtype)
+    folds = inputs.folds()
+    candidates = [candidate(inputs.abs_max, weight_max, exponent).to(dtype) for exponent in EXPONENTS]
+    errors = []
+    for exponent, prequant in zip(EXPONENTS, candidates, strict=True):
         factor = prequant.float()
         scaled = rows / factor
         difference = _rounded(scaled, _scale(scaled.abs().amax(dim=1, keepdim=True))) - scaled
-        error = (difference.square() * inputs.square_mean * factor.square()).sum().item() * num_rows / len(rows)
-        for abs_max, x in (folds := inputs.folds()):
+        error = (difference.square() * inputs.square_mean * factor.square()).sum().double() * num_rows / len(rows)
+        for abs_max, x in folds:
             factor = candidate(abs_max, weight_max, exponent)
             x_scaled = x * factor
             x_difference = _rounded(x_scaled, _scale((abs_max * factor).amax())) - x_scaled
-            error += (x_difference.square().mean(dim=0) * energy / factor.square()).sum().item() / len(folds)
-        if error < best_error:
-            best_error, best = error, prequant
-    return best
+            error += (x_difference.square().mean(dim=0) * energy / factor.square()).sum().double() / len(folds)
+        errors.append(error)
+    return least(candidates, errors)
 
 
 def candidate(input_max: torch.Tensor, weight_max: torch.Tensor, exponent: float) -> torch.Tensor:
     """1 / s for one exponent, (in,) float32. Channels without inputs or weights count as the weakest that have some."""
-    scale = _positive(input_max).pow(exponent) / _positive(weight_max).pow(1 - exponent)
+    scale = positive(input_max).pow(exponent) / positive(weight_max).pow(1 - exponent)
     scale = scale / (scale.max() * scale.min()).sqrt()
     return 1 / scale.clamp(1e-4, 1e4)  # beyond that, 1 / s leaves the range of float16
-
-
-def _positive(values: torch.Tensor) -> torch.Tensor:
-    some = values[values > 0]
-    return values.clamp(min=some.min().item()) if len(some) else torch.ones_like(values)
 
 
 def _scale(amax: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ about a thousand tokens where a format asks for them."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -91,3 +92,15 @@ class InputStatistics:
     def gram(self) -> torch.Tensor:
         """(blocks, size, size) float32"""
         return self._gram_sum / self.num_tokens
+
+
+def positive(values: torch.Tensor) -> torch.Tensor:
+    """Zeros count as the smallest of the others; where there are no others, all count as 1."""
+    smallest = torch.where(values > 0, values, torch.inf).amin()
+    return values.clamp(min=torch.where(smallest.isfinite(), smallest, 1.0))
+
+
+def least(candidates: Sequence[torch.Tensor], errors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The candidate with the smallest error. All errors are read at once: a GPU is waited for only here."""
+    values = torch.stack(list(errors)).tolist()
+    return candidates[values.index(min(values))]

@@ -91,7 +91,8 @@ def _best_scale(
             difference = _value(int4.nearest(groups, scale[..., None]), scale[..., None], global_scale) - groups
             error = (difference.square() * importance).sum(dim=-1)
             is_better = error < block_error
-            block_best[is_better], block_error[is_better] = scale[is_better], error[is_better]
+            block_best.copy_(torch.where(is_better, scale, block_best))
+            block_error.copy_(torch.where(is_better, error, block_error))
     return best
 
 
