@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -26,7 +27,27 @@ import psutil
 from tkit import demo
 from tkit.checkpoints.writer import FileWriter
 
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_SIZE, VOCAB, NUM_SHARDS = 2048, 5632, 32, 4, 64, 32000, 3
+NUM_SHARDS = 3
+NUM_RANDOM = 8_388_593  # prime: rows of a tensor longer than that differ
+
+
+class Shape(NamedTuple):
+    """Of a Llama."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocab: int
+    layers: int
+
+
+SHAPES = {
+    "tiny": Shape(256, 512, 8, 4, 32, 4096, 2),
+    "1b": Shape(2048, 5632, 32, 4, 64, 32000, 22),
+    "8b": Shape(4096, 14336, 32, 8, 128, 128256, 32),
+}
 
 
 def main() -> None:
@@ -40,7 +61,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         source = Path(work) / "model"
-        num_bytes = write_model(source, arguments.layers)
+        num_bytes = write_model(source, SHAPES["1b"]._replace(layers=arguments.layers))
         print(f"{arguments.layers} layers, {num_bytes / 1e9:.2f} GB bf16 in {NUM_SHARDS} shards")
         copies, builds = [], []
         for _ in range(arguments.rounds):
@@ -58,27 +79,30 @@ def main() -> None:
         print(json.dumps({"cp_s": best_copy, **best}))
 
 
-def write_model(directory: Path, num_layers: int) -> int:
-    """A Llama of random bf16 weights in the field's file layout; returns its bytes. Memory: one shard's tensor."""
+def write_model(directory: Path, shape: Shape) -> int:
+    """A Llama of random bf16 weights in the field's file layout; returns its bytes. Memory: the largest tensor."""
     directory.mkdir()
-    tensors = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    hidden, intermediate, heads, kv_heads, head_size, vocab, num_layers = shape
+    tensors = {"model.embed_tokens.weight": (vocab, hidden)}
     for layer in range(num_layers):
         prefix = f"model.layers.{layer}."
         tensors |= {
-            prefix + "input_layernorm.weight": (HIDDEN,),
-            prefix + "self_attn.q_proj.weight": (HEADS * HEAD_SIZE, HIDDEN),
-            prefix + "self_attn.k_proj.weight": (KV_HEADS * HEAD_SIZE, HIDDEN),
-            prefix + "self_attn.v_proj.weight": (KV_HEADS * HEAD_SIZE, HIDDEN),
-            prefix + "self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_SIZE),
-            prefix + "post_attention_layernorm.weight": (HIDDEN,),
-            prefix + "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
-            prefix + "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
-            prefix + "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+            prefix + "input_layernorm.weight": (hidden,),
+            prefix + "self_attn.q_proj.weight": (heads * head_size, hidden),
+            prefix + "self_attn.k_proj.weight": (kv_heads * head_size, hidden),
+            prefix + "self_attn.v_proj.weight": (kv_heads * head_size, hidden),
+            prefix + "self_attn.o_proj.weight": (hidden, heads * head_size),
+            prefix + "post_attention_layernorm.weight": (hidden,),
+            prefix + "mlp.gate_proj.weight": (intermediate, hidden),
+            prefix + "mlp.up_proj.weight": (intermediate, hidden),
+            prefix + "mlp.down_proj.weight": (hidden, intermediate),
         }
-    tensors |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+    tensors |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
     names = list(tensors)
     per_shard = -(-len(names) // NUM_SHARDS)
     generator = np.random.default_rng(0)
+    normal = generator.standard_normal(2 * NUM_RANDOM, dtype=np.float32) * np.float32(0.02)
+    random = (normal.view(np.uint32) >> 16).astype(np.uint16)  # bits of bfloat16; drawing 8 B of them takes minutes
     weight_map, total = {}, 0
     for shard in range(NUM_SHARDS):
         shard_names = names[shard * per_shard : (shard + 1) * per_shard]
@@ -86,18 +110,18 @@ def write_model(directory: Path, num_layers: int) -> int:
         file = FileWriter(directory / file_name, {name: ("BF16", tensors[name]) for name in shard_names})
         file.start()
         for name in shard_names:
-            values = generator.standard_normal(tensors[name], dtype=np.float32) * np.float32(0.02)
-            file.write(name, [(values.view(np.uint32) >> 16).astype(np.uint16)])
+            start = generator.integers(NUM_RANDOM)
+            file.write(name, [np.resize(random[start : start + NUM_RANDOM], tensors[name])])
         file.finish()
         total += file.num_bytes
         weight_map |= dict.fromkeys(shard_names, file_name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE, "num_hidden_layers": num_layers, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS, "vocab_size": VOCAB, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False, "rope_theta": 10000.0,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": hidden,
+        "intermediate_size": intermediate, "num_hidden_layers": num_layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": head_size, "vocab_size": vocab, "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_theta": 10000.0,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
     for path in demo.MODEL_DIR.glob("tokenizer*"):
