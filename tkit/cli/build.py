@@ -9,6 +9,7 @@ import click
 
 from tkit.cli.output import Output, output_options
 from tkit.cli.sections import SectionedCommand
+from tkit.specs.device import DEVICES
 from tkit.specs.quantization import QUANT_FORMATS
 from tkit.specs.recipe import BACKENDS, FORMATS, GOALS, RUNTIME_FIELDS, EngineRecipe
 from tkit.units import format_bytes, format_seconds
@@ -65,8 +66,8 @@ SECTIONS = {
     "--calib-len", type=click.IntRange(min=1), metavar="N", help="Tokens per calibration sample.  [default: 256]"
 )
 @click.option("--seed", type=int, metavar="N", help="Seed of the calibration windows.  [default: 0]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu", show_default=True,
-              help="Where calibration runs.")  # fmt: skip
+@click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True,
+              help="Where calibration runs; CUDA_VISIBLE_DEVICES says on which GPU.")  # fmt: skip
 @click.option(
     "--workers", type=click.IntRange(1, 256), metavar="N", help="Threads that hash and write.  [default: one per core]"
 )
@@ -148,6 +149,7 @@ def command(
         text = f"{card.name} exists, built from the same inputs"
     else:
         seconds, peak = card.build["seconds"], card.build["peak_memory_bytes"]
+        gpu_peak = card.build.get("peak_gpu_memory_bytes")
         ratio = card.weight_bytes / sum(
             f["bytes"] for n, f in card.source["files"].items() if n.endswith((".safetensors", ".bin"))
         )
@@ -156,6 +158,7 @@ def command(
             f"{card.name}: {format_bytes(card.weight_bytes)} of weights ({ratio:.2f} x the source), "
             f"{card.num_params / 1e6:.1f} M parameters, {card.quant_algo or card.dtype}, "
             f"{carried}tp {card.tp_size} pp {card.pp_size}, {format_seconds(seconds)}, peak memory {format_bytes(peak)}"
+            + (f", of the GPU {format_bytes(gpu_peak)}" if gpu_peak else "")
         )
     output.record(card, text, last_line=str(directory))
 

@@ -105,6 +105,8 @@ def _cost(build: object) -> str:
     facts = build if isinstance(build, dict) else {}
     parts = [format_seconds(facts["seconds"])] if "seconds" in facts else []
     parts += [f"peak memory {format_bytes(facts['peak_memory_bytes'])}"] if "peak_memory_bytes" in facts else []
+    gpu_peak = facts.get("peak_gpu_memory_bytes")
+    parts += [f"of the GPU {format_bytes(gpu_peak)}"] if gpu_peak else []
     return f" in {', '.join(parts)}" if parts else ""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from tkit.cli.output import Output, output_options
+from tkit.specs.device import DEVICES
 from tkit.specs.recipe import BACKENDS
 from tkit.units import format_seconds
 
@@ -16,7 +17,7 @@ from tkit.units import format_seconds
 @click.argument("recipe")
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=click.Choice(DEVICES),
     default="auto",
     show_default=True,
     help="Where models are calibrated, validated and served.",

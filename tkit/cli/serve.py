@@ -10,7 +10,8 @@ import click
 
 from tkit.cli.output import Output, output_options
 from tkit.cli.sections import SectionedCommand
-from tkit.specs.server import DEVICES, MODEL_NAME, RENDER_TARGETS, ServeOptions, ServerRecord
+from tkit.specs.device import DEVICES
+from tkit.specs.server import MODEL_NAME, RENDER_TARGETS, ServeOptions, ServerRecord
 
 
 def _option(name: str, default: Any, text: str, **more: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

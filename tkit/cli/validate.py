@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tkit.cli.output import FiniteFloat, Output, output_options
+from tkit.specs.device import DEVICES
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
     from tkit.stages.validate import ValidationRecord
@@ -41,7 +42,7 @@ if TYPE_CHECKING:  # a command imports what it needs when it runs
 )
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=click.Choice(DEVICES),
     default="auto",
     show_default=True,
     help="Where both models run.",

@@ -34,6 +34,7 @@ from tkit.quantize.statistics import InputStatistics
 from tkit.quantize.table import QUANTIZERS, Quantizer, input_statistics
 from tkit.runtime.bits import to_raw, to_torch
 from tkit.runtime.data_free import quantize_rows
+from tkit.runtime.device import gpu_memory_for
 from tkit.runtime.experts import experts_by_name, run_experts
 from tkit.runtime.kv_cache import CACHE_ARGUMENTS, CacheStandIn, Change
 from tkit.specs.model import ModelSpec
@@ -45,6 +46,11 @@ Raw = tuple[np.ndarray, str]
 EXPERT_TOKENS = 128  # an expert that saw fewer is quantized by the inputs of all experts of its layer
 SPILL_BYTES = 1 << 30  # activations up to this size stay in memory: 16 times those of the default text in an 8 B model
 BATCH_TOKENS = 4096  # bounds the activations inside a layer; larger batches are not faster on a CPU
+
+_gpu_memory = gpu_memory_for(
+    "a decoder layer with its calibration tokens",
+    hint="use --device cpu, or a GPU with more free memory; a --calib-len above 4096 could be smaller",
+)
 
 
 class CalibratedQuantizer:
@@ -71,6 +77,7 @@ class CalibratedQuantizer:
         self._calls: list[dict[str, Any]] = []
         self._num_experts = self._num_starved = 0
 
+    @_gpu_memory
     def begin(self, sources: Mapping[str, Raw]) -> None:
         model = _empty_model(self.spec, self.device)
         inside = len(model.base_model_prefix) + 1  # names within the decoder
@@ -82,6 +89,7 @@ class CalibratedQuantizer:
         with torch.inference_mode():
             self._calls = _record_layer_calls(model, layers_name, ids, self.hidden)
 
+    @_gpu_memory
     def layer(self, index: int, sources: Mapping[str, Raw], moves: Sequence[Move]) -> dict[str, dict[str, Raw]]:
         prefix = self._layer_prefix.format(layer=index)
         weights = {name.removeprefix(prefix): to_torch(*raw) for name, raw in sources.items()}
@@ -143,6 +151,7 @@ class CalibratedQuantizer:
         self._num_starved += sum(inputs is seen.of_all for inputs in each)
         return quantizer.quantize_experts(weights, seen.of_all, each, dtype, **options)
 
+    @_gpu_memory
     def skip(self, index: int, sources: Mapping[str, Raw]) -> None:
         prefix = self._layer_prefix.format(layer=index)
         weights = {name.removeprefix(prefix): to_torch(*raw) for name, raw in sources.items()}
@@ -159,7 +168,8 @@ class CalibratedQuantizer:
     ) -> dict[str | None, Seen]:
         """Passes the activations through layer `index`; returns the statistics of each input."""
         layer, call = self._layers[index], dict(self._calls[index])
-        _load(layer, {name: weight.to(self.device, self.dtype) for name, weight in weights.items()})
+        dense = {name: weight for name, weight in weights.items() if ".experts." not in name}
+        _load(layer, {name: weight.to(self.device, self.dtype) for name, weight in dense.items()})
         if seen_kv is not None:
             call[_cache_argument(layer)] = CacheStandIn(_watching(seen_kv))
         statistics: dict[str | None, Seen] = {}
@@ -174,7 +184,7 @@ class CalibratedQuantizer:
                 hooks.append(
                     linear.register_forward_pre_hook(lambda _, arguments, seen=seen: seen.of_all.update(arguments[0]))
                 )
-        if any(".experts." in name for name in weights):
+        if len(dense) < len(weights):
             self._watch_experts(layer, weights, statistics.get("mlp"), statistics.get("mlp.proj"))
         batch = max(BATCH_TOKENS // self.tokens.shape[1], 1)
         for start in range(0, len(self.hidden), batch):
@@ -226,9 +236,9 @@ class Seen:
 
 
 def _load(layer: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Puts the sources into a decoder layer; experts stay outside, because transformers would have them stacked."""
+    """Puts all but the experts into a decoder layer; transformers would have those stacked."""
     # the block has had one name for all families since transformers 5
-    inside = {name.replace("block_sparse_moe.", "mlp."): w for name, w in weights.items() if ".experts." not in name}
+    inside = {name.replace("block_sparse_moe.", "mlp."): weight for name, weight in weights.items()}
     missing, unexpected = layer.load_state_dict(inside, assign=True, strict=False)
     lost = [name for name in missing if ".experts." not in name]
     assert not lost and not unexpected, f"missing {lost}, unexpected {unexpected}"

@@ -39,7 +39,7 @@ OnChunk = Callable[[GenerationChunk], None]
 
 # Half a million tokens of the demo model, 8 thousand of a Llama 8B in float32.
 CPU_KV_BYTES = 2 * 1024**3
-# Of what is free once the weights are there; the rest is for activations and logits of a step.
+# Of what is free once the weights are there; the rest is for activations, logits and the allocator's gaps.
 CUDA_KV_SHARE = 0.8
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class RequestHandle:
 
 
 class Engine:
-    """`kv_cache_bytes` bounds the cache (default: 2 GiB on the CPU, 80 % of what is free on CUDA); it grows with use.
+    """`kv_cache_bytes` bounds the cache (default: 2 GiB on the CPU, up to 80 % of what is free on CUDA); it grows with use.
 
     `num_threads` are torch's, in this process; by default one less than there are cores, because OpenMP's threads spin
     while they wait: on two cores with anything else running, two of them were up to 30 times slower than one.
@@ -102,7 +102,7 @@ class Engine:
         self._longest_token = max(map(len, tokenizer.get_vocab()))  # in characters
         self._kv_bytes_per_token = kv_bytes_per_token(model)
         budget = min(
-            (kv_cache_bytes or _default_kv_bytes(model.device)) // self._kv_bytes_per_token,
+            (kv_cache_bytes or _default_kv_bytes(model, self._kv_bytes_per_token)) // self._kv_bytes_per_token,
             max_batch_size * self.max_positions,
         )
         self._cache = SlotCache(num_layers=config.num_hidden_layers, max_rows=max_batch_size, budget_tokens=budget)
@@ -387,8 +387,12 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _default_kv_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * CUDA_KV_SHARE)
-    return CPU_KV_BYTES
+def _default_kv_bytes(model: PreTrainedModel, kv_bytes_per_token: int) -> int:
+    """On CUDA it leaves room for what attention makes of one layer's cache: keys and values for every query head."""
+    if model.device.type != "cuda":
+        return CPU_KV_BYTES
+    config = model.config.get_text_config()
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    repeated = 2 * config.num_attention_heads * head_size * model.dtype.itemsize  # of one layer, per token
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return int(free * CUDA_KV_SHARE * kv_bytes_per_token / (kv_bytes_per_token + repeated))

@@ -4,7 +4,7 @@ Per predicted token t with context c: KL = sum_v p(v|c) (log p(v|c) - log q(v|c)
 perplexity = exp(mean of -log p(t|c)); top-1 agreement = share of positions where both rank the same token first.
 Per decoder layer, both get the input that the reference's layer has: signal-to-noise = 10 log10(sum h^2 / sum (h - h')^2) of
 what they make of it, so that a layer's figure holds its own error and not that of the layers before.
-Memory: logits of one window for both models.
+Memory: logits of one window for both models, on the device that both are on.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from tkit.runtime.device import gpu_memory_for
 from tkit.runtime.kv_cache import CACHE_ARGUMENTS, CacheStandIn
 
 
@@ -32,6 +33,7 @@ class Comparison:
     tokens: int
 
 
+@gpu_memory_for("an engine beside its source", hint="use --device cpu, or a GPU with more free memory")
 @torch.inference_mode()
 def compare_models(
     source: PreTrainedModel, candidate: PreTrainedModel, windows: torch.Tensor, done: Callable[[int], None]
@@ -43,10 +45,10 @@ def compare_models(
     vocab_size = min(model.config.vocab_size for model in (source, candidate))
     nll = nll_source = kl = kl_max = same = 0.0
     for index, window in enumerate(windows.split(1)):
-        log_q = (
-            candidate(window.to(candidate.device)).logits[0, :-1, :vocab_size].float().log_softmax(-1).cpu()
+        window = window.to(source.device)
+        log_p, log_q = (
+            model(window).logits[0, :-1, :vocab_size].float().log_softmax(-1) for model in (source, candidate)
         )  # (length - 1, vocab)
-        log_p = source(window.to(source.device)).logits[0, :-1, :vocab_size].float().log_softmax(-1).cpu()
         targets = window[0, 1:, None]
         nll -= log_q.gather(1, targets).sum(dtype=torch.float64).item()
         nll_source -= log_p.gather(1, targets).sum(dtype=torch.float64).item()
@@ -100,7 +102,7 @@ def _measure(
         if name in signature.parameters:  # rounded keys and values are read from a cache, so there must be one
             call.arguments[name] = CacheStandIn(lambda keys, values: (keys, values))
     expected, found = (h[0] if isinstance(h, tuple) else h for h in (output, layer(*call.args, **call.kwargs)))
-    sums += torch.stack([x.double().square().sum().cpu() for x in (expected, expected - found)])
+    sums += torch.stack([x.double().square().sum() for x in (expected, expected - found)]).cpu()
 
 
 @torch.inference_mode()

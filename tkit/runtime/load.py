@@ -34,6 +34,7 @@ from tkit.quantize.kv_cache import rounded
 from tkit.quantize.table import QUANTIZERS, dequantize_experts
 from tkit.runtime.bits import to_torch
 from tkit.runtime.carried import by_layer, unpacked, zero_biases
+from tkit.runtime.device import gpu_memory_for, pick_device
 from tkit.runtime.experts import experts_by_name, run_experts
 from tkit.runtime.kv_cache import Change, change_cached
 from tkit.specs.model import ModelSpec
@@ -53,15 +54,10 @@ KvCache = dict[int, Change]  # by layer, where keys and values are stored in 8 b
 CommonScales = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def pick_device(device: str = "auto") -> str:
-    """`auto` is CUDA where torch sees a GPU."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no GPU", hint="use --device cpu, or install torch's CUDA build")
-    return device
+_gpu_memory = gpu_memory_for("the model", hint="use --device cpu, or a GPU with more free memory")
 
 
+@_gpu_memory
 def load_model(engine_dir: Path, device: str = "auto") -> tuple[PreTrainedModel, ModelSpec]:
     """The model in eval mode; float32 on the CPU (faster there than 16 bits, and batching does not change greedy text),
     the checkpoint's own dtype on CUDA. Takes the directory of a bare checkpoint as well."""
@@ -80,6 +76,7 @@ def load_model(engine_dir: Path, device: str = "auto") -> tuple[PreTrainedModel,
     return _model(spec, weights, kernel_inputs, kv_cache, device), spec
 
 
+@_gpu_memory
 def load_source(directory: Path, device: str = "auto") -> PreTrainedModel:
     """A Hugging Face model as it was published, in the dtype that `load_model` gives its engine. One that is quantized
     computes what its own kernels would, without the packages that made it; each layer with its own scales, while
@@ -89,10 +86,9 @@ def load_source(directory: Path, device: str = "auto") -> PreTrainedModel:
     if config.get("quantization_config"):
         return _model(*_read_hugging_face(directory, device, is_served=False), device)
     own = checkpoint_dtype(config.get("dtype") or config.get("torch_dtype") or "float32")
-    dtype = torch.float32 if device == "cpu" else getattr(torch, own)
     with _transformers_errors(f"{directory}"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, trust_remote_code=False
+            directory, dtype=_dtype(own, device), local_files_only=True, trust_remote_code=False
         )
     return model.eval().to(device)
 
@@ -112,7 +108,7 @@ def _model(
 ) -> PreTrainedModel:
     if spec.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    model = model_from_weights(spec, weights, _dtype(spec, device))
+    model = model_from_weights(spec, weights, _dtype(spec.dtype, device))
     torch.nn.Module.to(model, device)
     for name, kernel_input in kernel_inputs.items():
         if ".experts." not in name:
@@ -129,8 +125,8 @@ def _model(
     return model
 
 
-def _dtype(spec: ModelSpec, device: str) -> torch.dtype:
-    return torch.float32 if device == "cpu" else getattr(torch, spec.dtype)
+def _dtype(own: str, device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else getattr(torch, own)
 
 
 def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, KernelInputs, KvCache]:
@@ -157,7 +153,7 @@ def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, Kern
             if move.format is not None and move.format.group_size is not None:  # the loader casts the scales of groups
                 scale = stored["weights_scaling_factor"].to(getattr(torch, spec.dtype))
                 stored["weights_scaling_factor"] = scale.float()
-            weights.update(_hugging_face_weights(move, stored, _dtype(spec, device)))
+            weights.update(_hugging_face_weights(move, stored, _dtype(spec.dtype, device)))
             hook = None if move.format is None else _kernel_input(move.format, stored, device)
             if hook is not None:
                 kernel_inputs.update(dict.fromkeys((name.removesuffix(".weight") for name in move.sources), hook))
@@ -240,7 +236,7 @@ def _read_hugging_face(
     its readers give it. Raises InputError naming what is missing."""
     config, path = read_config(directory), str(directory / "config.json")
     spec = spec_from_hf(config, path)
-    dtype = _dtype(spec, device)
+    dtype = _dtype(spec.dtype, device)
     weights: Weights = {}
     kernel_inputs: KernelInputs = {}
     plain = plan_moves(spec, Precision.of("none"), Parallel())

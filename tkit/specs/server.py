@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tkit.errors import InputError
+from tkit.specs.device import DEVICES
 
 SERVER_RECORDS = ".servers"  # engines/.servers/<engine name>.json, removed when the server has ended
 SERVER_SCHEMA = "tkit.server/1"
@@ -36,7 +37,6 @@ class ServerRecord:
 
 
 RENDER_TARGETS = ("docker",)
-DEVICES = ("auto", "cpu", "cuda")
 PORTS = ("http_port", "grpc_port", "metrics_port", "openai_port")
 
 

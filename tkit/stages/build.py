@@ -67,7 +67,7 @@ from tkit.specs.quantization import QuantFormat
 from tkit.specs.recipe import RUNTIME_FIELDS, EngineRecipe
 from tkit.specs.source_format import SourceFormat
 from tkit.stages.engines import ENGINES_DIR, read_card
-from tkit.stages.memory import peak_memory_bytes, reset_peak_memory
+from tkit.stages.memory import peak_gpu_memory_bytes, peak_memory_bytes, reset_peak_memory
 from tkit.stages.models import (
     TOKENIZER_FILES,
     ModelSource,
@@ -275,6 +275,7 @@ def _write_engine(
 ) -> EngineCard:
     journal = work / "journal.jsonl"
     copy_tokenizer(plan.source.directory, work / "tokenizer", plan.spec.vocab_size)
+    device = _calibration_device(plan, device)
     quantizer = _quantizer(plan, work, device, workers)
     _write_configs(plan, work)
     convert_started = time.monotonic()
@@ -328,6 +329,7 @@ def _write_engine(
             "cpu_seconds": round(time.process_time(), 3),  # of the whole command
             "stages": {"hash source": round(plan.hash_seconds, 3), "convert": round(convert_seconds, 3)},
             "peak_memory_bytes": peak_memory_bytes(),
+            "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
             "source_bytes": sum(facts["bytes"] for facts in plan.source_files.values()),
             "kv_bytes_per_token": kv_bytes_per_token(plan.spec, plan.precision.kv_cache),
             "device": device,
@@ -488,6 +490,15 @@ def publish(work: Path, target: Path, card: EngineCard, force: bool) -> EngineCa
     return card
 
 
+def _calibration_device(plan: BuildPlan, device: str) -> str:
+    """Formats without calibration are made on the CPU."""
+    if plan.calib_file is None:
+        return "cpu"
+    from tkit.runtime.device import pick_device
+
+    return pick_device(device)
+
+
 def _quantizer(plan: BuildPlan, work: Path, device: str, workers: int) -> LayerQuantizer | None:
     """None where weights are only moved; torch is imported only where it computes."""
     if plan.carried is not None:
@@ -501,10 +512,9 @@ def _quantizer(plan: BuildPlan, work: Path, device: str, workers: int) -> LayerQ
     import torch
 
     from tkit.runtime.calibration import CalibratedQuantizer
-    from tkit.runtime.load import pick_device
 
     tokens = torch.tensor(plan.calibration)
-    return CalibratedQuantizer(plan.spec, tokens, pick_device(device), workers, spill_directory=work)
+    return CalibratedQuantizer(plan.spec, tokens, device, workers, spill_directory=work)
 
 
 def _calibration_file(recipe: EngineRecipe, spec: ModelSpec, is_needed: bool) -> Path | None:

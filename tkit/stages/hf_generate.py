@@ -67,7 +67,8 @@ def sweep_generate(
     import torch
     import transformers
 
-    from tkit.runtime.load import load_source, pick_device
+    from tkit.runtime.device import pick_device
+    from tkit.runtime.load import load_source
 
     device = pick_device(device)
     model = load_source(source_directory(card.source), device)

@@ -96,7 +96,7 @@ def run_recipe(recipe_name: str, progress: Progress, machine: Machine, options: 
     check_writable(out, f"{name}: report: choose another out")
     kept = baseline_directory(options.save_baseline) if options.save_baseline is not None else None
     if options.device == "cuda":
-        from tkit.runtime.load import pick_device  # imports torch
+        from tkit.runtime.device import pick_device  # imports torch
 
         pick_device(options.device)
     if options.backend != "auto":

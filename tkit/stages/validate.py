@@ -85,8 +85,9 @@ def validate(
     import torch
 
     from tkit.runtime.corpus import SPREAD, token_ids
+    from tkit.runtime.device import pick_device
     from tkit.runtime.evaluate import compare_models, layer_snr_db
-    from tkit.runtime.load import load_model, load_source, pick_device
+    from tkit.runtime.load import load_model, load_source
 
     card = read_card(engine_dir) if is_engine(engine_dir) else None
     if card is not None:
