@@ -55,6 +55,17 @@ def test_card_of_another_schema(tmp_path: Path) -> None:
         read_card(tmp_path)
 
 
+def test_a_torn_card_says_how_to_go_on_without_it(tmp_path: Path) -> None:
+    write_engine(tmp_path / "whole")
+    write_engine(tmp_path / "torn")
+    (tmp_path / "torn" / "engine.json").write_text("{")
+    for engine in (None, "torn"):
+        with pytest.raises(InputError) as error:
+            read_card(find_engine(engine, tmp_path))
+        assert error.value.message.startswith(f"{tmp_path}/torn/engine.json: not readable as JSON")
+        assert error.value.hint == f"name another engine, or remove {tmp_path}/torn and build it again"
+
+
 @pytest.mark.parametrize("facts", [3, {}, {"bytes": 7}, {"bytes": "7", "sha256": "0"}])
 def test_card_whose_files_are_none(tmp_path: Path, facts: object) -> None:
     write_engine(tmp_path)

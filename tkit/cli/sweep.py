@@ -136,7 +136,7 @@ SECTIONS = {
 def command(output: Output, out: Path, name: str | None, resume: bool, calibrate: bool, **given: object) -> None:
     """Measure latency and throughput of a running server.
 
-    PROFILE is quick (default; about half a minute) or standard. The last line of stdout is the run's directory.
+    PROFILE is quick (default; within a minute) or standard. The last line of stdout is the run's directory.
     Points whose numbers should not be believed are kept, marked invalid, with the reason.
     """
     import dataclasses

@@ -65,13 +65,15 @@ def read_card(engine_dir: Path) -> EngineCard:
     path = engine_dir / CARD_FILE
     if not path.is_file():
         raise InputError(f"{engine_dir}: not a complete engine, it holds no {CARD_FILE}", hint="run tkit build")
-    values = read_json(path)
-    schema = values.get("schema") if isinstance(values, dict) else None
-    if schema != CARD_SCHEMA:
-        raise InputError(
-            f'{path}: schema is {schema!r}, this tkit reads "{CARD_SCHEMA}"', hint="rebuild it: tkit build --force"
-        )
-    return from_mapping(EngineCard, values, str(path))
+    try:
+        values = read_json(path)
+        schema = values.get("schema") if isinstance(values, dict) else None
+        if schema != CARD_SCHEMA:
+            raise InputError(f'{path}: schema is {schema!r}, this tkit reads "{CARD_SCHEMA}"')
+        return from_mapping(EngineCard, values, str(path))
+    except InputError as error:  # also when it is not this engine that was asked for, but the newest
+        error.hint = f"name another engine, or remove {engine_dir} and build it again"
+        raise
 
 
 def verify_files(engine_dir: Path, card: EngineCard, progress: Progress | None = None) -> None:
