@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -20,10 +21,13 @@ import pytest
 from click.testing import Result
 
 from tkit.files import from_mapping, read_json, sha256_file, write_json
+from tkit.loadgen.profiles import PROFILES
 from tkit.specs.engine import EngineCard
+from tkit.specs.progress import Progress
 from tkit.specs.record import Manifest, PointSummary
 from tkit.specs.server import ServerRecord
 from tkit.stages.servers import ServerLock, server_files
+from tkit.stages.sweep import open_run, run_name
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "loadgen"))
 servers: Any = importlib.import_module("servers")
@@ -249,10 +253,12 @@ def test_a_shape_that_the_engine_cannot_hold(tkit: Tkit, served: Path) -> None:
         (["--rate", "1,x"], 2, "'1,x' is not a list of numbers like 0.5,2,4"),
         (["--arrivals", "posson"], 2, 'unknown process "posson" (did you mean "poisson"?)'),
         (["--rate", "2", "--max-outstanding", "0"], 2, "max_outstanding is 0, expected at least 1"),
+        (["--seed", "-1"], 2, "seed is -1, expected 0 to 9223372036854775807"),
         (["--requests", "0"], 2, "requests is 0, expected at least 1"),
         (["--timeout", "0"], 2, "--timeout is 0.0, expected more than 0 seconds"),
         (["--reconnect", "-1"], 2, "--reconnect is -1.0, expected 0 or more seconds"),
         (["--find-max", "batch"], 2, 'no tier "batch" with limits, expected one of interactive, conversational'),
+        (["--metrics-url", "http://me:secret@h/metrics"], 2, "expected http://HOST:PORT/metrics"),  # runs keep it
         (["--gpus", "0"], 2, "--gpus is 0, expected at least 1"),
         (["--url", "http://h/x"], 2, "--url is 'http://h/x', expected host:port"),
         (["--name", "../x"], 2, "--name is '../x', expected a directory name without a path"),
@@ -266,6 +272,25 @@ def test_what_was_typed_is_wrong(tkit: Tkit, arguments: list[str], exit_code: in
     result = tkit("sweep", *arguments)
     assert result.exit_code == exit_code, result.output
     assert message in result.stderr or message in str(result.exception)
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
+    manifest = Manifest(
+        run="r", label="r", profile="quick/1", profile_digest="0", seed=0, protocol="openai", url="h:1", model="m",
+        shapes=("8/3",), concurrency=(1,), repeats=1, command="tkit sweep", started="2026-01-01T00:00:00Z",
+    )  # fmt: skip
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # as a full disk
+    try:
+        with pytest.raises(OSError, match="manifest.json"):
+            open_run(tmp_path / "reports", "r", manifest, Progress(), resume=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "reports").iterdir()) == []
+
+
+def test_names_of_runs_fit_into_file_systems() -> None:
+    assert len(run_name("x" * 300, PROFILES["quick/1"])) < 150
 
 
 def test_points_with_failures_are_kept_and_marked(

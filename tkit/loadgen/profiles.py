@@ -16,6 +16,7 @@ from tkit.specs.record import SLO_TIERS
 
 MAX_STREAMS = 65_535  # as many ports as one address has
 MAX_REQUESTS_S = 1_000_000  # a schedule is made ahead
+MAX_SEED = 2**63 - 1  # what vLLM takes; Triton's input has a bit more
 MAX_SHAPE_TOKENS = 10_000_000  # above any model's context: a slip of the finger, not a shape
 
 
@@ -181,6 +182,8 @@ def resolve_profile(recipe: SweepRecipe) -> Profile:
         changes |= {"max_duration_s": recipe.duration_s}
         if recipe.requests is None:
             changes |= {"min_duration_s": recipe.duration_s}
+    if not 0 <= recipe.seed <= MAX_SEED:
+        problems.append(f"seed is {recipe.seed}, expected 0 to {MAX_SEED}")
     problems += _problems(changes)
     if problems:
         raise InputError("impossible sweep", problems=problems)

@@ -106,6 +106,11 @@ class RunDirectory:
         os.close(self._journal_file)
         self._parquet.close()
 
+    def remove(self) -> None:
+        """Of a run that could not begin."""
+        self.close()
+        shutil.rmtree(self.path)
+
     def _events(self) -> list[dict[str, Any]]:
         """The journal's whole lines; the last may have been cut off."""
         events = []

@@ -39,6 +39,7 @@ from tkit.stages.host_speed import host_speed
 from tkit.stages.servers import running_servers
 
 REPORTS_DIR = Path("reports")
+MAX_LABEL = 100  # characters of it in a directory's name, which file systems bound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +188,11 @@ def open_run(
     if not resume:
         run = RunDirectory.create(out, manifest.run, is_fixed=name is not None)
         manifest = dataclasses.replace(manifest, run=run.path.name)
-        run.write_manifest(manifest)
+        try:
+            run.write_manifest(manifest)
+        except BaseException:
+            run.remove()
+            raise
         return run, manifest, {}
     run = RunDirectory.unfinished(out, name)
     try:
@@ -247,7 +252,7 @@ def check_target(target: Target, name: str | None = None) -> None:
             normal_url(target.protocol, target.url)
         except InputError as error:
             problems.append(error.message)
-    if target.metrics_url is not None and not re.match(r"https?://[^/\s]+", target.metrics_url):
+    if target.metrics_url is not None and not re.match(r"https?://[^/\s@]+(/|$)", target.metrics_url):
         problems.append(f"--metrics-url is {target.metrics_url!r}, expected http://HOST:PORT/metrics")
     if target.api_key_file is not None and not row.has_api_key:
         problems.append(f"--api-key-file is given, but {target.protocol} sends no key")
@@ -373,7 +378,7 @@ def _label(target: Target, endpoint: _Endpoint) -> str:
 
 def run_name(label: str, profile: Profile) -> str:
     """Of a run's directory: safe, and new every second."""
-    label = re.sub(r"[^A-Za-z0-9._-]+", "_", label).lstrip(".")
+    label = re.sub(r"[^A-Za-z0-9._-]+", "_", label).lstrip(".")[:MAX_LABEL]
     return f"{label}-{profile.name.partition('/')[0]}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
