@@ -90,6 +90,7 @@ def test_a_chat_without_a_length_gets_what_is_left_up_to_a_bound() -> None:
         ({"top_p": 0, "top_k": -2}, "top_k", "top_k is -2, expected 0 (no limit) or more; top_p is 0, expected more than 0"),
         ({"stop": ["a", 1]}, "stop", "stop is expected to hold texts only"),
         ({"stop": [""]}, "stop", "stop holds an empty word"),
+        ({"stop": ["a"] * 129}, "stop", "stop holds 129 words, at most 128 are looked for"),
         ({"logprobs": 2}, "logprobs", "logprobs is 2, expected 0"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream_options needs stream: true"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "unknown key in stream_options: x"),
