@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 GRAM_BLOCK = 128  # channels
+ROWS = 128  # summed at once on a CPU: as float32 they stay in the cache, 6 ns a value with Gram blocks and 30 without
 NUM_FOLDS = 16
 SAMPLED_SEQUENCES, SAMPLED_TOKENS = 16, 64  # the first sequences, and evenly spread tokens of each
 
@@ -41,23 +42,29 @@ class InputStatistics:
             for sequence in x.reshape(-1, *x.shape[-2:]).float():
                 self._update_fold(sequence)
         x = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        abs_max = x.abs().amax(dim=0).float()
         if self.num_tokens == 0:
-            self.abs_max = abs_max
-            self._abs_sum = self._square_sum = torch.zeros_like(abs_max, dtype=torch.float64)
-        self.abs_max = torch.maximum(self.abs_max, abs_max)
+            self.abs_max = x.new_zeros(x.shape[1], dtype=torch.float32)
+            self._abs_sum = self._square_sum = torch.zeros_like(self.abs_max, dtype=torch.float64)
         self.num_tokens += len(x)
-        if self._has_means:
-            x = x.float()
-            self._abs_sum = self._abs_sum + x.abs().sum(dim=0, dtype=torch.float64)
-            self._square_sum = self._square_sum + x.square().sum(dim=0, dtype=torch.float64)
-        if self._gram_kind is not None:
-            x = x.float()
-            size = x.shape[1] if self._gram_kind == "input" else math.gcd(x.shape[1], GRAM_BLOCK)
-            blocks = x.reshape(len(x), -1, size).transpose(0, 1)  # (blocks, tokens, size)
-            if not len(self._gram_sum):
-                self._gram_sum = x.new_zeros(len(blocks), size, size)
-            self._gram_sum.baddbmm_(blocks.mT, blocks)
+        if not self._has_means:
+            self.abs_max = torch.maximum(self.abs_max, x.abs().amax(dim=0).float())
+            return
+        if self._gram_kind == "input":
+            self._update_gram(x.float(), x.shape[1])
+        for rows in x.split(ROWS if x.device.type == "cpu" else len(x)):
+            rows = rows.float()
+            if self._gram_kind == "block":
+                self._update_gram(rows, math.gcd(x.shape[1], GRAM_BLOCK))
+            ones, magnitudes = rows.new_ones(len(rows)), rows.abs()
+            self.abs_max = torch.maximum(self.abs_max, magnitudes.amax(dim=0))
+            self._abs_sum = self._abs_sum + ones @ magnitudes  # a product is faster than a sum over rows
+            self._square_sum = self._square_sum + ones @ magnitudes.square_()
+
+    def _update_gram(self, x: torch.Tensor, size: int) -> None:
+        blocks = x.reshape(len(x), -1, size).transpose(0, 1)  # (blocks, tokens, size)
+        if not len(self._gram_sum):
+            self._gram_sum = x.new_zeros(len(blocks), size, size)
+        self._gram_sum.baddbmm_(blocks.mT, blocks)
 
     def _update_fold(self, sequence: torch.Tensor) -> None:
         fold, abs_max = self._num_sequences % NUM_FOLDS, sequence.abs().amax(dim=0)
