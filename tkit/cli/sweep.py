@@ -150,7 +150,8 @@ def command(output: Output, out: Path, name: str | None, resume: bool, calibrate
         return
 
     from tkit.specs.recipe import HF_GENERATE, SweepRecipe
-    from tkit.stages.sweep import Target, run_sweep
+    from tkit.stages.sweep import run_sweep
+    from tkit.stages.target import Target
 
     values = {key: value for key, value in given.items() if value is not None}
     recipe_fields = {field.name for field in dataclasses.fields(SweepRecipe)}

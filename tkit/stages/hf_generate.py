@@ -31,7 +31,8 @@ from tkit.specs.recipe import HF_GENERATE, SweepRecipe
 from tkit.specs.record import Manifest, PointSummary
 from tkit.stages.calibrate import client_machine
 from tkit.stages.engines import ENGINES_DIR, find_engine, read_card
-from tkit.stages.sweep import REPORTS_DIR, SweepRecord, Target, check_shapes, open_run, run_name, sweep_command
+from tkit.stages.sweep import REPORTS_DIR, SweepRecord, check_shapes, open_run, run_name, sweep_command
+from tkit.stages.target import Target
 from tkit.stages.validate import source_directory
 from tkit.units import NS_PER_S
 

@@ -39,7 +39,8 @@ from tkit.stages.report import (
     report,
 )
 from tkit.stages.serve import running_server
-from tkit.stages.sweep import SweepRecord, Target, check_shapes, check_target, normal_url, run_sweep
+from tkit.stages.sweep import SweepRecord, check_shapes, run_sweep
+from tkit.stages.target import Target, check_target, normal_url
 from tkit.stages.validate import stored_validation, validate
 from tkit.units import format_seconds
 

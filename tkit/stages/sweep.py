@@ -15,49 +15,29 @@ from typing import Any
 
 from tkit import __version__
 from tkit.backends.nvidia import visible_gpus
-from tkit.errors import InputError, ServerError
-from tkit.files import name_problem, read_api_key, read_json, sha256_file
+from tkit.errors import InputError
+from tkit.files import read_api_key, read_json, sha256_file
 from tkit.loadgen.arrivals import trace_rate
-from tkit.loadgen.board import MAX_WORKERS
 from tkit.loadgen.grid import Grid, server_difference
-from tkit.loadgen.http import grpc_address, http_address, is_loopback
+from tkit.loadgen.http import http_address, is_loopback
 from tkit.loadgen.profiles import Profile, resolve_profile
-from tkit.loadgen.protocols import DEFAULT_PROTOCOL, find_protocol
+from tkit.loadgen.protocols import find_protocol
 from tkit.loadgen.run_directory import RunDirectory, utc_now
 from tkit.loadgen.session import Session
 from tkit.loadgen.telemetry import Sampler
 from tkit.loadgen.workload import Workload, make_workload
 from tkit.specs.client import ClientCalibration
-from tkit.specs.engine import CARD_FILE, EngineCard
+from tkit.specs.engine import CARD_FILE
 from tkit.specs.progress import Progress
 from tkit.specs.recipe import SweepRecipe
 from tkit.specs.record import VALIDATION_FILE, FoundMax, HostSpeed, Manifest, PointSummary
-from tkit.specs.server import MODEL_NAME
 from tkit.stages.calibrate import client_machine, find_calibration
-from tkit.stages.engines import ENGINES_DIR, find_engine, read_card
+from tkit.stages.engines import ENGINES_DIR
 from tkit.stages.host_speed import host_speed
-from tkit.stages.servers import running_servers
+from tkit.stages.target import Endpoint, Target, check_target, find_endpoint, refuse_stranger
 
 REPORTS_DIR = Path("reports")
 MAX_LABEL = 100  # characters of it in a directory's name, which file systems bound
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What is measured. With nothing given, the newest server that `tkit serve` started."""
-
-    url: str | None = None  # host:port; over HTTP also http://host:port[/v1]; with TLS https:// or grpcs://
-    protocol: str = DEFAULT_PROTOCOL
-    model: str | None = None  # None = the one that `tkit serve` serves; openai: the only one there is
-    engine: str | None = None  # path or name
-    label: str | None = None  # in reports; None = the engine's name, or the model's
-    tokenizer: Path | None = None  # None = the engine's
-    num_gpus: int | None = None  # None = those of the engine, unless the reference backend serves it
-    timeout_s: float = 60.0  # without a message from the server
-    reconnect_s: float = 60.0  # that a server which stopped answering is waited for
-    api_key_file: Path | None = None  # the key itself is written nowhere
-    metrics_url: str | None = None  # the server's Prometheus metrics; None = where such servers have them
-    num_workers: int | None = None  # processes that send; None = as many as the load of each point needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +46,6 @@ class SweepRecord:
     manifest: Manifest
     points: tuple[PointSummary, ...]
     found: tuple[FoundMax, ...] = ()  # by --find-max, per shape
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Endpoint:
-    url: str
-    model: str | None  # None = the server is asked
-    engine_dir: Path | None
-    card: EngineCard | None
-    num_servers: int = 1  # that it was chosen from
-    metrics_url: str | None = None
 
 
 def run_sweep(
@@ -98,7 +68,7 @@ def run_sweep(
     profile = resolve_profile(recipe)
     check_target(target, name)
     api_key = read_api_key(target.api_key_file) if target.api_key_file is not None else None
-    endpoint = _find_endpoint(target, engines_dir)
+    endpoint = find_endpoint(target, engines_dir)
     if endpoint.card is not None:
         check_shapes(recipe, profile, endpoint.card.name, endpoint.card.max_position_embeddings)
     workload = make_workload(
@@ -130,47 +100,53 @@ def run_sweep(
         num_workers=target.num_workers,
     ) as session:
         endpoint = dataclasses.replace(endpoint, model=session.model)
-        _refuse_stranger(endpoint, session.identity)
+        refuse_stranger(endpoint, session.identity)
         for shape in profile.shapes:
             session.probe(shape)
-        manifest = Manifest(
-            run=name or run_name(_label(target, endpoint), profile),
-            label=_label(target, endpoint),
-            profile=profile.name,
-            profile_digest=profile.digest,
-            seed=recipe.seed,
-            protocol=target.protocol,
-            url=endpoint.url,
-            model=session.model,
-            shapes=tuple(map(str, profile.shapes)),
-            concurrency=profile.concurrency,
-            rates=profile.rates,
-            arrivals=str(profile.arrivals) if profile.rates or profile.open_shares else None,
-            repeats=profile.repeats,
-            requests=recipe.requests,
-            duration_s=recipe.duration_s,
-            engine=dataclasses.asdict(endpoint.card) if endpoint.card else None,
-            validation=_validation(endpoint),
-            identity=_identity(endpoint, session, workload, num_gpus, calibration),
-            host_speed=_host_speed(endpoint, session),
-            command=sweep_command(recipe, target, out),
-            started=utc_now(),
-        )
+        identity = _identity(endpoint, session, workload, num_gpus, calibration)
+        manifest = _manifest(recipe, target, endpoint, profile, session, identity, out, name)
         run, manifest, kept = open_run(out, name, manifest, progress, resume=resume)
         with contextlib.closing(run), _sampler(target, endpoint) as sampler:
-            grid = Grid(
-                session,
-                profile,
-                run,
-                manifest,
-                progress,
-                reconnect_s=target.reconnect_s,
-                sampler=sampler,
-            )
+            grid = Grid(session, profile, run, manifest, progress, reconnect_s=target.reconnect_s, sampler=sampler)
             grid.measure(kept)
     if grid.num_holes:
         progress.note(f"{grid.num_holes} points have no result; to measure them: {manifest.command} --resume")
     return SweepRecord(directory=str(run.path), manifest=manifest, points=tuple(grid.points.values()), found=grid.found)
+
+
+def _manifest(
+    recipe: SweepRecipe,
+    target: Target,
+    endpoint: Endpoint,
+    profile: Profile,
+    session: Session,
+    identity: Mapping[str, Any],
+    out: Path,
+    name: str | None,
+) -> Manifest:
+    return Manifest(
+        run=name or run_name(_label(target, endpoint), profile),
+        label=_label(target, endpoint),
+        profile=profile.name,
+        profile_digest=profile.digest,
+        seed=recipe.seed,
+        protocol=target.protocol,
+        url=endpoint.url,
+        model=session.model,
+        shapes=tuple(map(str, profile.shapes)),
+        concurrency=profile.concurrency,
+        rates=profile.rates,
+        arrivals=str(profile.arrivals) if profile.rates or profile.open_shares else None,
+        repeats=profile.repeats,
+        requests=recipe.requests,
+        duration_s=recipe.duration_s,
+        engine=dataclasses.asdict(endpoint.card) if endpoint.card else None,
+        validation=_validation(endpoint),
+        identity=identity,
+        host_speed=_host_speed(endpoint, session),
+        command=sweep_command(recipe, target, out),
+        started=utc_now(),
+    )
 
 
 # What must be equal for a run to go on: field of the manifest -> option.
@@ -235,87 +211,13 @@ def _resumed(run: RunDirectory, typed: Manifest) -> tuple[Manifest, Mapping[str,
     return manifest, run.kept_points()
 
 
-def check_target(target: Target, name: str | None = None) -> None:
-    """Raises InputError that lists what is wrong with the options; asks nobody."""
-    row = find_protocol(target.protocol)
-    problems = []
-    if not 0 < target.timeout_s < float("inf"):
-        problems.append(f"--timeout is {target.timeout_s}, expected more than 0 seconds")
-    if not 0 <= target.reconnect_s < float("inf"):
-        problems.append(f"--reconnect is {target.reconnect_s}, expected 0 or more seconds")
-    if target.num_gpus is not None and target.num_gpus < 1:
-        problems.append(f"--gpus is {target.num_gpus}, expected at least 1")
-    if target.num_workers is not None and not 1 <= target.num_workers <= MAX_WORKERS:
-        problems.append(f"--workers is {target.num_workers}, expected 1 to {MAX_WORKERS}, or auto")
-    if target.url is not None:
-        try:
-            normal_url(target.protocol, target.url)
-        except InputError as error:
-            problems.append(error.message)
-    if target.metrics_url is not None and not re.match(r"https?://[^/\s@]+(/|$)", target.metrics_url):
-        problems.append(f"--metrics-url is {target.metrics_url!r}, expected http://HOST:PORT/metrics")
-    if target.api_key_file is not None and not row.has_api_key:
-        problems.append(f"--api-key-file is given, but {target.protocol} sends no key")
-    if name is not None and (problem := name_problem(name)):
-        problems.append(f"--name {problem}")
-    if problems:
-        raise InputError("impossible sweep", problems=problems)
-
-
-def _find_endpoint(target: Target, engines_dir: Path) -> _Endpoint:
-    if target.url is not None:
-        engine_dir = find_engine(target.engine, engines_dir) if target.engine is not None else None
-        card = read_card(engine_dir) if engine_dir else None
-        model = target.model or (None if find_protocol(target.protocol).lists_models else MODEL_NAME)
-        return _Endpoint(url=normal_url(target.protocol, target.url), model=model, engine_dir=engine_dir, card=card)
-    servers = running_servers(engines_dir)
-    if target.engine is not None:
-        wanted = str(find_engine(target.engine, engines_dir))
-        servers = [server for server in servers if server.engine == wanted]
-    if not servers:
-        what = f"no server of {target.engine} is running" if target.engine is not None else "no server is running"
-        raise ServerError(what, hint="start one with tkit serve, or give the address of another: --url HOST:PORT")
-    server = servers[-1]
-    card = read_card(Path(server.engine))
-    if card.name != Path(server.engine).name:
-        raise ServerError(
-            f"{server.engine} holds the card of {card.name}: not what the server with pid {server.pid} loaded",
-            hint="restart the server: tkit stop, tkit serve",
-        )
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
-    port = getattr(server, find_protocol(target.protocol).port)
-    return _Endpoint(
-        url=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
-        model=target.model or server.model,
-        engine_dir=Path(server.engine),
-        card=card,
-        num_servers=len(servers),
-        metrics_url=f"http://{f'[{host}]' if ':' in host else host}:{server.metrics_port}/metrics",
-    )
-
-
-def normal_url(protocol: str, url: str) -> str:
-    """As manifests hold it. Raises InputError when it is none of the protocol's."""
-    return str((http_address if find_protocol(protocol).is_http else grpc_address)(url))
-
-
-def _sampler(target: Target, endpoint: _Endpoint) -> Sampler:
+def _sampler(target: Target, endpoint: Endpoint) -> Sampler:
     """Servers of OpenAI's API have their metrics beside it, under /metrics. One that does not answer gives none."""
     url = target.metrics_url or endpoint.metrics_url
     if url is None and find_protocol(target.protocol).lists_models:
         address = http_address(endpoint.url)
         url = f"{'https' if address.is_tls else 'http'}://{address.authority}/metrics"
     return Sampler(url, asks_gpus=is_loopback(endpoint.url))
-
-
-def _refuse_stranger(endpoint: _Endpoint, identity: Mapping[str, Any]) -> None:
-    """A server that says which engine it serves must say the one that is to be measured."""
-    served = identity.get("parameters", {}).get("engine_dir")
-    if endpoint.engine_dir is not None and served and Path(served).name != endpoint.engine_dir.name:
-        raise ServerError(
-            f"{endpoint.url} serves {Path(served).name}, not {endpoint.engine_dir.name}",
-            hint="another server has taken the port; restart yours, or name the engine that is served: --engine",
-        )
 
 
 def check_shapes(recipe: SweepRecipe, profile: Profile, engine: str, limit: int) -> None:
@@ -349,7 +251,7 @@ def _with_workload(profile: Profile, workload: Workload) -> Profile:
     return dataclasses.replace(profile, rates=(trace_rate(workload.timestamps),))
 
 
-def _tokenizer_dir(recipe: SweepRecipe, target: Target, endpoint: _Endpoint) -> Path | None:
+def _tokenizer_dir(recipe: SweepRecipe, target: Target, endpoint: Endpoint) -> Path | None:
     """None where lengths are told in characters, or may be told by a data set."""
     if recipe.isl_chars:
         return None
@@ -365,14 +267,14 @@ def _tokenizer_dir(recipe: SweepRecipe, target: Target, endpoint: _Endpoint) -> 
     )
 
 
-def _num_gpus(target: Target, endpoint: _Endpoint) -> int | None:
+def _num_gpus(target: Target, endpoint: Endpoint) -> int | None:
     """The reference backend runs all ranks on one device, often a CPU: per-GPU figures of it would be invented."""
     if target.num_gpus is not None or endpoint.card is None or endpoint.card.backend == "reference":
         return target.num_gpus
     return endpoint.card.tp_size * endpoint.card.pp_size
 
 
-def _label(target: Target, endpoint: _Endpoint) -> str:
+def _label(target: Target, endpoint: Endpoint) -> str:
     return target.label or (endpoint.card.name if endpoint.card else endpoint.model or "the model")
 
 
@@ -382,13 +284,13 @@ def run_name(label: str, profile: Profile) -> str:
     return f"{label}-{profile.name.partition('/')[0]}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
-def _validation(endpoint: _Endpoint) -> Mapping[str, Any] | None:
+def _validation(endpoint: Endpoint) -> Mapping[str, Any] | None:
     path = endpoint.engine_dir / VALIDATION_FILE if endpoint.engine_dir else None
     return read_json(path) if path is not None and path.is_file() else None
 
 
 def _identity(
-    endpoint: _Endpoint,
+    endpoint: Endpoint,
     session: Session,
     workload: Workload,
     num_gpus: int | None,
@@ -412,7 +314,7 @@ def _identity(
     }
 
 
-def _hardware(endpoint: _Endpoint, session: Session) -> str | None:
+def _hardware(endpoint: Endpoint, session: Session) -> str | None:
     """The name of what runs the engine, where that is a part of this machine; None where nobody tells."""
     if _runs_on_this_cpu(endpoint, session):
         return client_machine()["cpu"]
@@ -420,13 +322,13 @@ def _hardware(endpoint: _Endpoint, session: Session) -> str | None:
     return gpus[0].name if gpus else None
 
 
-def _runs_on_this_cpu(endpoint: _Endpoint, session: Session) -> bool:
+def _runs_on_this_cpu(endpoint: Endpoint, session: Session) -> bool:
     """The reference engine, told to or left without a GPU."""
     device = session.identity.get("parameters", {}).get("device")
     return is_loopback(endpoint.url) and (device == "cpu" or (device == "auto" and not visible_gpus()[0]))
 
 
-def _host_speed(endpoint: _Endpoint, session: Session) -> HostSpeed | None:
+def _host_speed(endpoint: Endpoint, session: Session) -> HostSpeed | None:
     if endpoint.card is None or not _runs_on_this_cpu(endpoint, session):
         return None
     return host_speed(4 * endpoint.card.num_params)
