@@ -592,14 +592,29 @@ def test_an_open_address_is_warned_about(engine: Path, monkeypatch: pytest.Monke
     assert any("CVE-2025-23310" in note for note in progress.notes)
 
 
+def test_a_server_that_ends_in_silence_is_told(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TKIT_TRITONSERVER", "/bin/true")
+    result = tkit("serve", *FREE_PORTS)
+    assert (result.exit_code, "; it said nothing\nhint: the whole log: " in result.stderr) == (1, True), result.stderr
+
+
+def test_a_host_elsewhere_is_told_before_anything_starts(engine: Path) -> None:
+    result = tkit("serve", *FREE_PORTS, "--host", "192.0.2.1")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "error: the server cannot start here\n"
+        "  - --host 192.0.2.1: Cannot assign requested address; expected an address of this machine\n",
+    )
+
+
 def test_impossible_options_are_listed() -> None:
     with pytest.raises(InputError) as error:
         ServeOptions(host="here", http_port=70000, grpc_port=9, metrics_port=9, device="tpu", timeout_s=0)
     assert error.value.problems == (
-        "http_port is 70000, expected 0 (any free port) to 65535",
-        "two ports are equal: http_port 70000, grpc_port 9, metrics_port 9, openai_port 9000",
-        'host is "here", expected an IPv4 address, such as 127.0.0.1',
-        'device is "tpu", expected one of auto, cpu, cuda',
-        "timeout_s is 0, expected more than 0",
+        "--http-port is 70000, expected 0 (any free port) to 65535",
+        "two ports are equal: --http-port 70000, --grpc-port 9, --metrics-port 9, --openai-port 9000",
+        '--host is "here", expected an IPv4 address, such as 127.0.0.1',
+        '--device is "tpu", expected one of auto, cpu, cuda',
+        "--timeout is 0, expected more than 0 seconds",
     )
     assert ServeOptions(host="localhost").is_loopback and not ServeOptions(host="10.0.0.1").is_loopback

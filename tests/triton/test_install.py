@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tkit.triton import install
-from tkit.triton.install import find_install, free_ports, install_problems, link_backends, port_problems
+from tkit.triton.install import find_install, free_ports, host_problems, install_problems, link_backends, port_problems
 
 
 def fake_server(root: Path, *, is_wheel: bool = False) -> Path:
@@ -107,9 +107,10 @@ def test_a_listener_is_named_and_a_free_port_is_not() -> None:
 
 
 def test_a_host_that_is_not_this_machine() -> None:
-    assert port_problems("192.0.2.1", {"--http-port": 8000}) == [
-        "--http-port 8000 on 192.0.2.1: Cannot assign requested address"
+    assert host_problems("192.0.2.1") == [
+        "--host 192.0.2.1: Cannot assign requested address; expected an address of this machine"
     ]
+    assert host_problems("127.0.0.1") == []
 
 
 def test_little_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.host == "localhost":
             object.__setattr__(self, "host", "127.0.0.1")
-        ports = dict(zip(PORTS, self.ports, strict=True))
+        ports = {_typed(name): port for name, port in zip(PORTS, self.ports, strict=True)}
         problems = [
             f"{name} is {port}, expected 0 (any free port) to 65535"
             for name, port in ports.items()
@@ -70,16 +70,16 @@ class ServeOptions:
         if len(set(fixed)) < len(fixed):
             problems.append(f"two ports are equal: {', '.join(f'{name} {port}' for name, port in ports.items())}")
         if not _is_address(self.host):
-            problems.append(f'host is "{self.host}", expected an IPv4 address, such as 127.0.0.1')
+            problems.append(f'--host is "{self.host}", expected an IPv4 address, such as 127.0.0.1')
         if self.device not in DEVICES:
-            problems.append(f'device is "{self.device}", expected one of {", ".join(DEVICES)}')
+            problems.append(f'--device is "{self.device}", expected one of {", ".join(DEVICES)}')
         for name in ("max_batch_size", "max_queue_size", "exit_timeout_s"):
             if getattr(self, name) < 1:
-                problems.append(f"{name} is {getattr(self, name)}, expected at least 1")
+                problems.append(f"{_typed(name)} is {getattr(self, name)}, expected at least 1")
         if not 0 < self.kv_cache_fraction < 1:
-            problems.append(f"kv_cache_fraction is {self.kv_cache_fraction}, expected more than 0, less than 1")
+            problems.append(f"--kv-cache-fraction is {self.kv_cache_fraction}, expected more than 0, less than 1")
         if not 0 < self.timeout_s < float("inf"):
-            problems.append(f"timeout_s is {self.timeout_s}, expected more than 0")
+            problems.append(f"--timeout is {self.timeout_s}, expected more than 0 seconds")
         if problems:
             raise InputError("impossible server", problems=problems)
 
@@ -91,6 +91,11 @@ class ServeOptions:
     @property
     def is_loopback(self) -> bool:
         return ipaddress.IPv4Address(self.host).is_loopback
+
+
+def _typed(name: str) -> str:
+    """A field as an option of `tkit serve`."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _is_address(host: str) -> bool:

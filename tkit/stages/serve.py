@@ -33,6 +33,7 @@ from tkit.triton.install import (
     free_ports,
     has_nvidia_driver,
     held_ports,
+    host_problems,
     install_problems,
     link_backends,
     port_problems,
@@ -313,12 +314,14 @@ def _checked_install(
     if old is not None:
         ports = {}  # the old server's
     missing = missing_packages()
-    taken = port_problems(options.host, {option: port for option, port in ports.items() if port})
+    unreachable = host_problems(options.host)
+    taken = [] if unreachable else port_problems(options.host, ports)
     problems = [
         *install_problems(install),
         *([f"{', '.join(missing)} not installed; pip install 'tkit[serve]'"] if missing else []),
         *backend.problems(engine_dir, options, install),
         *_sharing_problems(backend.gpus(engine_dir), options.kv_cache_fraction, engines_dir),
+        *unreachable,
         *taken,
         *shared_memory_problems(),
     ]
@@ -455,7 +458,7 @@ def _wait_for_the_front(process: ServerProcess, options: ServeOptions, instance:
         if probe.front_instance(options.host, options.openai_port, timeout_s=1.0) == instance:
             return pid
         if time.monotonic() > deadline:
-            raise process.failure(f"the OpenAI front did not answer within {options.timeout_s:.0f} s")
+            raise process.failure(f"the OpenAI front did not answer within {options.timeout_s:g} s")
         time.sleep(0.1)
 
 
@@ -469,7 +472,7 @@ def _wait_until_it_generates(process: ServerProcess, options: ServeOptions, inst
             raise process.failure("the model's process lacks a library")
         if time.monotonic() > deadline:
             other = "; another server answers on its HTTP port" if found is not None else ""
-            raise process.failure(f"the server was not ready within {options.timeout_s:.0f} s{other}")
+            raise process.failure(f"the server was not ready within {options.timeout_s:g} s{other}")
         time.sleep(0.1)
     progress.step("starting Triton", 1, 2)
     remaining_s = max(deadline - time.monotonic(), 1.0)

@@ -156,6 +156,14 @@ def held_ports(host: str, ports: Iterable[int]) -> Iterator[None]:
         yield
 
 
+def host_problems(host: str) -> list[str]:
+    try:
+        _bound_socket(host, 0).close()
+    except OSError as error:
+        return [f"--host {host}: {error.strerror}; expected an address of this machine"]
+    return []
+
+
 def port_problems(host: str, ports: Mapping[str, int]) -> list[str]:
     """Ports of this machine that cannot be bound: `--http-port 8000 is in use by python (pid 4711)`."""
     problems = []
@@ -166,8 +174,7 @@ def port_problems(host: str, ports: Mapping[str, int]) -> list[str]:
             problems.append(f"{option} {port}: not permitted; ports below 1024 belong to root")
         except OSError as error:
             is_taken = error.errno == errno.EADDRINUSE
-            reason = f"is in use{_port_owner(port)}" if is_taken else f"on {host}: {error.strerror}"
-            problems.append(f"{option} {port} {reason}")
+            problems.append(f"{option} {port} {f'is in use{_port_owner(port)}' if is_taken else error.strerror}")
     return problems
 
 

@@ -213,7 +213,8 @@ class ServerProcess:
 
     def failure(self, message: str) -> ServerError:
         lines = "".join(f"\n  | {line}" for line in last_lines(self.log))
-        return ServerError(f"{message}; its last lines:{lines}", hint=f"the whole log: {self.log}")
+        said = f"its last lines:{lines}" if lines else "it said nothing"
+        return ServerError(f"{message}; {said}", hint=f"the whole log: {self.log}")
 
     def stop(self) -> bool:
         """Ends the server and its models' processes; true when it had to be killed."""
