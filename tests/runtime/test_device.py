@@ -1,4 +1,4 @@
-"""What runs on a GPU, on a pretended one; and which device is picked."""
+"""What runs on a GPU: on a pretended one, and, where there is one, on a real one (`pytest -m gpu`); which device is picked."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ SIZES = {  # the smallest that every format can group
     "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 64,
 }  # fmt: skip
+FORMATS = ["fp8", "int8_sq", "int4_awq", "int4_gptq", "w4a8_awq", "nvfp4"]
 CALIBRATION = ("--calib-samples", "3", "--calib-len", "32")
 WAITS_PER_LAYER = 60  # 4 inputs of linear layers, 5 modules of up to 5 tensors each; none per exponent, row or channel
 
@@ -64,7 +65,7 @@ def check_build(tkit, gpu: PretendedGpu, *arguments: str | Path) -> None:
     assert gpu.waits["cpu"] > 0  # it was there
 
 
-@pytest.mark.parametrize("quant", ["fp8", "int8_sq", "int4_awq", "int4_gptq", "w4a8_awq", "nvfp4"])
+@pytest.mark.parametrize("quant", FORMATS)
 def test_every_format_is_calibrated_on_the_gpu(tkit, gpu, make_llama, quant):
     check_build(tkit, gpu, make_llama(**SIZES), "--quant", quant, "--kv-cache", "fp8")
     assert gpu.waits.total() < WAITS_PER_LAYER * SIZES["num_hidden_layers"]
@@ -134,6 +135,49 @@ def test_the_engine_gives_the_same_tokens_on_the_gpu(gpu, make_model, byte_level
         assert answers(engine) == here
     assert engine.gpu.waits["tolist"] <= 2 * sum(map(len, here)) + 5  # tokens, and whether they are sound
     assert engine.gpu.waits["item"] == engine.gpu.waits["__getitem__"] == 0
+
+
+def on_a_real_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")(test))
+
+
+def validated(tkit, engine: Path, device: str) -> dict:
+    result = tkit("validate", engine, "--windows", "2", "--device", device, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@on_a_real_gpu
+@pytest.mark.parametrize("quant", FORMATS)
+def test_a_real_gpu_calibrates_as_well(tkit, quant):
+    """In bfloat16, where a CPU may compute in float32: other roundings, the same quality. Twice the same bytes."""
+    engines, files = {}, {}
+    for out, device in (("cpu", "cpu"), ("gpu", "cuda"), ("again", "cuda")):
+        result = tkit("build", "--quant", quant, "--kv-cache", "fp8", *CALIBRATION, "--device", device, "--out", out)
+        assert result.exit_code == 0, result.output
+        engines[out] = Path(result.stdout.strip())
+        card = json.loads((engines[out] / "engine.json").read_text())
+        files[out] = card["files"]["checkpoint/rank0.safetensors"]
+    assert files["again"] == files["gpu"]
+    assert card["build"]["peak_gpu_memory_bytes"] > 0
+    here, there = (validated(tkit, engines[out], "cuda") for out in ("cpu", "gpu"))
+    assert there["kl"] == pytest.approx(here["kl"], rel=0.2)
+
+
+@on_a_real_gpu
+@pytest.mark.parametrize("quant", ["fp8_rowwise", "int8_sq", "nvfp4"])
+def test_a_real_gpu_validates_as_the_cpu_does(tkit, build, quant):
+    engine = build("demo", "--quant", quant, "--kv-cache", "int8", *CALIBRATION)
+    here, there = validated(tkit, engine, "cpu"), validated(tkit, engine, "cuda")
+    assert there["ppl"] == pytest.approx(here["ppl"], rel=0.01)
+    assert there["kl"] == pytest.approx(here["kl"], rel=0.3)
+    assert there["layer_snr_db"] == pytest.approx(here["layer_snr_db"], abs=1)
+
+
+@on_a_real_gpu
+def test_the_engine_gives_the_same_tokens_on_a_real_gpu(make_model, byte_level):
+    here = answers(Engine(make_model(), byte_level, prefill_chunk=3))
+    assert answers(Engine(make_model().to("cuda"), byte_level, prefill_chunk=3)) == here
 
 
 def test_the_cache_leaves_room_for_attention(gpu, make_model):
