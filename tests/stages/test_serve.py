@@ -603,7 +603,8 @@ def test_a_host_elsewhere_is_told_before_anything_starts(engine: Path) -> None:
     assert (result.exit_code, result.stderr) == (
         1,
         "error: the server cannot start here\n"
-        "  - --host 192.0.2.1: Cannot assign requested address; expected an address of this machine\n",
+        "  - --host 192.0.2.1: Cannot assign requested address; expected an address of this machine\n"
+        "hint: tkit doctor --backend fake says what this machine lacks\n",
     )
 
 

@@ -40,7 +40,9 @@ class EnginePlan:
             files = self.checkpoint.record()["files"]
             num_tensors = sum(map(len, files.values()))
             size = format_bytes(self.checkpoint.num_bytes)
-            lines.append(f"{self.checkpoint.name}: {num_tensors} tensors, {size} in {len(files)} files")
+            lines.append(
+                f"{self.checkpoint.name}: {num_tensors} tensors, {size} in {len(files)} file{'s' * (len(files) > 1)}"
+            )
         if self.compilation is not None:
             lines += [
                 f"{self.compilation.name}, made in the engines directory by",

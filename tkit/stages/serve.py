@@ -270,7 +270,7 @@ def _start(
     try:
         if options.api_key_file is not None:
             read_api_key(options.api_key_file)
-        install = _checked_install(engine_dir, backend, options, engines_dir, old)
+        install = _checked_install(engine_dir, card.backend, options, engines_dir, old)
         progress.note(f"{install.binary} ({install.origin})")
         _warn_about_host(options, install, progress)
         verify_files(engine_dir, card, progress)
@@ -307,9 +307,9 @@ def _start(
 
 
 def _checked_install(
-    engine_dir: Path, backend: Backend, options: ServeOptions, engines_dir: Path, old: ServerRecord | None
+    engine_dir: Path, backend_name: str, options: ServeOptions, engines_dir: Path, old: ServerRecord | None
 ) -> TritonInstall:
-    install = find_install()
+    install, backend = find_install(), find_backend(backend_name)
     ports = {f"--{name.replace('_', '-')}": port for name, port in zip(PORTS, options.ports, strict=True)}
     if old is not None:
         ports = {}  # the old server's
@@ -326,8 +326,10 @@ def _checked_install(
         *shared_memory_problems(),
     ]
     if problems or install is None:
-        hint = "tkit status names the servers of this checkout, tkit stop ends one; port 0 is any free one"
-        raise ServerError("the server cannot start here", problems=problems, hint=hint if taken else None)
+        hint = f"tkit doctor --backend {backend_name} says what this machine lacks"
+        if taken:
+            hint = "tkit status names the servers of this checkout, tkit stop ends one; port 0 is any free one"
+        raise ServerError("the server cannot start here", problems=problems, hint=hint)
     return install
 
 
