@@ -283,6 +283,7 @@ def build_that_is_hit(number, num_steps, options, directory):
         "def hit(self, view):\n"
         "    journal = self.path.parent.parent / 'journal.jsonl'\n"
         f"    if journal.exists() and len(journal.read_text().splitlines()) >= {num_steps}:\n"
+        "        FileWriter._append = append\n"  # once: a second signal would end the cleaning up after the first
         f"        self._file.write(view[: len(view) // 2]); self._file.flush(); os.kill(os.getpid(), {int(number)})\n"
         "    append(self, view)\n"
         "FileWriter._append = hit\n"
