@@ -598,12 +598,12 @@ def test_phi3_has_no_pipeline_and_gemma_splits_its_embedding():
 
 def test_a_plan_that_forgets_a_tensor_is_caught_before_anything_is_published(tkit, monkeypatch, make_llama):
     """The plan and the source agree that there are no biases; the config that is written does not."""
-    import tkit.stages.build as build
+    import tkit.stages.build_plan as build_plan
 
     def wrong(*arguments: Any) -> dict[str, Any]:
         return trtllm_config(*arguments) | {"attn_bias": True}
 
-    monkeypatch.setattr(build, "trtllm_config", wrong)
+    monkeypatch.setattr(build_plan, "trtllm_config", wrong)
     result = tkit("build", make_llama(), "--tp", "2")
     assert result.exit_code == 1
     assert "TensorRT-LLM would not load this checkpoint" in result.stderr

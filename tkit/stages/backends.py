@@ -16,7 +16,8 @@ from tkit.planner.precision import KV_MIN_SM, precision
 from tkit.specs.engine import CARD_FILE, EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.recipe import RUNTIME_FIELDS, EngineRecipe
-from tkit.stages.build import BuildPlan, build, plan_build
+from tkit.stages.build import build
+from tkit.stages.build_plan import BuildPlan, plan_build
 from tkit.stages.compile import CompilePlan, Target, compile_engine, machine_problems, machine_target, plan_compile
 from tkit.stages.engines import read_card
 from tkit.stages.models import ModelSource

@@ -30,7 +30,8 @@ from tkit.planner.gpus import GPUS_PER_NODE, find_gpu
 from tkit.specs.engine import CARD_FILE, EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.recipe import RUNTIME_FIELDS, EngineRecipe
-from tkit.stages.build import existing_engine, publish, runtime_options
+from tkit.stages.build import existing_engine, publish
+from tkit.stages.build_plan import runtime_options
 from tkit.stages.engines import complete_engines, read_card, verify_files
 from tkit.triton.launcher import last_lines, stop_group
 from tkit.units import format_seconds
