@@ -16,6 +16,9 @@ from tkit.backends.nvidia import (
     this_machine,
     visible_gpus,
 )
+from tkit.backends.reference import Reference
+from tkit.specs.server import ServeOptions
+from tkit.triton.install import has_nvidia_driver
 
 
 def test_a_node(tmp_path: Path) -> None:
@@ -25,6 +28,17 @@ def test_a_node(tmp_path: Path) -> None:
         (1, 90, 81559 << 20),
     ]
     assert (machine.trtllm_version, machine.trtllm_build) == ("1.2.1", tmp_path / "bin" / "trtllm-build")
+
+
+@pytest.mark.skipif(has_nvidia_driver(), reason="this machine has a driver")
+def test_a_gpu_that_nvidia_smi_lists_can_serve_without_a_trace_of_the_driver(tmp_path, monkeypatch) -> None:
+    options = ServeOptions(device="cuda")
+    monkeypatch.setenv("PATH", "/nowhere")
+    said = Reference().problems(tmp_path, options, None)
+    assert said == ["--device cuda: no NVIDIA driver, no nvidia-smi on PATH"]
+    for name, value in write_programs(tmp_path, version=None).items():
+        monkeypatch.setenv(name, f"{value}:/bin" if name == "PATH" else value)
+    assert Reference().problems(tmp_path, options, None) == []
 
 
 def test_a_machine_without_anything() -> None:

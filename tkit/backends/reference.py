@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from tkit.backends.nvidia import visible_gpus
 from tkit.specs.server import ServeOptions
 from tkit.triton.ensemble import ensemble_config
 from tkit.triton.install import TritonInstall, has_nvidia_driver
@@ -28,8 +29,10 @@ class Reference:
         problems = []
         if missing:
             problems.append(f"{', '.join(missing)} not installed; pip install 'tkit[serve]'")
-        if options.device == "cuda" and not has_nvidia_driver():
-            problems.append("--device cuda: no NVIDIA driver on this machine")
+        if options.device == "cuda" and not has_nvidia_driver():  # WSL and some sandboxes show no driver
+            _, problem = visible_gpus()
+            if problem is not None:
+                problems.append(f"--device cuda: no NVIDIA driver, {problem}")
         return problems
 
     def num_ranks(self, engine_dir: Path) -> int:
