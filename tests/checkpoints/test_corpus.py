@@ -343,7 +343,7 @@ def test_every_unreadable_pickle_is_listed(tkit, model):
         ({"num_hidden_layers": "3"}, "num_hidden_layers is '3', expected int"),
         ({"num_hidden_layers": 10**30}, "expected at most 10000"),
         ({"hidden_size": True}, "hidden_size is True, expected int"),
-        ({"hidden_size": -64}, "hidden_size is -64, expected at least 1"),
+        ({"hidden_size": -64}, "config.json: LlamaForCausalLM: sizes contradict each other\n  - hidden_size is -64, "),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected float"),
         ({"rms_norm_eps": -1}, "norm_epsilon is -1.0, expected at least 0"),
         ({"rms_norm_eps": 10**400}, "expected float"),

@@ -82,14 +82,17 @@ def spec_from_hf(config: Mapping[str, Any], where: str) -> ModelSpec:
     if config.get("_sliding_window_pattern") and "sliding_window_pattern" in extras:
         extras["sliding_window_pattern"] = config["_sliding_window_pattern"]
     theta = rope.pop("rope_theta", row.defaults.get("rope_theta", 10000.0))
-    return ModelSpec(
-        architecture=architecture,
-        dtype=checkpoint_dtype(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        rope_theta=float(theta),
-        rope_scaling=rope if rope.get("rope_type", "default") != "default" else None,
-        extras=extras,
-        **values,
-    )
+    try:
+        return ModelSpec(
+            architecture=architecture,
+            dtype=checkpoint_dtype(config.get("dtype") or config.get("torch_dtype") or "float32"),
+            rope_theta=float(theta),
+            rope_scaling=rope if rope.get("rope_type", "default") != "default" else None,
+            extras=extras,
+            **values,
+        )
+    except InputError as error:
+        raise InputError(f"{where}: {error.message}", problems=error.problems) from error
 
 
 def _problems(config: Mapping[str, Any], row: Architecture, rope: Mapping[str, Any], where: str) -> list[str]:
