@@ -96,6 +96,18 @@ def test_a_file_that_may_not_grow_is_named_and_nothing_is_left(tmp_path):
     assert not list((tmp_path / "engines").iterdir())
 
 
+def test_what_the_base_install_lacks_is_named_with_the_extra_that_has_it(tmp_path):
+    without_torch = "import sys; sys.modules['torch'] = None; from tkit.cli.main import main; main()"
+    command = [sys.executable, "-c", without_torch, "build", "--quant", "fp8"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-2:] == [
+        "error: torch is not installed, which tkit build needs",
+        "hint: pip install 'tkit[convert]', or 'tkit[all]' to serve as well",
+    ]
+    assert not list((tmp_path / "engines").iterdir())
+
+
 def test_a_path_that_is_no_text_is_refused(tkit, tmp_path):
     """Linux allows any bytes; JSON does not."""
     shutil.copytree(demo.MODEL_DIR, tmp_path / "m\udcff")

@@ -56,6 +56,13 @@ class _CommandTable(click.Group):
         except TkitError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except ModuleNotFoundError as error:  # of the base install, which lacks what the extras bring
+            package = (error.name or "tkit").partition(".")[0]
+            if package == "tkit":
+                raise
+            click.echo(f"error: {package} is not installed, which tkit {ctx.invoked_subcommand} needs", err=True)
+            click.echo("hint: pip install 'tkit[convert]', or 'tkit[all]' to serve as well", err=True)
+            ctx.exit(TkitError.exit_code)
         except BrokenPipeError:  # `| head` has seen enough; click ends quietly
             raise
         except OSError as error:  # a full disk, a directory that is read-only: no stage knows more about it
