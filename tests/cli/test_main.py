@@ -97,7 +97,16 @@ def test_a_file_that_may_not_grow_is_named_and_nothing_is_left(tmp_path):
 
 
 def test_what_the_base_install_lacks_is_named_with_the_extra_that_has_it(tmp_path):
-    without_torch = "import sys; sys.modules['torch'] = None; from tkit.cli.main import main; main()"
+    without_torch = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError(name=name)
+sys.meta_path.insert(0, Absent())
+from tkit.cli.main import main
+main()
+"""
     command = [sys.executable, "-c", without_torch, "build", "--quant", "fp8"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout) == (1, "")
