@@ -120,6 +120,22 @@ def html(three: tuple[Comparison, tuple[Section, ...]]) -> str:
     return render_html(*three)
 
 
+def test_a_comment_is_never_too_long(tmp_path: Path) -> None:
+    """GitHub takes 65 536 characters. What stands open goes last, and what is gone is named."""
+    loads = tuple(range(1, 31))
+    paths = [
+        make_run(tmp_path, f"run{i}", label=f"run{i}", concurrency=loads, requests=8, shapes=("16/4",), seed=i)
+        for i in range(4)
+    ]
+    comparison, parts = rendered(paths)
+    markdown = render_markdown(comparison, parts)
+    assert 30_000 < len(markdown) <= 65_536
+    assert "## Numbers per load" in markdown and "<summary>Provenance" not in markdown
+    assert re.search(r"\nToo long to stand here, see report.html: .*Provenance\.\n", markdown)
+    assert markdown.count("<details>") == markdown.count("</details>")
+    assert markdown.startswith("# Comparison report\n\n- ")
+
+
 def test_open_loops_are_drawn_from_the_schedule_and_on_no_frontier(tmp_path: Path) -> None:
     run = as_open_loop(make_run(tmp_path, "run", concurrency=(4,), requests=70), 2.5)
     comparison, parts = rendered([run])

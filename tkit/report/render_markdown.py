@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tkit.report import gates, text
 from tkit.report.record import Comparison
@@ -11,13 +11,33 @@ from tkit.report.sections import Section
 from tkit.report.tables.table import Entry, Table
 from tkit.report.verdict import TITLES
 
+MAX_CHARACTERS = 65_536  # of a comment on GitHub, which refuses a longer one
 TONES = {"better": "▲", "worse": "▼"}
 SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
 # what GitHub turns into a link, a notification or a picture; an empty comment in between leaves the text as it is
 LIVELY = re.compile(r"(?<=[@#])(?=\w)|(?<=:)(?=//)|(?<=www)(?=\.)|(?<=:)(?=[a-z+-][\w+-]*:)")
 
 
-def render_markdown(comparison: Comparison, sections: Sequence[Section]) -> str:
+def fits_a_comment(written: str) -> bool:
+    return len(written) <= MAX_CHARACTERS
+
+
+def render_markdown(
+    comparison: Comparison, sections: Sequence[Section], fits: Callable[[str], bool] = fits_a_comment
+) -> str:
+    """Without the sections that would make it too long, which are named: folded ones go first, then the last ones."""
+    shown = list(sections)
+    written = _written(comparison, shown, [])
+    for section in sorted(reversed(sections), key=lambda section: section.is_brief):
+        if fits(written):
+            break
+        shown.remove(section)
+        left_out = [section.title for section in sections if section not in shown]
+        written = _written(comparison, shown, left_out)
+    return written
+
+
+def _written(comparison: Comparison, sections: Sequence[Section], left_out: Sequence[str]) -> str:
     lines = ["# Comparison report" if len(comparison.runs) > 1 else "# Report", ""]
     if comparison.gates:
         lines.append(f"- **Gates: {gates.summary(comparison)}.**")
@@ -28,6 +48,8 @@ def render_markdown(comparison: Comparison, sections: Sequence[Section]) -> str:
     for section in sections:
         if section.lead or section.tables:
             lines += ["", *_section(section)]
+    if left_out:
+        lines += ["", f"Too long to stand here, see report.html: {escape(', '.join(left_out))}."]
     lines += ["", f"tkit {escape(comparison.tkit)}, {escape(comparison.created)}", ""]
     return "\n".join(lines)
 

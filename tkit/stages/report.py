@@ -105,13 +105,11 @@ def _write_junit(path: Path, comparison: Comparison) -> None:
 
 
 def _append_summary(path: Path, comparison: Comparison, parts: Sequence[Section]) -> None:
-    """What stands open in report.md; the verdict and the gates alone when the file would grow too large."""
+    """What stands open in report.md, as far as the file takes it."""
     brief = [part for part in parts if part.is_brief]
     try:
-        there = path.stat().st_size if path.exists() else 0
-        written = render_markdown(comparison, brief).encode()
-        if there + len(written) > MAX_SUMMARY_BYTES:
-            written = render_markdown(comparison, [part for part in brief if part.id == "gates"]).encode()
+        left = MAX_SUMMARY_BYTES - (path.stat().st_size if path.exists() else 0)
+        written = render_markdown(comparison, brief, lambda text: len(text.encode()) <= left).encode()
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:
             file.write(written)
