@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from container import write_container
 from fake_backend import ROWS
+from nvidia_node import write_programs
 
 from tkit.backends.nvidia import GpuDevice, Machine, this_machine
 from tkit.backends.table import BACKENDS
+from tkit.errors import ServerError
 from tkit.loadgen.mock_server import running_mock
 from tkit.specs.progress import Progress
 from tkit.stages.memory import peak_memory_bytes, reset_peak_memory
 from tkit.stages.models import find_recipe
-from tkit.stages.run import _note_predictions
+from tkit.stages.run import _check_serving, _note_predictions
 
 RECIPE = """
 model: demo
@@ -195,6 +198,18 @@ def test_a_machine_that_cannot_serve_builds_nothing(tkit, tmp_path, backend):
         "hint: go to a machine that can",
     ):
         assert said in result.stderr
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "tensorrt"])
+def test_a_machine_that_can_serve_is_not_refused(tmp_path, monkeypatch, backend):
+    """The node and container on which `tkit serve` of these backends is tested."""
+    for make in (write_programs, write_container):
+        for name, value in make(tmp_path / "node").items():
+            monkeypatch.setenv(name, value)
+    _check_serving(backend, this_machine())
+    monkeypatch.setenv("TKIT_TRTLLM_MODELS", str(tmp_path / "gone"))
+    with pytest.raises(ServerError, match=f"  - models: {tmp_path}/gone; "):
+        _check_serving(backend, this_machine())
 
 
 def test_the_reference_backend_needs_its_server_before_it_builds(tkit, tmp_path, monkeypatch):
