@@ -126,6 +126,7 @@ def test_the_hub_cache_comes_before_the_table(tmp_path, monkeypatch):
         (["--pp", "100"], ["pp 100 exceeds 80 layers"]),
         (["--quant", "fp9"], ['unknown quantization "fp9" (did you mean "fp8"?)']),
         (["--kv-cache", "fp7"], ['unknown type "fp7"']),
+        (["--engine-version", "newest"], ['engine_version is "newest", expected one such as 1.2.0']),
         (["--slo", "interactiv"], ['slo is "interactiv", expected one of interactive']),
         (["--tp", "2", "--pp", "2", "--num-gpus", "8"], ["tp 2 x pp 2 is not num-gpus 8"]),
         (["--engine", "vlm"], ['unknown engine "vlm" (did you mean "vllm"?)']),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tkit.errors import InputError
-from tkit.planner.engines import DEFAULT_ENGINE
+from tkit.planner.engines import DEFAULT_ENGINE, version_number
 from tkit.planner.fit import violations
 from tkit.planner.gpus import GPUS_PER_NODE, gpu_table
 from tkit.planner.precision import KV_DTYPES, KV_MIN_SM, Precision, precision
@@ -50,6 +50,8 @@ class Wish:
             problems.append(f'slo is "{self.slo}", expected one of {", ".join(SLO_TIERS)}')
         if None not in (self.num_gpus, self.tp, self.pp) and self.num_gpus != self.tp * self.pp:  # type: ignore[operator]
             problems.append(f"tp {self.tp} x pp {self.pp} is not num-gpus {self.num_gpus}")
+        if self.engine_version is not None and version_number(self.engine_version) is None:
+            problems.append(f'engine_version is "{self.engine_version}", expected one such as 1.2.0')
         if problems:
             raise InputError("impossible plan", problems=problems)
 
