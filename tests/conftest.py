@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from tkit import demo
 from tkit.cli.main import cli
+from tkit.loadgen.mock_server import running_mock
 
 # tiny models: threads cost more than they give, and the tests run in parallel; torch, which reads it, is imported later
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -58,6 +59,30 @@ def make_llama(tmp_path_factory: pytest.TempPathFactory) -> MakeLlama:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer for loads."""
+    from servers import make_tokenizer  # as torch above
+
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def fake_url() -> Iterator[str]:
+    """A gRPC server that behaves, or misbehaves, by the name of the model."""
+    from servers import fake_server
+
+    with fake_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def mock() -> Iterator[str]:
+    """The mock server, whose tokens come at known times: 50 ms to the first, 10 ms to each other."""
+    with running_mock() as url:
+        yield url
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import json
 import queue
 import socket
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from fake_backend import ROWS, write_engine
+from fake_backend import OPEN, ROWS, metrics, write_engine
 from tritonclient.utils import np_to_triton_dtype
+from waiting import wait_until
 
 from tkit.backends.table import BACKENDS
 from tkit.errors import ServerError
@@ -102,22 +102,6 @@ def grpc(server: ServerRecord, **inputs: Any) -> list[tuple[dict[str, Any], str 
         return list(stream)
     finally:
         stream.close()
-
-
-OPEN = 'tkit_open_requests{state="running"}'
-
-
-def metrics(server: ServerRecord) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=30) as response:
-        lines = response.read().decode().splitlines()
-    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("tkit_"))}
-
-
-def wait_until(condition: Any, timeout_s: float = 30.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return bool(condition())
 
 
 def test_grpc_stream_gives_a_response_per_token(server: ServerRecord) -> None:

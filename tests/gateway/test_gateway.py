@@ -8,17 +8,16 @@ import http.client
 import json
 import shutil
 import socket
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from fake_backend import ROWS, write_engine
+from fake_backend import OPEN, ROWS, metrics, write_engine
 from transformers import AutoTokenizer
+from waiting import wait_until
 
 from tkit import demo
 from tkit.backends.table import BACKENDS
@@ -59,22 +58,6 @@ def client(server: ServerRecord) -> Iterator[openai.OpenAI]:
 
 def complete(client: openai.OpenAI, prompt: Any = "a b c", max_tokens: int = 4, **more: Any) -> Any:
     return client.completions.create(model="ensemble", prompt=prompt, max_tokens=max_tokens, **more)
-
-
-OPEN = 'tkit_open_requests{state="running"}'
-
-
-def metrics(server: ServerRecord) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=30) as response:
-        lines = response.read().decode().splitlines()
-    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("tkit_"))}
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
 
 
 def test_models(client: openai.OpenAI) -> None:

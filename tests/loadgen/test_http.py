@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from servers import check_times
+from servers import check_times, fake_http_server
 
 from tkit.errors import InputError, ServerError, TkitError
 from tkit.files import read_json, write_json
@@ -46,9 +46,7 @@ KEY = "sk-secret-0123456789"
 
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Iterator[Any]:
-    import servers
-
-    with servers.fake_http_server(tmp_path_factory.mktemp("http") / "sent.jsonl", tokenizer_dir) as server:
+    with fake_http_server(tmp_path_factory.mktemp("http") / "sent.jsonl", tokenizer_dir) as server:
         yield server
 
 
@@ -304,10 +302,8 @@ def test_failures_make_a_point_invalid(fake: Any, tokenizer_dir: Path) -> None:
 
 
 def test_a_server_that_goes_away_ends_the_point(tokenizer_dir: Path, tmp_path: Path) -> None:
-    import servers
-
     with contextlib.ExitStack() as stack:
-        with servers.fake_http_server(tmp_path / "log", tokenizer_dir) as server:
+        with fake_http_server(tmp_path / "log", tokenizer_dir) as server:
             used = dataclasses.replace(QUICK, requests=30)
             session = stack.enter_context(
                 Session("openai", server.url, "plain", prompts=prompts(tokenizer_dir), profile=used)

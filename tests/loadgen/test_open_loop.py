@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,6 @@ MS = 1_000_000
 SHAPE = Shape(isl=16, osl=16)
 SERVICE_S = 0.050 + 15 * 0.010  # the mock's 50 ms to the first token and 10 ms to each other one
 QUICK = dataclasses.replace(find_profile("quick"), shapes=(SHAPE,), concurrency=())
-
-
-@pytest.fixture(scope="module")
-def mock() -> Iterator[str]:
-    with running_mock() as url:
-        yield url
 
 
 def measure(url: str, model: str, tokenizer_dir: Path, rate: float, **changes: Any) -> Measurement:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import check_times
+from servers import check_times, fake_server
 
 from tkit.errors import ServerError
 from tkit.loadgen.point import Place
@@ -179,9 +179,7 @@ def test_nobody_answers(tokenizer_dir: Path) -> None:
 
 @pytest.fixture
 def dying_url() -> Iterator[str]:
-    import servers
-
-    with servers.fake_server() as url:
+    with fake_server() as url:
         yield url
 
 

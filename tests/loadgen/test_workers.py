@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import statistics
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +16,12 @@ import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
+from servers import fake_http_server, take_record, wait_for_answers
 
 from tkit.cli.main import cli
 from tkit.errors import TkitError
 from tkit.files import read_json
 from tkit.loadgen.live import Live
-from tkit.loadgen.mock_server import running_mock
 from tkit.loadgen.point import Place
 from tkit.loadgen.profiles import Shape, find_profile
 from tkit.loadgen.prompts import PromptMaker
@@ -34,12 +31,6 @@ MS = 1_000_000
 SHAPE = Shape(isl=16, osl=16)
 CLOSED = Place(shape=SHAPE, concurrency=6, repeat=1)
 OPEN = Place(shape=SHAPE, rate=40, repeat=1)
-
-
-@pytest.fixture(scope="module")
-def mock() -> Iterator[str]:
-    with running_mock() as url:
-        yield url
 
 
 def session(protocol: str, url: str, model: str, tokenizer_dir: Path, workers: int, **changes: Any) -> Session:
@@ -66,11 +57,6 @@ def measure(
     with session(protocol, url, model, tokenizer_dir, workers, **changes) as opened:
         opened.probe(SHAPE)
         return opened.measure(place, on_progress)
-
-
-def take_record(url: str) -> dict[str, dict[str, Any]]:
-    with urllib.request.urlopen(f"http://{url}/record", timeout=30) as reply:
-        return {line["id"]: line for line in json.load(reply)}
 
 
 @pytest.mark.parametrize("protocol", ["openai", "triton-grpc"])
@@ -130,9 +116,7 @@ def test_the_number_of_workers_changes_no_request(tmp_path: Path, tokenizer_dir:
 
 @pytest.fixture
 def http_log(tmp_path: Path, tokenizer_dir: Path) -> Iterator[Any]:
-    import servers
-
-    with servers.fake_http_server(tmp_path / "log.jsonl", tokenizer_dir) as server:
+    with fake_http_server(tmp_path / "log.jsonl", tokenizer_dir) as server:
         yield server
 
 
@@ -184,11 +168,8 @@ def test_workers_end_with_the_sweep(mock: str, tokenizer_dir: Path, tmp_path: Pa
     """Also when it is killed in the middle of a point."""
     options = command(mock, tokenizer_dir, tmp_path, "--workers", "2", "--requests", "10000")
     with subprocess.Popen([sys.executable, "-m", "tkit", *options], stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while len(workers := workers_of(process.pid)) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(1)
+        wait_for_answers(mock, 40)  # more than probes and warm-up
+        workers = workers_of(process.pid)
         process.kill()
     gone, alive = psutil.wait_procs(workers, timeout=30)
     assert len(gone) == 2

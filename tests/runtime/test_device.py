@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import queue
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pretended_gpu import FACTS, FREE_BYTES, PEAK_BYTES, PretendedGpu
 from transformers import GPT2Config, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config
 
 from tkit import demo
@@ -19,9 +19,6 @@ from tkit.runtime.device import pick_device
 from tkit.runtime.engine import Engine, _default_kv_bytes
 from tkit.runtime.forward import kv_bytes_per_token
 from tkit.specs.generation import GenerationChunk, GenerationRequest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pretended_gpu import FACTS, FREE_BYTES, PEAK_BYTES, PretendedGpu
 
 SIZES = {  # the smallest that every format can group
     "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import queue
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from families import MODELS, make_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tkit.errors import InputError
 from tkit.runtime.engine import Engine
 from tkit.specs.generation import GenerationChunk, GenerationRequest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
-from families import MODELS, make_model
 
 NUM_NEW = 12
 REFUSED = {"falcon-rw": "falcon: ALiBi positions"}

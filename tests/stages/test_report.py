@@ -16,9 +16,6 @@ from xml.etree import ElementTree
 
 import pytest
 from click.testing import Result
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
-
 from factory import card, edit, make_run, validation
 
 from tkit.specs.recipe import EngineRecipe

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pytest
 import tritonclient.grpc as triton
 from click.testing import CliRunner, Result
 from fake_backend import ROWS, write_engine
+from waiting import wait_until
 
 from tkit.backends.table import BACKENDS
 from tkit.cli.main import cli
@@ -38,7 +39,7 @@ FREE = ServeOptions(http_port=0, grpc_port=0, metrics_port=0, openai_port=0, tim
 FREE_PORTS = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--openai-port", "0")
 # `tkit` in a process of its own, which knows the fake backends
 TKIT = (
-    f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'backends')!r});"
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'shared')!r});"
     "from fake_backend import ROWS; from tkit.backends.table import BACKENDS; BACKENDS.update(ROWS);"
     "from tkit.cli.main import main; main()"
 )
@@ -101,13 +102,6 @@ def child_names(pid: int | None) -> list[str]:
 
 def is_running(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
 
 
 def assert_nothing_left(engine: Path, pid: int, processes: list[psutil.Process] = []) -> None:  # noqa: B006
@@ -186,7 +180,7 @@ def test_status_tells_how_a_server_is_and_how_it_died(engine: Path) -> None:
     code, told = status()
     assert (code, told["state"], told["problem"], told["record"]["pid"]) == (0, "serving", None, record.pid)
     proven = {"length": 1, "running": 0, "waiting": 0}  # the one that proved that it generates; gauges follow in 0.1 s
-    assert wait_for(lambda: status()[1]["requests"] == proven)
+    assert wait_until(lambda: status()[1]["requests"] == proven)
     text = tkit("status", "tiny").stdout.splitlines()
     assert text[0] == f"tiny: serving; since {record.started[:19].replace('T', ' ')} UTC, pid {record.pid}"
     assert text[1].startswith(
@@ -198,14 +192,14 @@ def test_status_tells_how_a_server_is_and_how_it_died(engine: Path) -> None:
     )  # fmt: skip
 
     os.kill(record.openai_pid, signal.SIGKILL)
-    assert wait_for(lambda: status()[1]["state"] == "failing")
+    assert wait_until(lambda: status()[1]["state"] == "failing")
     assert status()[1]["problem"] == "the OpenAI front has died"
     [model] = record.model_pids
     os.kill(model, signal.SIGKILL)
-    assert wait_for(lambda: status()[1]["problem"] == "the model's process has died")
+    assert wait_until(lambda: status()[1]["problem"] == "the model's process has died")
     assert status()[0] == 1
     os.kill(record.pid, signal.SIGKILL)
-    assert wait_for(lambda: status()[1]["state"] == "dead")
+    assert wait_until(lambda: status()[1]["state"] == "dead")
     assert "tiny: dead, it ended without tkit stop: killed, or crashed\n" in tkit("status").stdout
 
 
@@ -213,7 +207,7 @@ def test_stop_cleans_up_after_a_crash(engine: Path) -> None:
     record = serve_detached(engine, FREE)
     processes = processes_of(record.pid)
     os.kill(record.pid, signal.SIGKILL)
-    assert wait_for(lambda: not any(map(is_running, processes)), 60)
+    assert wait_until(lambda: not any(map(is_running, processes)), 60)
     assert status()[1]["state"] == "dead"
     assert list(Path("/dev/shm").glob(f"tkit{record.pid}_*"))
     assert running_servers() == []
@@ -231,7 +225,7 @@ def test_a_model_that_holds_pythons_lock_outlives_no_server(engine: Path) -> Non
     client.request("POST", "/v2/models/ensemble/generate", json.dumps({"text_input": "a", "max_tokens": 2}))
     time.sleep(1)
     os.kill(record.pid, signal.SIGKILL)
-    assert wait_for(lambda: not any(map(is_running, processes)))
+    assert wait_until(lambda: not any(map(is_running, processes)))
     client.close()
 
 
@@ -297,7 +291,7 @@ def test_an_interrupt_during_the_start_leaves_nothing(engine: Path, signum: int,
     starting = subprocess.Popen([sys.executable, "-c", TKIT, "serve", "--quiet", *FREE_PORTS], stderr=subprocess.PIPE)
     signal.signal(signum, before)
     files = server_files("tiny")
-    assert wait_for(lambda: any("stub" in name for name in child_names(files.pid())), 300), child_names(files.pid())
+    assert wait_until(lambda: any("stub" in name for name in child_names(files.pid())), 300), child_names(files.pid())
     pid = files.pid() or 0
     processes = processes_of(pid)
     starting.send_signal(signum)
@@ -349,7 +343,7 @@ def test_a_server_dies_with_a_killed_foreground_and_the_next_one_starts(engine: 
     serving = Foreground()
     serving.process.kill()
     serving.end()
-    assert wait_for(lambda: not any(map(is_running, serving.processes)))
+    assert wait_until(lambda: not any(map(is_running, serving.processes)))
     with running_server(engine, FREE) as record:
         assert not list(Path("/dev/shm").glob(f"tkit{serving.record['pid']}_*"))
     assert_nothing_left(engine, record.pid)
@@ -382,7 +376,7 @@ class Traffic:
 
     def _wait_for_more(self) -> None:
         before = dict(self._answers)
-        assert wait_for(lambda: all(self._answers[name] >= count + 4 for name, count in before.items()), 60)
+        assert wait_until(lambda: all(self._answers[name] >= count + 4 for name, count in before.items()), 60)
 
     def _run(self, name: str) -> None:
         while not self._is_over.is_set():

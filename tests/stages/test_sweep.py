@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import importlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from servers import fake_server
 
 from tkit.files import from_mapping, read_json, sha256_file, write_json
 from tkit.loadgen.profiles import PROFILES
@@ -29,22 +29,8 @@ from tkit.specs.server import ServerRecord
 from tkit.stages.servers import ServerLock, server_files
 from tkit.stages.sweep import open_run, run_name
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "loadgen"))
-servers: Any = importlib.import_module("servers")
-
 Tkit = Callable[..., Result]
 SMALL = ("--shape", "16/8", "--concurrency", "1,2", "--requests", "4")
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return servers.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def fake_url() -> Iterator[str]:
-    with servers.fake_server() as url:
-        yield url
 
 
 def write_engine(directory: Path, tokenizer_dir: Path, **changes: Any) -> Path:
@@ -66,7 +52,7 @@ def served(tmp_path: Path, tokenizer_dir: Path) -> Iterator[Path]:
     engine = write_engine(tmp_path / "engines/toy", tokenizer_dir)
     files = server_files("toy", tmp_path / "engines")
     lock = ServerLock(files)
-    with servers.fake_server(str(engine)) as url:
+    with fake_server(str(engine)) as url:
         record = ServerRecord(
             engine=str(engine), pid=os.getpid(), host="127.0.0.1", http_port=1, grpc_port=int(url.rpartition(":")[2]),
             metrics_port=2, openai_port=3, model_pids=(), openai_pid=4, api_key_file=None,
@@ -326,7 +312,7 @@ def test_a_server_that_answers_only_errors(tkit: Tkit, fake_url: str, tokenizer_
 
 def test_a_server_that_dies(tkit: Tkit, tokenizer_dir: Path, tmp_path: Path) -> None:
     began = time.monotonic()
-    with servers.fake_server() as url:
+    with fake_server() as url:
         arguments = ("--model", "dying", "--shape", "16/8", "--concurrency", "1,2,4", "--requests", "4", "--name", "r")
         arguments += ("--reconnect", "0.5")
         result = tkit("sweep", "--url", url, "--tokenizer", tokenizer_dir, *arguments)

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
+from servers import wait_for_answers
+from waiting import wait_until
 
 from tkit.files import read_json
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "loadgen"))
-servers: Any = importlib.import_module("servers")
-
 Tkit = Callable[..., Result]
 WAIT_S = 60
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return servers.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 class Mock:
@@ -69,13 +61,6 @@ def started(arguments: list[str], tmp_path: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(is_there: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not is_there():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def journal(run: Path) -> list[dict[str, Any]]:
     lines = (run / "state.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines if line.endswith("}")]
@@ -90,7 +75,7 @@ def test_a_killed_sweep_goes_on_where_it_was(mock: Mock, tokenizer_dir: Path, tm
     typed = arguments(mock, tokenizer_dir, "--concurrency", "1,2,4", "--requests", "40", "--repeats", "2")
     run = tmp_path / "reports/r"
     with started([*typed, "--name", "r"], tmp_path) as process:
-        wait_for(lambda: (run / "points/16x8-c2-r1").is_dir())
+        assert wait_until(lambda: (run / "points/16x8-c2-r1").is_dir())
         process.kill()
     kept = {path.name: read_json(path / "point.json")["started"] for path in (run / "points").glob("16x8-*")}
     assert 2 <= len(kept) < 6
@@ -137,7 +122,7 @@ def test_only_the_same_is_resumed(mock: Mock, tokenizer_dir: Path, tmp_path: Pat
 def test_two_do_not_measure_into_one_directory(mock: Mock, tokenizer_dir: Path, tmp_path: Path, tkit: Tkit) -> None:
     typed = arguments(mock, tokenizer_dir, "--concurrency", "1", "--requests", "4", "--repeats", "500")
     with started([*typed, "--name", "r"], tmp_path) as process:
-        wait_for(lambda: (tmp_path / "reports/r/points/16x8-c1-r1").is_dir())
+        assert wait_until(lambda: (tmp_path / "reports/r/points/16x8-c1-r1").is_dir())
         second = tkit(*typed, "--name", "r", "--resume")
         process.terminate()
     assert second.exit_code == 2
@@ -150,10 +135,9 @@ def test_a_server_that_comes_back_leaves_a_hole_that_resume_fills(
     typed = arguments(mock, tokenizer_dir, "--concurrency", "1,2", "--requests", "200")
     run = tmp_path / "reports/r"
     with started([*typed, "--name", "r"], tmp_path) as process:
-        wait_for(lambda: (run / "state.jsonl").is_file())
-        time.sleep(0.5)
+        wait_for_answers(f"127.0.0.1:{mock.port}", 10)
         mock.kill()
-        wait_for(lambda: "hole" in (run / "state.jsonl").read_text())
+        assert wait_until(lambda: "hole" in (run / "state.jsonl").read_text())
         mock.start()
         _, told = process.communicate(timeout=WAIT_S)
     assert process.returncode == 0, told
@@ -176,8 +160,7 @@ def test_a_server_that_comes_back_leaves_a_hole_that_resume_fills(
 def test_a_server_that_stays_away_ends_the_sweep(mock: Mock, tokenizer_dir: Path, tmp_path: Path) -> None:
     typed = arguments(mock, tokenizer_dir, "--concurrency", "1,2", "--requests", "6000", "--reconnect", "1")
     with started([*typed, "--name", "r"], tmp_path) as process:
-        wait_for(lambda: (tmp_path / "reports/r/state.jsonl").is_file())
-        time.sleep(0.5)
+        wait_for_answers(f"127.0.0.1:{mock.port}", 10)
         mock.kill()
         _, told = process.communicate(timeout=WAIT_S)
     mock.start()
@@ -225,7 +208,7 @@ def test_a_server_in_the_place_of_the_first_is_not_measured(
     typed[typed.index("--url") + 1] = f"127.0.0.1:{switch.own_port}"
     run = tmp_path / "reports/r"
     with started([*typed, "--name", "r"], tmp_path) as process:
-        wait_for(lambda: (run / "state.jsonl").is_file())
+        assert wait_until(lambda: (run / "state.jsonl").is_file())
         switch.port = other.port
         _, told = process.communicate(timeout=WAIT_S)
     assert process.returncode == 1
@@ -249,9 +232,9 @@ def test_another_server_after_the_first_has_died_is_not_measured(
     typed = arguments(mock, tokenizer_dir, "--concurrency", "1,2", "--requests", "200")
     run = tmp_path / "reports/r"
     with started([*typed, "--name", "r"], tmp_path) as process:
-        wait_for(lambda: (run / "state.jsonl").is_file())
+        assert wait_until(lambda: (run / "state.jsonl").is_file())
         mock.kill()
-        wait_for(lambda: "hole" in (run / "state.jsonl").read_text())
+        assert wait_until(lambda: "hole" in (run / "state.jsonl").read_text())
         mock.start(seed=1)
         _, told = process.communicate(timeout=WAIT_S)
     assert process.returncode == 1

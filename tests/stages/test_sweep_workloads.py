@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -16,15 +13,7 @@ from click.testing import Result
 from tkit.files import read_json
 from tkit.loadgen.mock_server import running_mock
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "loadgen"))
-servers: Any = importlib.import_module("servers")
-
 Tkit = Callable[..., Result]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return servers.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

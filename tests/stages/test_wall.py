@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,6 @@ from typing import Any
 import pandas as pd
 import pytest
 from click.testing import Result
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
-
 from factory import as_open_loop, card, edit, make_run
 
 from tkit import demo

@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from waiting import wait_until
 
 from tkit.loadgen.metrics import tpot_ms
 from tkit.loadgen.mock_server import child_server
@@ -141,6 +143,25 @@ def paced_server(directory: Path, *, ttft_ms: float = 50, itl_ms: float = 10) ->
         )  # fmt: skip
     finally:
         process.stop()
+
+
+def take_record(url: str) -> dict[str, dict[str, Any]]:
+    """The answers of a mock server since this was last asked, by request id."""
+    with urllib.request.urlopen(f"http://{url}/record", timeout=30) as reply:
+        return {line["id"]: line for line in json.load(reply)}
+
+
+def wait_for_answers(url: str, count: int) -> None:
+    """Until a mock server has given so many more."""
+    take_record(url)
+    given = 0
+
+    def is_enough() -> bool:
+        nonlocal given
+        given += len(take_record(url))
+        return given >= count
+
+    assert wait_until(is_enough), given
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 from tkit.files import sha256_file, write_json
 from tkit.specs.engine import EngineCard
-from tkit.specs.server import ServeOptions
+from tkit.specs.server import ServeOptions, ServerRecord
 from tkit.triton.ensemble import ensemble_config
 from tkit.triton.install import TritonInstall
 from tkit.triton.probe import INSTANCE_PARAMETER
@@ -94,3 +95,12 @@ def write_engine(directory: Path, *, created: str = "2026-01-01T00:00:00Z", **ch
     card = EngineCard(**{**values, **changes})
     write_json(directory / "engine.json", card)
     return card
+
+
+OPEN = 'tkit_open_requests{state="running"}'
+
+
+def metrics(server: ServerRecord) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("tkit_"))}

@@ -1,12 +1,12 @@
 """A small gRPC server that speaks as Triton does, one model per way of behaving: `python fake_server.py ENGINE_DIR`.
 
 Prints its port and serves until its standard input closes. Answers are paced, 20 ms to the first token and 1 ms between.
+Every model but the silent one answers a client's probes; it remembers nothing of earlier requests.
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import os
 import struct
 import sys
@@ -17,7 +17,6 @@ import grpc.aio
 from tritonclient.grpc import service_pb2 as pb
 
 TTFT_S, ITL_S = 0.020, 0.001
-PROBES = 2  # first requests that every model but the silent one answers
 INPUTS = {
     "text_input": "BYTES", "max_tokens": "INT32", "min_tokens": "INT32", "end_id": "INT32", "stream": "BOOL",
     "top_k": "INT32", "temperature": "FP32", "exclude_input_in_output": "BOOL", "return_num_output_tokens": "BOOL",
@@ -59,22 +58,20 @@ def asked_tokens(request: pb.ModelInferRequest) -> int:
 class FakeTriton:
     def __init__(self, engine_dir: str):
         self.engine_dir = engine_dir
-        self.num_requests: collections.Counter[str] = collections.Counter()
 
     async def stream(self, data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         request = pb.ModelInferRequest.FromString(data)
         model, asked = request.model_name, asked_tokens(request)
-        self.num_requests[model] += 1
-        number = self.num_requests[model]
+        is_probe, index = "probe" in request.id, int(request.id.rpartition("-")[2])
         if model == "silent":
             await asyncio.sleep(3600)
-        if model == "overloaded" and number > PROBES:
+        if model == "overloaded" and not is_probe:
             yield failure("Exceeds maximum queue size")
             return
-        await asyncio.sleep(TTFT_S * (50 if model == "sluggish" and number > 8 + PROBES else 1))
+        await asyncio.sleep(TTFT_S * (50 if model == "sluggish" and not is_probe and index >= 8 else 1))
         step = 4 if model == "coalescing" else 1
         for done in range(0, asked, step):
-            if done == asked // 2 and number > PROBES:
+            if done == asked // 2 and not is_probe:
                 match model:
                     case "truncated":
                         return
@@ -89,13 +86,13 @@ class FakeTriton:
                     case "short":
                         yield response("", done, is_final=True)
                         return
-                    case "dying" if number > 4 + PROBES:
+                    case "dying" if index >= 4:
                         os._exit(9)
             tokens = min(step, asked - done)
             text = " word" * (done + tokens if model == "so_far" else tokens)
             count = None if model in WITHOUT_COUNTS else tokens if model in DELTA_COUNTS else done + tokens
             yield response(text, count, is_final=done + tokens == asked)
-            await asyncio.sleep(ITL_S * (100 if model == "dripping" and number > PROBES else 1))
+            await asyncio.sleep(ITL_S * (100 if model == "dripping" and not is_probe else 1))
 
     async def server_metadata(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         return pb.ServerMetadataResponse(name="fake", version="0.0").SerializeToString()

@@ -1,6 +1,0 @@
-"""Fakes that several directories of tests share lie here."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
