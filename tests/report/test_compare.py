@@ -128,6 +128,7 @@ def test_an_invalid_point_takes_no_part(tmp_path: Path) -> None:
     assert at_1.changes and not at_4.changes
     assert (at_4.is_valid, at_4.invalid_reasons, at_4.is_on_frontier) == (False, ("client CPU",), False)
     assert "at C = 1:" in claims(comparison)[0]
+    assert verdicts(comparison)[0].claims[0].over_loads == "Compared at 1 of the baseline's 2 loads."
     assert verdicts(comparison)[0].details[-1] == "1 invalid of 2 points."
     back = compared(other, one)
     assert not back.groups[0].levels[1].cells[1].changes  # nor as the baseline

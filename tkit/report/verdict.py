@@ -96,7 +96,9 @@ def _against(comparison: Comparison, run: RunFacts, group: Group, *, is_first: b
         for name, word in judged.items()
     ]
     claim = f"{pair}{group.shape} at {last.load}: {', '.join(clauses)}."
-    over_loads = _over_loads(cells, [_judged(comparison, cell) for cell in cells])
+    total = sum(cell.run == baseline.id for level in group.levels for cell in level.cells)
+    partly = f"Compared at {len(cells)} of the baseline's {text.plural(total, 'load')}." if len(cells) < total else ""
+    over_loads = f"{partly} {_over_loads([_judged(comparison, cell) for cell in cells], _headline(last))}".strip()
     return Claim(text=claim, over_loads=over_loads), list(judged.values())
 
 
@@ -142,18 +144,18 @@ def _tone(headlines: list[str], everywhere: list[str]) -> str:
     return next((tone for tone in ("better", "undecided", "same") if tone in headlines), "undecided")
 
 
-def _over_loads(cells: list[Cell], judged: list[dict[str, str]]) -> str:
-    if len(cells) < 2:
+def _over_loads(judged: list[dict[str, str]], names: tuple[str, ...]) -> str:
+    if len(judged) < 2:
         return ""
     counts = []
     seen = {word for words in judged for word in words.values()}
-    for name in _headline(cells[0]):
+    for name in names:
         found = [words[name] for words in judged if name in words]
         told = [f"{title} at {found.count(word)}" for word, title in JUDGED.items() if word in found]
         counts.append(f"{LABELS[name]} {', '.join(told)}")
     if len(seen) == 1:
-        return f"{ALL[len(counts)]} are {JUDGED[seen.pop()]} at each of the {len(cells)} loads."
-    return f"Over {len(cells)} loads: {'; '.join(counts)}."
+        return f"{ALL[len(counts)]} are {JUDGED[seen.pop()]} at each of the {len(judged)} loads."
+    return f"Over {len(judged)} loads: {'; '.join(counts)}."
 
 
 def _alone(run: RunFacts, group: Group) -> Claim:
