@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -69,14 +68,22 @@ def test_generate_is_not_asked_for_more_than_the_model_has(tkit, tmp_path):
     assert (result.exit_code, "2000/64 needs 2064" in result.stderr, Path("reports").exists()) == (2, True, False)
 
 
-def test_a_sweep_of_generate_that_was_cut_off_goes_on(tkit, tmp_path):
+def test_a_sweep_of_generate_that_was_cut_off_goes_on(tkit, tmp_path, monkeypatch):
     tkit("build", "demo", "--quiet")
     command = ["sweep", "--protocol", "hf-generate", "--shape", "16/8", "--concurrency", "1,4", "--requests", "4"]
-    run = Path(tkit(*command, "--label", "plain").stdout.splitlines()[-1])
+
+    def interrupted(model, prompts, osl):
+        if len(prompts) == 4:
+            raise KeyboardInterrupt
+        return generate_batch(model, prompts, osl)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tkit.runtime.static_batch.generate_batch", interrupted)
+        cut = tkit(*command, "--label", "plain")
+    [run] = Path("reports").iterdir()
+    assert f"{run}: points kept: 1; --resume goes on" in cut.stderr
     assert json.loads((run / "manifest.json").read_text())["label"] == "plain"
-    journal = (run / "state.jsonl").read_text().splitlines(True)
-    (run / "state.jsonl").write_text("".join(line for line in journal if '"finished"' not in line))
-    shutil.rmtree(run / "points" / "16x8-c4-r1")
+    assert json.loads((run / "state.jsonl").read_text().splitlines()[-1])["reason"] == "interrupted"
     kept = (run / "points" / "16x8-c1-r1" / "point.json").stat().st_mtime_ns
     other = tkit(*command[:-1], "6", "--resume")
     assert other.exit_code == 2 and "--requests: 4 then, 6 now" in other.stderr

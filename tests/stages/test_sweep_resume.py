@@ -84,7 +84,7 @@ def test_a_killed_sweep_goes_on_where_it_was(mock: Mock, tokenizer_dir: Path, tm
         file.write('{"time": "2026-01-01T00:00:00Z", "eve')  # as a power cut leaves it
     result = tkit(*typed, "--resume")
     assert result.exit_code == 0, result.stderr
-    assert f"resuming reports/r: {len(kept)} points are there" in result.stderr
+    assert f"resuming reports/r: points kept: {len(kept)}" in result.stderr
     assert Path(result.stdout.splitlines()[-1]) == Path("reports/r")
     assert sorted(path.name for path in (run / "points").iterdir()) == [
         f"16x8-c{concurrency}-r{repeat}" for concurrency in (1, 2, 4) for repeat in (1, 2)

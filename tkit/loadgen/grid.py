@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tkit import __version__
 from tkit.errors import ServerError
 from tkit.loadgen.exchange import ERRORS
 from tkit.loadgen.plan import Settled, sweep_plan
@@ -58,16 +57,9 @@ class Grid:
         Raises ServerError when the server is gone and does not come back, or answers nothing but errors.
         """
         run = self._run
-        run.journal("resumed" if kept else "started", tkit=__version__)
         try:
-            self._follow_plan(kept)
-            run.journal("finished")
-        except BaseException as error:
-            is_told_to_end = isinstance(error, KeyboardInterrupt | SystemExit)
-            reason = "interrupted" if is_told_to_end else f"{type(error).__name__}: {error}".rstrip(": ")
-            run.journal("failed", reason=reason)
-            self._progress.note(f"{run.path}: points kept: {len(self.points)}; --resume goes on, and so does tkit run")
-            raise
+            with run.sweeping(self.points, self._progress, is_resumed=bool(kept)):
+                self._follow_plan(kept)
         finally:
             run.write_summary(self._manifest, [point for place, point in self.points.items() if run.has_point(place)])
 

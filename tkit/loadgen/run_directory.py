@@ -10,11 +10,12 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tkit import __version__
 from tkit.errors import InputError
 from tkit.files import check_writable, from_mapping, read_json, sync_directory, write_atomic, write_json
 from tkit.loadgen.exchange import RequestRecord
@@ -22,6 +23,7 @@ from tkit.loadgen.metrics import chunk_gaps
 from tkit.loadgen.parquet import ParquetWriter
 from tkit.loadgen.point import Place
 from tkit.loadgen.telemetry import Samples
+from tkit.specs.progress import Progress
 from tkit.specs.record import (
     CHUNK_COLUMNS,
     FIND_MAX_FILE,
@@ -159,6 +161,20 @@ class RunDirectory:
             line = f"\n{line}"  # the last one was cut off
         os.write(self._journal_file, f"{line}\n".encode())
         os.fsync(self._journal_file)
+
+    @contextlib.contextmanager
+    def sweeping(self, points: Sized, progress: Progress, *, is_resumed: bool) -> Iterator[None]:
+        """Journals how a sweep begins and ends. One that ends early says how many `points` are there to go on from."""
+        self.journal("resumed" if is_resumed else "started", tkit=__version__)
+        try:
+            yield
+            self.journal("finished")
+        except BaseException as error:
+            is_told_to_end = isinstance(error, KeyboardInterrupt | SystemExit)
+            reason = "interrupted" if is_told_to_end else f"{type(error).__name__}: {error}".rstrip(": ")
+            self.journal("failed", reason=reason)
+            progress.note(f"{self.path}: points kept: {len(points)}; --resume goes on, and so does tkit run")
+            raise
 
     def write_point(
         self, place: Place, summary: PointSummary, records: Sequence[RequestRecord], samples: Samples | None = None

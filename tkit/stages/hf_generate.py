@@ -108,9 +108,8 @@ def sweep_generate(
         started=utc_now(),
     )
     run, manifest, kept = open_run(out, name, manifest, progress, resume=resume)
-    with contextlib.closing(run):
-        run.journal("resumed" if resume else "started", tkit=__version__)
-        points: list[PointSummary] = []
+    points: list[PointSummary] = []
+    with contextlib.closing(run), run.sweeping(points, progress, is_resumed=resume):
         for repeat in range(1, profile.repeats + 1):
             for shape in profile.shapes:
                 for concurrency in profile.concurrency:
@@ -123,7 +122,6 @@ def sweep_generate(
                     run.journal("point", point=place.slug, is_valid=summary.is_valid)
                     progress.note(f"{shape} {place.load}: {point_line(summary)}")
                     points.append(summary)
-        run.journal("finished")
         run.write_summary(manifest, points)
     return SweepRecord(directory=str(run.path), manifest=manifest, points=tuple(points))
 

@@ -176,7 +176,7 @@ def open_run(
     except BaseException:
         run.close()
         raise
-    progress.note(f"resuming {run.path}: {len(kept)} points are there")
+    progress.note(f"resuming {run.path}: points kept: {len(kept)}")
     return run, manifest, kept
 
 
