@@ -25,8 +25,9 @@ example: demo  ## keep the demo's report as the committed example
 	cp reports/demo/report.html reports/demo/report.md reports/demo/report.csv reports/demo/pareto.png reports/example/
 	sed -i 's|$(CURDIR)/||g' reports/example/report.*
 
+# Three workers on two cores: half of the time a test waits for a server. The last long tests are shared out, too.
 test: $(READY)
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 3 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
