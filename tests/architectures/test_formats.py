@@ -10,7 +10,7 @@ from tkit.architectures.formats import (
     trtllm_quant_cfg,
     trtllm_quantization,
 )
-from tkit.architectures.moves import fitted_precision
+from tkit.architectures.moves import fitted_precision, plan_moves
 from tkit.errors import InputError
 from tkit.specs.model import ModelSpec
 from tkit.specs.parallel import Parallel
@@ -160,7 +160,8 @@ def test_stages_that_would_share_a_name_must_share_the_format():
 def test_the_config_files_tell_the_same_formats(spec, precision, pp_size):
     parallel = Parallel(pp_size=pp_size)
     config = {"quantization": trtllm_quantization(spec, precision, parallel)}
-    read = precision_from_trtllm(config, trtllm_quant_cfg(spec, precision, parallel), spec, parallel)
+    tensors = [f"0/{output.name}" for move in plan_moves(spec, precision, parallel) for output in move.outputs]
+    read = precision_from_trtllm(config, trtllm_quant_cfg(spec, precision, parallel), spec, parallel, tensors)
     assert module_formats(spec, read) == module_formats(spec, precision)
 
 

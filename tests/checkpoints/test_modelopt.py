@@ -7,6 +7,7 @@ the vocabulary may be padded.
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from tkit.runtime.load import load_model
 
+READER = Path(__file__).parents[2] / "benchmarks" / "_trtllm_reader.py"
 DATA = Path(__file__).parents[1] / "data" / "modelopt"
 PARTS = {"attention.dense": "self_attn.o_proj", "mlp.fc": "mlp.gate_proj", "mlp.gate": "mlp.up_proj",
          "mlp.proj": "mlp.down_proj"}  # fmt: skip
@@ -97,6 +99,21 @@ def test_awq_with_a_factor_per_module_and_biases(merged):
     for name, norm in NORMS.items():
         assert torch.equal(state[f"{theirs}{norm}.weight"], stored[f"{ours}{name}.weight"].float())
     assert len(state["model.embed_tokens.weight"]) == 128  # its config.json says so too: 91 padded
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4", "nvfp4"])
+def test_what_its_config_does_not_say(merged, quant):
+    """INT8 is finished codes, INT4 has no factors though the config promises them, NVFP4's scales are numbers without a
+    dimension. Against the benchmarks' reader, which shares no code with tkit."""
+    model = merged(f"llama-{quant}")
+    other = transformers.AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).eval()
+    runpy.run_path(str(READER))["load"](other, DATA / f"llama-{quant}")
+    (stored,) = ranks(f"llama-{quant}")
+    other.lm_head.weight.data = stored["lm_head.weight"].float()
+    tokens = torch.randint(0, 40, (2, 24), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        found, expected = model(tokens).logits, other(tokens).logits
+    assert (found - expected).abs().mean() < 1e-3 * expected.abs().mean()
 
 
 # --- the commands on a checkpoint without a card ---

@@ -9,7 +9,7 @@ Source: TensorRT-LLM 1.0-1.2 `models/modeling_utils.py` (`QuantConfig`, `LayerQu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from tkit.architectures.table import ARCHITECTURES, Module
@@ -17,7 +17,7 @@ from tkit.errors import InputError
 from tkit.specs.model import ModelSpec
 from tkit.specs.parallel import Parallel
 from tkit.specs.precision import KV_CACHES, UNQUANTIZED, Precision, matches
-from tkit.specs.quantization import QUANT_FORMATS, QuantFormat, int4_format
+from tkit.specs.quantization import INT8_CODES, QUANT_FORMATS, QuantFormat, int4_format
 
 MIXED = "MIXED_PRECISION"
 # a list of one's own replaces TensorRT-LLM's defaults, so it repeats them
@@ -211,22 +211,46 @@ def _stage_formats(spec: ModelSpec, precision: Precision, parallel: Parallel) ->
 
 
 def precision_from_trtllm(
-    config: Mapping[str, Any], quant_cfg: Mapping[str, Any] | None, spec: ModelSpec, parallel: Parallel
+    config: Mapping[str, Any],
+    quant_cfg: Mapping[str, Any] | None,
+    spec: ModelSpec,
+    parallel: Parallel,
+    tensors: Iterable[str],
 ) -> Precision:
-    """The way back, from what `trtllm_quantization` and `trtllm_quant_cfg`, or NVIDIA ModelOpt, wrote."""
+    """The way back, from what `trtllm_quantization` and `trtllm_quant_cfg`, or NVIDIA ModelOpt, wrote. `tensors` are the
+    names in the rank files, `{rank}/{name}`."""
     quantization = config["quantization"]
     kv_cache = stored_kv_cache(quantization)
     modules = module_formats(spec, Precision(default=UNQUANTIZED))
     names = _stage_names(modules, spec, parallel)
+    parts: dict[str, set[str]] = {}  # by module
+    for tensor in tensors:
+        module, _, part = tensor.rpartition("/")[2].rpartition(".")
+        parts.setdefault(module, set()).add(part)
     if quantization["quant_algo"] == MIXED:
         assert quant_cfg is not None
         layers = quant_cfg["quantized_layers"]
-        found = {name: stored_format(layers[local]) for name, local in names.items() if local in layers}
+        found = {
+            name: _as_stored(stored_format(layers[local]), parts.get(local, set()))
+            for name, local in names.items()
+            if local in layers
+        }
         return Precision(default=UNQUANTIZED, modules=found, kv_cache=kv_cache)
     excluded = set(quantization.get("exclude_modules") or ())
     out = (name for name, local in names.items() if excluded & {local, local.rpartition(".")[0]})
     modules = dict.fromkeys(out, UNQUANTIZED)
-    return Precision(default=stored_format(quantization), modules=modules, kv_cache=kv_cache)
+    default = _as_stored(stored_format(quantization), set().union(*parts.values()))
+    return Precision(default=default, modules=modules, kv_cache=kv_cache)
+
+
+def _as_stored(format: QuantFormat, parts: Set[str]) -> QuantFormat:
+    """What the files hold where NVIDIA ModelOpt's config says something else: INT4 without AWQ is said to have factors, and
+    INT8 is finished codes."""
+    if format.algo == "W4A16_AWQ" and format.has_prequant_scale and "prequant_scaling_factor" not in parts:
+        return int4_format("int4", format.group_size or 128)
+    if format.algo == INT8_CODES.algo and "weights_scaling_factor" in parts:
+        return INT8_CODES
+    return format
 
 
 def stored_kv_cache(quantization: Mapping[str, Any]) -> str:

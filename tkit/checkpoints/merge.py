@@ -41,7 +41,7 @@ def merge(files: TensorFiles, moves: Sequence[Move]) -> Iterator[tuple[Move, dic
 
 def _shape(files: TensorFiles, rank: int | None, name: str) -> tuple[int, ...] | None:
     entry = files.entries.get(f"{rank}/{name}")
-    return None if entry is None else entry.shape
+    return None if entry is None else entry.shape or (1,)  # TensorRT-LLM takes a number for a vector of one
 
 
 def _whole(files: TensorFiles, move: Move, part: str) -> tuple[np.ndarray, str]:

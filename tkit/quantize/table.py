@@ -45,6 +45,7 @@ QUANTIZERS: dict[str, Quantizer] = {
                              has_means=False),
     "fp8_rowwise": Quantizer(None, fp8.dequantize_rows, lambda x, stored: fp8.rounded_per_token(x)),
     "fp8_block":   Quantizer(None, fp8.dequantize_blocks, lambda x, stored: fp8.rounded_per_block(x)),
+    "int8_codes":  Quantizer(None, smoothquant.dequantize),
     "int4":        Quantizer(None, int4.dequantize_groups),
     "int4_awq":    Quantizer(awq.quantize, awq.dequantize, quantize_experts=awq.quantize_experts, gram="block",
                              has_group_size=True),

@@ -134,12 +134,12 @@ def _read_trtllm(directory: Path, device: str) -> tuple[ModelSpec, Weights, Kern
     spec, parallel = spec_from_trtllm(config), parallel_from_trtllm(config)
     layer_config = directory / "quant_cfg.json"
     quant_cfg = read_json(layer_config) if layer_config.exists() else None
-    precision = precision_from_trtllm(config, quant_cfg, spec, parallel)
     weights: Weights = {}
     kernel_inputs: KernelInputs = {}
     kv_cache: KvCache = {}
-    moves = plan_moves(spec, precision, parallel)
     with open_ranks(directory, parallel.world_size) as files:
+        precision = precision_from_trtllm(config, quant_cfg, spec, parallel, files.entries.keys())
+        moves = plan_moves(spec, precision, parallel)
         merged = merge(files, moves)
         common = _gate_scales(files, moves, spec)
         for move, parts in merged:

@@ -165,6 +165,18 @@ QUANT_FORMATS: dict[str, QuantFormat] = {format.name: format for format in (
 # fmt: on
 
 
+# NVIDIA ModelOpt's INT8 without activations: codes in rows, which no loader of TensorRT-LLM's takes; read, never written
+INT8_CODES = QuantFormat(
+    name="int8_codes",
+    algo="W8A16",
+    weight_bits=8,
+    tensors=(
+        StoredTensor(name="weight", dtype="I8", out_axis=(0, 1), in_axis=(1, 1)),
+        StoredTensor(name="weights_scaling_factor", dtype="F32", out_axis=(0, 1)),
+    ),
+)
+
+
 def smaller_groups(format: QuantFormat) -> QuantFormat | None:
     """The same format in groups of 64, which the INT4 kernels for 16-bit activations have as well; None without such."""
     if format.algo != "W4A16_AWQ" or format.group_size != 128:
