@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tkit.runtime.load import load_model
 
@@ -114,6 +114,49 @@ def test_what_its_config_does_not_say(merged, quant):
     with torch.no_grad():
         found, expected = model(tokens).logits, other(tokens).logits
     assert (found - expected).abs().mean() < 1e-3 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("algorithm", ["W8A16", "W8A8_SQ_PER_CHANNEL"])
+def test_int8_in_a_hugging_face_checkpoint(tmp_path, algorithm):
+    """The codes of llama-int8 under the names that ModelOpt's other exporter gives them."""
+    (stored,) = ranks("llama-int8")
+    random = torch.Generator().manual_seed(4)
+    tensors = {
+        "model.embed_tokens.weight": stored["transformer.vocab_embedding.weight"],
+        "model.norm.weight": stored["transformer.ln_f.weight"],
+        "lm_head.weight": stored["lm_head.weight"],
+    }
+    for ours, theirs in NORMS.items():
+        tensors[f"model.layers.0.{theirs}.weight"] = stored[f"transformer.layers.0.{ours}.weight"]
+    linears = {}
+    for module, parts in {"attention.qkv": "qkv", **PARTS}.items():
+        codes, scales = (
+            stored[f"transformer.layers.0.{module}.{part}"] for part in ("weight", "weights_scaling_factor")
+        )
+        names = [f"self_attn.{part}_proj" for part in parts] if parts == "qkv" else [parts]
+        rows = (128, 64, 64) if parts == "qkv" else (len(codes),)
+        for name, q, s in zip(names, codes.split(rows), scales.split(rows), strict=True):
+            name = f"model.layers.0.{name}"
+            tensors |= {f"{name}.weight": q.clone(), f"{name}.weight_scale": s.clone()}
+            if algorithm != "W8A16":
+                tensors[f"{name}.pre_quant_scale"] = (torch.rand(128, generator=random) + 0.5).bfloat16()
+                tensors[f"{name}.input_scale"] = 0.01 + 0.02 * torch.rand((), generator=random)
+            linears[name] = q.float() * s[:, None]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    expected = load_model(DATA / "llama-int8", "cpu")[0]
+    config = expected.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": algorithm}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if algorithm != "W8A16":
+        for name, weight in linears.items():
+            factor, scale = (tensors[f"{name}.{part}"].float() for part in ("pre_quant_scale", "input_scale"))
+            expected.get_submodule(name).weight.data = weight
+            expected.get_submodule(name).register_forward_pre_hook(
+                lambda _, arguments, f=factor, s=scale: ((arguments[0] * f / s).round().clamp(-128, 127) * s,)
+            )
+    tokens = torch.randint(0, 40, (2, 24), generator=random)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path, "cpu")[0](tokens).logits, expected(tokens).logits)
 
 
 # --- the commands on a checkpoint without a card ---

@@ -21,8 +21,15 @@ from tkit.errors import InputError
 from tkit.specs.model import ModelSpec
 from tkit.specs.moves import Move, Output
 from tkit.specs.precision import KV_CACHES, UNQUANTIZED
-from tkit.specs.quantization import QuantFormat, StoredTensor
+from tkit.specs.quantization import INT8_CODES, QuantFormat, StoredTensor
 
+# what NVIDIA ModelOpt calls the tensors of formats that no reader of this form knows, and tkit does not write
+UNREAD_NAMES = {
+    "weight": "weight",
+    "weights_scaling_factor": "weight_scale",
+    "prequant_scaling_factor": "pre_quant_scale",
+    "activation_scaling_factor": "input_scale",
+}
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's convention
 ITEM_BYTES = {"model": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "U8": 1}
 
@@ -98,7 +105,8 @@ def hf_quant_config(moves: Sequence[Move], version: str) -> dict[str, Any] | Non
 
 def hf_layer_format(quantization: Mapping[str, Any], module: str) -> QuantFormat:
     """The way back: what `quantization` of hf_quant_config.json says about a quantized layer."""
-    return stored_format(quantization.get("quantized_layers", {}).get(module, quantization))
+    format = stored_format(quantization.get("quantized_layers", {}).get(module, quantization))
+    return INT8_CODES if format.algo == INT8_CODES.algo else format
 
 
 def quantization_config(moves: Sequence[Move], version: str) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from tkit.architectures.formats import precision_from_trtllm
 from tkit.architectures.moves import fused_modules, has_fused_gate, plan_moves
 from tkit.architectures.source_formats import Forms, carried_moves, check_transposed, source_format
 from tkit.architectures.table import ARCHITECTURES
-from tkit.architectures.unified_hf import hf_layer_format
+from tkit.architectures.unified_hf import UNREAD_NAMES, hf_layer_format
 from tkit.checkpoints.convert import check_sources
 from tkit.checkpoints.merge import merge
 from tkit.checkpoints.reader import TensorFiles, open_ranks, open_source, read_config
@@ -280,7 +280,7 @@ def _unified_parts(files: TensorFiles, module: str, format: QuantFormat) -> dict
     """The stored tensors of one projection under TensorRT-LLM's names."""
     stored = {}
     for tensor in format.tensors:
-        name = f"{module}.{tensor.hf_name}"
+        name = f"{module}.{tensor.hf_name or UNREAD_NAMES[tensor.name]}"
         if name in files.entries:
             is_signed = tensor.dtype == "I8"  # the same bytes, under whatever name this format gives them
             stored[tensor.name] = to_torch(files.read(name), "I8" if is_signed else files.entries[name].dtype)
