@@ -15,7 +15,6 @@ MIXED = "MIXED_PRECISION"
 # a list of one's own replaces these, so it must repeat them
 EXCLUDED = ("*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding", "*shared_expert_gate",
             "*fused_a")
-EXCLUDED_ROWWISE = ("*ln_f", "*ln_embed")
 # fmt: on
 
 

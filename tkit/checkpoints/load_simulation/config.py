@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from tkit.checkpoints.load_simulation.algorithms import (
     ALGORITHMS,
-    EXCLUDED,
-    EXCLUDED_ROWWISE,
     MIXED,
     module_quantization,
 )
@@ -172,11 +171,25 @@ def _quantization_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if kv_algo not in _KV_CACHE_ALGOS:
         yield f"quantization: kv_cache_quant_algo is {kv_algo!r}, expected one of {_KV_CACHE_ALGOS}"
     patterns = quantization.get("exclude_modules") or ()
-    rowwise = algo == "FP8_PER_CHANNEL_PER_TOKEN"
-    defaults = (*EXCLUDED, *(EXCLUDED_ROWWISE if rowwise else ()))
-    lost = [pattern for pattern in defaults if patterns and pattern not in patterns]
-    if algo is not None and lost:
+    lost = [name for name in _never_quantized(config) if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if algo is not None and patterns and lost:
         yield f"quantization: exclude_modules replaces the defaults and leaves out {', '.join(lost)}"
+
+
+def _never_quantized(config: Mapping[str, Any]) -> Iterator[str]:
+    """Modules that the algorithm would replace if TensorRT-LLM's own patterns did not name them."""
+    algo = config["quantization"].get("quant_algo")
+    yield "lm_head"
+    if algo in ("W8A16", "W4A16"):  # these have an embedding of their own; others replace linear layers alone
+        yield "transformer.vocab_embedding"
+        if config["position_embedding_type"] == "learned_absolute":
+            yield "transformer.position_embedding"
+    if config.get("moe"):
+        yield "transformer.layers.0.mlp.router"
+        if config.get("moe_shared_expert_intermediate_size"):
+            yield "transformer.layers.0.mlp.shared_expert_gate"
+    if algo == "FP8_PER_CHANNEL_PER_TOKEN":
+        yield "transformer.ln_f"
 
 
 def _mixed_problems(quantization: Mapping[str, Any]) -> Iterator[str]:
