@@ -169,6 +169,24 @@ def test_verify_names_what_modelopt_leaves_out(tkit):
     assert "not as built" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("quant", "problem"),
+    [
+        ("nvfp4", None),  # its exclude_modules names lm_head alone, which is enough for it
+        ("int4", "attention.qkv.prequant_scaling_factor is missing"),
+        ("int8", "exclude_modules replaces the defaults and leaves out transformer.vocab_embedding"),
+    ],
+)
+def test_verify_of_what_modelopt_writes_with_its_keys_put_back(tkit, tmp_path, quant, problem):
+    checkpoint = Path(shutil.copytree(DATA / f"llama-{quant}", tmp_path / "checkpoint"))
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {"rotary_base": 10000.0, "rotary_scaling": None, "attn_bias": False, "mlp_bias": False}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    result = tkit("verify", checkpoint)
+    assert result.exit_code == (1 if problem else 0), result.output
+    assert problem is None or problem in result.stderr
+
+
 def test_verify_loads_what_is_complete(tkit, make_llama):
     engine = Path(tkit("build", make_llama(), "--tp", "2").stdout.strip())
     result = tkit("verify", engine / "checkpoint")
