@@ -98,10 +98,10 @@ def tkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resul
 
 @pytest.fixture
 def build(tkit: Callable[..., Result]) -> Callable[..., Path]:
-    """`tkit build MODEL ...`, which succeeds; the engine's directory."""
+    """`tkit build ...`, which succeeds; the engine's directory."""
 
-    def build(model_dir: Path, *options: Any) -> Path:
-        result = tkit("build", model_dir, *options)
+    def build(*arguments: Any) -> Path:
+        result = tkit("build", *arguments)
         assert result.exit_code == 0, result.output
         return Path(result.stdout.strip()).absolute()
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,18 +17,8 @@ from tkit.stages.engines import read_card
 from tkit.stages.validate import check_gates, stored_validation
 
 
-@pytest.fixture
-def built(tkit):
-    def build(*arguments):
-        result = tkit("build", *arguments)
-        assert result.exit_code == 0, result.output
-        return Path(result.stdout.strip())
-
-    return build
-
-
-def test_plain_build_agrees_with_its_source_exactly(tkit, built):
-    engine = built("--tp", "2")
+def test_plain_build_agrees_with_its_source_exactly(tkit, build):
+    engine = build("--tp", "2")
     record = json.loads(tkit("validate", "--windows", "2", "--json").stdout)
     assert (record["kl"], record["top1"], record["ppl_ratio"]) == (0.0, 1.0, 1.0)
     assert record["layer_snr_db"] == [None] * 4
@@ -37,8 +26,8 @@ def test_plain_build_agrees_with_its_source_exactly(tkit, built):
     assert record == json.loads((engine / "validation.json").read_text())
 
 
-def test_perplexity_is_that_of_transformers_loss(tkit, built):
-    built()
+def test_perplexity_is_that_of_transformers_loss(tkit, build):
+    build()
     record = json.loads(tkit("validate", "--windows", "3", "--json").stdout)
     ids = Tokenizer.from_file(str(demo.MODEL_DIR / "tokenizer.json")).encode(demo.HELD_OUT.read_text()).ids
     ids = ids if ids[0] != 1 else ids[1:]  # without the beginning-of-sequence token
@@ -51,17 +40,17 @@ def test_perplexity_is_that_of_transformers_loss(tkit, built):
     assert record["tokens"] == 3 * 511
 
 
-def test_coarser_formats_lie_further_from_the_source(tkit, built):
+def test_coarser_formats_lie_further_from_the_source(tkit, build):
     kl = {}
     for quant in ("int8", "fp8_rowwise", "int4"):
-        engine = built("--quant", quant)
+        engine = build("--quant", quant)
         kl[quant] = json.loads(tkit("validate", engine, "--windows", "2", "--json").stdout)["kl"]
     assert 0 < kl["int8"] < kl["fp8_rowwise"] < kl["int4"] < 0.05
 
 
-def test_each_layer_has_the_noise_that_it_makes_itself(tkit, built):
+def test_each_layer_has_the_noise_that_it_makes_itself(tkit, build):
     """Against the source with one quantized layer put into it: nothing else differs then."""
-    engine = built("--quant", "int8", "--kv-cache", "fp8", "--calib-samples", "2", "--calib-len", "64")
+    engine = build("--quant", "int8", "--kv-cache", "fp8", "--calib-samples", "2", "--calib-len", "64")
     text = tkit("validate", "--windows", "3").stdout
     record = json.loads((engine / "validation.json").read_text())
     quantized, _ = load_model(engine, "cpu")
@@ -81,8 +70,8 @@ def test_each_layer_has_the_noise_that_it_makes_itself(tkit, built):
     assert f"least signal to noise: layer {worst} {record['layer_snr_db'][worst]:.1f} dB" in text
 
 
-def test_samples_are_what_either_model_goes_on_with(tkit, built):
-    engine = built("--quant", "int4")
+def test_samples_are_what_either_model_goes_on_with(tkit, build):
+    engine = build("--quant", "int4")
     record = json.loads(tkit("validate", "--windows", "2", "--json").stdout)
     tokenizer = Tokenizer.from_file(str(demo.MODEL_DIR / "tokenizer.json"))
     ids = tokenizer.encode(demo.HELD_OUT.read_text(), add_special_tokens=False).ids
@@ -102,16 +91,16 @@ def test_samples_are_what_either_model_goes_on_with(tkit, built):
     assert sample["same_tokens"] == same
 
 
-def test_gates_exit_3_and_name_the_threshold(tkit, built):
-    built("--quant", "int4")
+def test_gates_exit_3_and_name_the_threshold(tkit, build, make_llama):
+    build(make_llama(), "--quant", "int8")
     result = tkit("validate", "--windows", "1", "--max-kl", "1e-9", "--max-ppl-ratio", "0.5")
     assert result.exit_code == 3
     assert "exceeds 1e-09" in result.stderr and "exceeds 0.5" in result.stderr
     assert tkit("validate", "--windows", "1", "--max-kl", "1").exit_code == 0
 
 
-def test_a_bit_flip_in_a_published_file_is_found(tkit, built):
-    engine = built()
+def test_a_bit_flip_in_a_published_file_is_found(tkit, build, make_llama):
+    engine = build(make_llama())
     path = engine / "checkpoint" / "rank0.safetensors"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -127,8 +116,8 @@ def test_no_engine_yet(tkit):
     assert "no engine in engines" in result.stderr and "tkit build" in result.stderr
 
 
-def test_a_text_without_a_full_window_is_refused(tkit, built, tmp_path):
-    built()
+def test_a_text_without_a_full_window_is_refused(tkit, build, tmp_path):
+    build()
     (tmp_path / "short.txt").write_text("too short")
     result = tkit("validate", "--text", tmp_path / "short.txt")
     assert result.exit_code == 2
@@ -138,9 +127,9 @@ def test_a_text_without_a_full_window_is_refused(tkit, built, tmp_path):
     assert result.exit_code == 2 and "bytes.txt: not UTF-8 text: byte 2 is 0xff" in result.stderr
 
 
-def test_a_number_that_is_none_passes_no_gate(tkit, built):
+def test_a_number_that_is_none_passes_no_gate(tkit, build, make_llama):
     """NaN is not larger than any limit."""
-    engine = built()
+    engine = build(make_llama())
     tkit("validate", "--windows", "1")
     record = stored_validation(engine, read_card(engine))
     with pytest.raises(GateFailed, match="kl nan exceeds 0.1"):
@@ -181,8 +170,8 @@ def test_a_tokenizer_that_transformers_cannot_read_is_refused(tkit, tmp_path):
     assert not list(tmp_path.glob("engines/*"))
 
 
-def test_another_model_as_source_is_refused(tkit, built, make_llama):
-    engine = built()
+def test_another_model_as_source_is_refused(tkit, build, make_llama):
+    engine = build()
     result = tkit("validate", engine, "--source", make_llama(), "--windows", "1")
     assert result.exit_code == 2
     assert f"{engine} was not made from {make_llama()}" in result.stderr
