@@ -39,6 +39,8 @@ def test_a_gpu_that_nvidia_smi_lists_can_serve_without_a_trace_of_the_driver(tmp
     for name, value in write_programs(tmp_path, version=None).items():
         monkeypatch.setenv(name, f"{value}:/bin" if name == "PATH" else value)
     assert Reference().problems(tmp_path, options, None) == []
+    [problem] = Reference().problems(tmp_path / "modèles", options, None)
+    assert problem.endswith("modèles: Triton's Python backend finds no path that is not ASCII; move the engine")
 
 
 def test_a_machine_without_anything() -> None:

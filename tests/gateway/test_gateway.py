@@ -32,7 +32,7 @@ KEY = "sk-canary"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerRecord]:
     """The fake engine, for eight requests at once, with the demo model's tokenizer; it wants a key."""
-    directory = tmp_path_factory.mktemp("engines")
+    directory = tmp_path_factory.mktemp("engines; what's $HOME")  # which no shell is to read
     key_file = directory / "key"
     key_file.write_text(KEY + "\n")
     options = ServeOptions(

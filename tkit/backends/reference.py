@@ -29,6 +29,8 @@ class Reference:
         problems = []
         if missing:
             problems.append(f"{', '.join(missing)} not installed; pip install 'tkit[serve]'")
+        if not str(engine_dir).isascii():
+            problems.append(f"{engine_dir}: Triton's Python backend finds no path that is not ASCII; move the engine")
         if options.device == "cuda" and not has_nvidia_driver():  # WSL and some sandboxes show no driver
             _, problem = visible_gpus()
             if problem is not None:

@@ -72,16 +72,18 @@ def server_command(binary: Path, spec: LaunchSpec, key: str, mpirun: str = "mpir
 
 
 def _rank_command(binary: Path, spec: LaunchSpec, key: str, rank: int) -> list[str]:
+    """Paths are relative to the repository, where the server starts: the Python backend has a shell read them as they are,
+    and a space in one kept the server from ever getting ready."""
     return [
         str(binary),
-        f"--model-repository={spec.repository}",
+        "--model-repository=.",
         *(
             ["--model-control-mode=explicit", f"--load-model={spec.rank_model}"]
             if rank
             else ["--model-control-mode=none"]
         ),
         "--disable-auto-complete-config",
-        *([f"--backend-directory={spec.backends}"] if spec.backends else []),
+        *([f"--backend-directory={os.path.relpath(spec.backends, spec.repository)}"] if spec.backends else []),
         f"--backend-config=python,shm-region-prefix-name=tkit{{pid}}_{f'{rank}_' if rank else ''}",
         *(NO_PORTS if rank else _port_options(spec, key)),
         "--pinned-memory-pool-byte-size=0",
