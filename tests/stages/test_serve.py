@@ -31,7 +31,7 @@ from tkit.files import write_json
 from tkit.specs.progress import Progress
 from tkit.specs.server import ServeOptions, ServerRecord
 from tkit.stages.serve import running_server, serve_detached, stop_server
-from tkit.stages.servers import ServerLock, running_servers, server_files
+from tkit.stages.servers import ServerLock, replacing, running_servers, server_files
 from tkit.triton import launcher, probe
 from tkit.triton.install import free_ports
 
@@ -505,20 +505,28 @@ def test_a_port_that_is_lost_between_choosing_and_binding_is_chosen_again(
     assert_nothing_left(engine, record.pid)
 
 
+def test_two_commands_do_not_replace_one_server(engine: Path) -> None:
+    with books_of_a_server(engine, 0), replacing():
+        second = tkit("serve", "--replace")
+    assert (second.exit_code, second.stderr) == (
+        1, "error: another tkit serve --replace is under way\nhint: try again when it has ended\n",
+    )  # fmt: skip
+
+
 def test_several_servers_want_a_name(engine: Path) -> None:
     with contextlib.ExitStack() as serving:
         for started, name in enumerate(("tiny", "other")):
             serving.enter_context(books_of_a_server(engine.parent / name, started))
         result = tkit("stop")
         unknown = tkit("stop", "third")
-        replacing = tkit("serve", "--replace")
+        replaced = tkit("serve", "--replace")
     assert (result.exit_code, result.stderr) == (
         2, "error: several servers are running\n  - other\n  - tiny\nhint: name one: tkit stop ENGINE\n",
     )  # fmt: skip
     assert (unknown.exit_code, unknown.stderr) == (
         1, 'error: no server is running for "third"\nhint: running: other, tiny\n',
     )  # fmt: skip
-    assert (replacing.exit_code, replacing.stderr) == (
+    assert (replaced.exit_code, replaced.stderr) == (
         2, "error: several servers are running\n  - tiny\n  - other\nhint: stop all but the one to replace: tkit stop ENGINE\n",
     )  # fmt: skip
 

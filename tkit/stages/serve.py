@@ -24,7 +24,7 @@ from tkit.specs.engine import EngineCard
 from tkit.specs.progress import Progress
 from tkit.specs.server import MODEL_NAME, PORTS, ServeOptions, ServerRecord
 from tkit.stages.engines import ENGINES_DIR, read_card, verify_files
-from tkit.stages.servers import ServerFiles, ServerLock, known_servers, running_servers, server_files
+from tkit.stages.servers import ServerFiles, ServerLock, known_servers, replacing, running_servers, server_files
 from tkit.triton import probe
 from tkit.triton.inflight_batcher import ENGINE_MODEL
 from tkit.triton.install import (
@@ -98,10 +98,14 @@ def serve(
     `replaces` the one server that runs: on its ports, beside it until this one has generated; then the old one ends.
     """
     progress = progress or Progress()
-    old = _server_to_replace(engines_dir) if replaces else None
-    server = _start(engine_dir, options, engines_dir, progress, is_detached=False, old=old)
+    with _server_to_replace(engines_dir) if replaces else contextlib.nullcontext() as old:
+        server = _start(engine_dir, options, engines_dir, progress, is_detached=False, old=old)
+        try:
+            _end_replaced(old, engines_dir, progress)
+        except BaseException:
+            server.close()
+            raise
     try:
-        _end_replaced(old, engines_dir, progress)
         announce(server.record)
         server.watch()
     finally:
@@ -118,10 +122,10 @@ def serve_detached(
 ) -> ServerRecord:
     """Leaves a server behind that answers; `stop_server` ends it. `replaces` as in `serve`."""
     progress = progress or Progress()
-    old = _server_to_replace(engines_dir) if replaces else None
-    server = _start(engine_dir, options, engines_dir, progress, is_detached=True, old=old)
-    server.leave()
-    _end_replaced(old, engines_dir, progress)
+    with _server_to_replace(engines_dir) if replaces else contextlib.nullcontext() as old:
+        server = _start(engine_dir, options, engines_dir, progress, is_detached=True, old=old)
+        server.leave()
+        _end_replaced(old, engines_dir, progress)
     return server.record
 
 
@@ -161,16 +165,19 @@ def _stop(files: ServerFiles) -> StoppedServer:
     return StoppedServer(engine=files.name, pid=pid, was_running=was_running, was_killed=was_killed)
 
 
-def _server_to_replace(engines_dir: Path) -> ServerRecord:
-    running = running_servers(engines_dir)
-    if len(running) > 1:
-        names = [Path(record.engine).name for record in running]
-        raise InputError(
-            "several servers are running", problems=names, hint="stop all but the one to replace: tkit stop ENGINE"
-        )
-    if not running:
-        raise ServerError("no server is running that could be replaced", hint="start one: tkit serve")
-    return running[0]
+@contextlib.contextmanager
+def _server_to_replace(engines_dir: Path) -> Iterator[ServerRecord]:
+    """The one server that runs. No other may take its place meanwhile: two would share its ports, and its clients."""
+    with replacing(engines_dir):
+        running = running_servers(engines_dir)
+        if len(running) > 1:
+            names = [Path(record.engine).name for record in running]
+            raise InputError(
+                "several servers are running", problems=names, hint="stop all but the one to replace: tkit stop ENGINE"
+            )
+        if not running:
+            raise ServerError("no server is running that could be replaced", hint="start one: tkit serve")
+        yield running[0]
 
 
 def _end_replaced(old: ServerRecord | None, engines_dir: Path, progress: Progress) -> None:

@@ -11,10 +11,12 @@ believed only while the lock is held. Knows files and process ids; starts nothin
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,6 +172,23 @@ def _already_served(files: ServerFiles) -> ServerError:
 
 def server_files(name: str, engines_dir: Path = ENGINES_DIR) -> ServerFiles:
     return ServerFiles((engines_dir / SERVER_RECORDS).absolute(), name)
+
+
+@contextlib.contextmanager
+def replacing(engines_dir: Path = ENGINES_DIR) -> Iterator[None]:
+    """Held by the one command that puts a server in the place of another; ServerError for a second."""
+    (engines_dir / SERVER_RECORDS).mkdir(parents=True, exist_ok=True)
+    directory = os.open(engines_dir / SERVER_RECORDS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ServerError(
+                "another tkit serve --replace is under way", hint="try again when it has ended"
+            ) from error
+        yield
+    finally:
+        os.close(directory)
 
 
 def known_servers(engines_dir: Path = ENGINES_DIR) -> list[ServerFiles]:
