@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import secrets
@@ -57,6 +58,12 @@ class LaunchSpec:
     num_ranks: int = 1  # processes of one engine, one per GPU, under mpirun
     rank_model: str | None = None  # the only model that ranks after the first load
 
+    def from_repository(self) -> LaunchSpec:
+        """The same, for a server that starts in its repository, without a path that a shell could misread: the Python
+        backend hands them to one unquoted, and a space in one kept the server from ever getting ready."""
+        backends = Path(os.path.relpath(self.backends, self.repository)) if self.backends is not None else None
+        return dataclasses.replace(self, repository=Path(), backends=backends)
+
 
 def server_command(binary: Path, spec: LaunchSpec, key: str, mpirun: str = "mpirun") -> list[str]:
     """`{pid}` is the process id of the server, or of its mpirun, filled in by `child.py`.
@@ -72,18 +79,16 @@ def server_command(binary: Path, spec: LaunchSpec, key: str, mpirun: str = "mpir
 
 
 def _rank_command(binary: Path, spec: LaunchSpec, key: str, rank: int) -> list[str]:
-    """Paths are relative to the repository, where the server starts: the Python backend has a shell read them as they are,
-    and a space in one kept the server from ever getting ready."""
     return [
         str(binary),
-        "--model-repository=.",
+        f"--model-repository={spec.repository}",
         *(
             ["--model-control-mode=explicit", f"--load-model={spec.rank_model}"]
             if rank
             else ["--model-control-mode=none"]
         ),
         "--disable-auto-complete-config",
-        *([f"--backend-directory={os.path.relpath(spec.backends, spec.repository)}"] if spec.backends else []),
+        *([f"--backend-directory={spec.backends}"] if spec.backends else []),
         f"--backend-config=python,shm-region-prefix-name=tkit{{pid}}_{f'{rank}_' if rank else ''}",
         *(NO_PORTS if rank else _port_options(spec, key)),
         "--pinned-memory-pool-byte-size=0",
@@ -157,7 +162,7 @@ class ServerProcess:
             "beside": [*beside],
         }
         mpirun = shutil.which("mpirun") or "mpirun"
-        command = server_command(install.binary, spec, secrets.token_hex(16), mpirun)
+        command = server_command(install.binary, spec.from_repository(), secrets.token_hex(16), mpirun)
         with open(log, "wb") as output:
             popen = subprocess.Popen(
                 [sys.executable, "-I", "-S", child.__file__, json.dumps(settings), *command],
