@@ -1,7 +1,7 @@
 """A file written front to back, past the page cache where the file system allows it (O_DIRECT, open(2)).
 
 An engine in the page cache would push out the model it is made of, which is read twice; and the kernel's copy into fresh
-pages was up to a sixth of a build's CPU time. Such writes must start and end at whole blocks, in the file and in memory, so
+pages was up to a third of a build's CPU time. Such writes must start and end at whole blocks, in the file and in memory, so
 they go through a buffer.
 """
 

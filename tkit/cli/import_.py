@@ -6,20 +6,13 @@ from pathlib import Path
 
 import click
 
-from tkit.cli.output import Output, output_options
+from tkit.cli.output import Output, output_options, reports_option
 
 
 @click.command("import")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--label", metavar="TEXT", help="What a report calls it.  [default: the model's name]")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    default="reports",
-    show_default=True,
-    help="Reports directory.",
-)
+@reports_option
 @click.option("--name", metavar="NAME", help="Name of the run's directory.  [default: the tool and the file]")
 @output_options
 def command(output: Output, files: tuple[Path, ...], label: str | None, out: Path, name: str | None) -> None:

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
@@ -96,6 +97,17 @@ class FiniteFloat(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+# of commands that write a run
+reports_option = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    default="reports",
+    show_default=True,
+    help="Reports directory.",
+)
 
 
 def output_options(function: Callable[..., None]) -> Callable[..., None]:

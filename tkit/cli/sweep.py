@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tkit.cli.output import Output, output_options
+from tkit.cli.output import Output, output_options, reports_option
 from tkit.cli.sections import SectionedCommand
 
 if TYPE_CHECKING:
@@ -121,14 +121,7 @@ SECTIONS = {
 @click.option("--reconnect", "reconnect_s", type=float, metavar="S",
               help="Seconds to wait for a server that stopped answering, before the sweep ends.  [default: 60]")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on with the newest run that was cut off, or with --name.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    default="reports",
-    show_default=True,
-    help="Reports directory.",
-)
+@reports_option
 @click.option("--name", metavar="NAME", help="Name of the run's directory.  [default: engine, profile and time]")
 @click.option("--calibrate", is_flag=True,
               help="Measure this client instead, against a server whose times are known.")  # fmt: skip
